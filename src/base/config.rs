@@ -1,0 +1,210 @@
+//! What a decoder is made of, read from `config.json` or from GGUF metadata.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// The linear layers of a decoder block. LoRA adapters target these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Projection {
+    Q,
+    K,
+    V,
+    O,
+    Gate,
+    Up,
+    Down,
+}
+
+impl Projection {
+    pub const ALL: [Projection; 7] = [
+        Projection::Q,
+        Projection::K,
+        Projection::V,
+        Projection::O,
+        Projection::Gate,
+        Projection::Up,
+        Projection::Down,
+    ];
+
+    /// The module's path inside a decoder layer, as Hugging Face names it.
+    pub fn path(self) -> &'static str {
+        match self {
+            Projection::Q => "self_attn.q_proj",
+            Projection::K => "self_attn.k_proj",
+            Projection::V => "self_attn.v_proj",
+            Projection::O => "self_attn.o_proj",
+            Projection::Gate => "mlp.gate_proj",
+            Projection::Up => "mlp.up_proj",
+            Projection::Down => "mlp.down_proj",
+        }
+    }
+}
+
+/// A linear layer of the base, as adapters name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetModule {
+    /// Full module path, e.g. `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    pub layer: usize,
+    pub projection: Projection,
+    pub out_features: usize,
+    pub in_features: usize,
+}
+
+/// A decoder's dimensions and constants.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// `model_type` of Hugging Face or `general.architecture` of GGUF, e.g. `llama`.
+    pub family: String,
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    /// Longest sequence, in tokens.
+    pub context: usize,
+    pub tie_word_embeddings: bool,
+    pub bos_token: Option<u32>,
+    /// Tokens that end a generation.
+    pub eos_tokens: Vec<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+#[derive(Deserialize)]
+struct HfConfig {
+    model_type: String,
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    rms_norm_eps: f64,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<Value>,
+    rope_parameters: Option<Value>,
+    max_position_embeddings: usize,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    hidden_act: Option<String>,
+    bos_token_id: Option<u32>,
+    eos_token_id: Option<OneOrMany>,
+}
+
+impl ModelConfig {
+    /// Reads Hugging Face's `config.json`. A family or an option that the decoder does not compute is refused by name.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let bad = |what: String| Error::unprocessable(format!("config.json: {what}"));
+        let raw: HfConfig = serde_json::from_str(text).map_err(|e| bad(e.to_string()))?;
+        if raw.model_type != "llama" {
+            return Err(bad(format!("model_type is {:?}; supported: \"llama\"", raw.model_type)));
+        }
+        let theta_of = |v: &Value| v.get("rope_theta").and_then(Value::as_f64);
+        for rope in [&raw.rope_scaling, &raw.rope_parameters].into_iter().flatten() {
+            let kind = rope.get("rope_type").or(rope.get("type")).and_then(Value::as_str);
+            if !rope.is_null() && kind != Some("default") {
+                return Err(bad(format!("rope_scaling {rope} is not supported; supported: null or \"default\"")));
+            }
+        }
+        if raw.attention_bias || raw.mlp_bias {
+            return Err(bad("attention_bias or mlp_bias is true; supported: layers without bias".into()));
+        }
+        if let Some(act) = raw.hidden_act.filter(|a| a != "silu") {
+            return Err(bad(format!("hidden_act is {act:?}; supported: \"silu\"")));
+        }
+        ModelConfig {
+            family: raw.model_type,
+            vocab_size: raw.vocab_size,
+            hidden_size: raw.hidden_size,
+            intermediate_size: raw.intermediate_size,
+            layers: raw.num_hidden_layers,
+            heads: raw.num_attention_heads,
+            kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
+            head_dim: raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1)),
+            rms_norm_eps: raw.rms_norm_eps,
+            rope_theta: raw.rope_theta.or(raw.rope_parameters.as_ref().and_then(theta_of)).unwrap_or(10_000.0),
+            context: raw.max_position_embeddings,
+            tie_word_embeddings: raw.tie_word_embeddings,
+            bos_token: raw.bos_token_id,
+            eos_tokens: match raw.eos_token_id {
+                None => vec![],
+                Some(OneOrMany::One(id)) => vec![id],
+                Some(OneOrMany::Many(ids)) => ids,
+            },
+        }
+        .checked()
+    }
+
+    /// Refuses dimensions that cannot belong together.
+    pub fn checked(self) -> Result<Self> {
+        let positive = [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.layers),
+            ("num_attention_heads", self.heads),
+            ("num_key_value_heads", self.kv_heads),
+            ("max_position_embeddings", self.context),
+        ];
+        for (name, value) in positive {
+            if value == 0 || value > 1 << 24 {
+                return Err(Error::unprocessable(format!("model config: {name} is {value}")));
+            }
+        }
+        if self.head_dim == 0 || self.head_dim % 2 != 0 {
+            return Err(Error::unprocessable(format!(
+                "model config: head_dim is {}, not a positive even number",
+                self.head_dim
+            )));
+        }
+        if self.heads % self.kv_heads != 0 {
+            return Err(Error::unprocessable(format!(
+                "model config: {} attention heads cannot share {} key-value heads",
+                self.heads, self.kv_heads
+            )));
+        }
+        Ok(self)
+    }
+
+    /// `(out_features, in_features)` of a projection.
+    pub fn shape(&self, projection: Projection) -> (usize, usize) {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        match projection {
+            Projection::Q => (q, self.hidden_size),
+            Projection::K | Projection::V => (kv, self.hidden_size),
+            Projection::O => (self.hidden_size, q),
+            Projection::Gate | Projection::Up => (self.intermediate_size, self.hidden_size),
+            Projection::Down => (self.hidden_size, self.intermediate_size),
+        }
+    }
+
+    /// Every linear layer inside the decoder blocks, in the order of the layers.
+    pub fn target_modules(&self) -> Vec<TargetModule> {
+        (0..self.layers)
+            .flat_map(|layer| {
+                Projection::ALL.map(|projection| {
+                    let (out_features, in_features) = self.shape(projection);
+                    let name = format!("model.layers.{layer}.{}", projection.path());
+                    TargetModule { name, layer, projection, out_features, in_features }
+                })
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,48 @@
+//! What the engine asks of a model.
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::lora::PackedAdapter;
+
+/// What a [`Work`] wants back from a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// Nothing: a prefill chunk that is not the last.
+    None,
+    /// Logits over the vocabulary of the last row: `[vocab_size]`.
+    LastLogits,
+    /// Logits over the vocabulary of the last `n` rows: `[n * vocab_size]`, row-major.
+    Logits(usize),
+    /// Logits of the adapter's classification head at the last row: `[labels]`.
+    Head,
+}
+
+/// The part of one sequence that a step computes: `tokens` at positions `start..start + tokens.len()`.
+#[derive(Debug, Clone)]
+pub struct Work {
+    pub tokens: Vec<u32>,
+    /// Position of the first of `tokens`. Keys and values of all earlier positions are in `blocks` already.
+    pub start: usize,
+    /// The sequence's block table. Position `p` lives in slot `p % block_size` of `blocks[p / block_size]`.
+    /// It covers at least `start + tokens.len()` positions.
+    pub blocks: Vec<u32>,
+    /// `None` is the base.
+    pub adapter: Option<Arc<PackedAdapter>>,
+    pub output: Output,
+}
+
+/// A model that computes one step for any mix of sequences, adapters, prefill chunks and decode tokens.
+///
+/// The result for one [`Work`] must not depend on what else is in the step, nor on how a prompt was cut into chunks.
+pub trait Model: Send {
+    fn vocab_size(&self) -> usize;
+    /// Longest sequence in tokens.
+    fn context(&self) -> usize;
+    /// Tokens a block of the KV cache holds.
+    fn block_size(&self) -> usize;
+    /// Blocks in the KV cache.
+    fn blocks(&self) -> usize;
+    /// Computes a step and returns one vector per work, in order; its length is as [`Output`] says.
+    fn step(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>>;
+}

@@ -1,0 +1,89 @@
+//! The one error type: what went wrong, in words a caller can act on, and whose turn it is to act.
+
+use std::fmt::Display;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Who can do something about an error. The HTTP layer maps each kind to one status code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// 400: the request itself is wrong.
+    BadRequest,
+    /// 401: a key is missing or wrong.
+    Unauthorized,
+    /// 403: the key is good but may not do this.
+    Forbidden,
+    /// 404: no such adapter, model or route.
+    NotFound,
+    /// 409: the name is taken, or the generation is not the expected one.
+    Conflict,
+    /// 413: more bytes than the limit.
+    TooLarge,
+    /// 422: an adapter that is malformed or does not fit the base.
+    Unprocessable,
+    /// 429: the queue is full.
+    QueueFull,
+    /// 503: loading, draining or stopped.
+    Unavailable,
+    /// 500: our fault.
+    Internal,
+}
+
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    pub kind: ErrorKind,
+    /// What was found and what was expected.
+    pub message: String,
+    /// The request field at fault, where there is one.
+    pub param: Option<String>,
+}
+
+impl Error {
+    pub fn new(kind: ErrorKind, message: impl Display) -> Self {
+        Error { kind, message: message.to_string(), param: None }
+    }
+    pub fn bad_request(message: impl Display) -> Self {
+        Self::new(ErrorKind::BadRequest, message)
+    }
+    pub fn not_found(message: impl Display) -> Self {
+        Self::new(ErrorKind::NotFound, message)
+    }
+    pub fn conflict(message: impl Display) -> Self {
+        Self::new(ErrorKind::Conflict, message)
+    }
+    pub fn too_large(message: impl Display) -> Self {
+        Self::new(ErrorKind::TooLarge, message)
+    }
+    pub fn unprocessable(message: impl Display) -> Self {
+        Self::new(ErrorKind::Unprocessable, message)
+    }
+    pub fn unavailable(message: impl Display) -> Self {
+        Self::new(ErrorKind::Unavailable, message)
+    }
+    pub fn internal(message: impl Display) -> Self {
+        Self::new(ErrorKind::Internal, message)
+    }
+    /// Names the request field at fault.
+    pub fn param(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+    /// Puts where it happened in front of the message.
+    pub fn context(mut self, context: impl Display) -> Self {
+        self.message = format!("{context}: {}", self.message);
+        self
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(e: candle_core::Error) -> Self {
+        Error::internal(e)
+    }
+}
+
+impl From<std::io::Error> for Error {
+    fn from(e: std::io::Error) -> Self {
+        Error::internal(e)
+    }
+}

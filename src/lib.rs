@@ -1,0 +1,19 @@
+//! loramux serves one frozen base model with many LoRA adapters beside it.
+//!
+//! The layers, each knowing only the ones below it:
+//!
+//! - [`server`]: HTTP dialects into one internal request, events back out
+//! - [`engine`]: scheduler, paged KV cache blocks, sampler; one thread steps the model
+//! - [`adapter`]: PEFT files to validated adapters, the registry of them, the store on disk
+//! - [`lora`]: the batched low-rank delta for rows grouped by adapter
+//! - [`base`]: configuration, weights, tokenizer, chat template and the decoder
+
+pub mod adapter;
+pub mod base;
+pub mod engine;
+pub mod error;
+pub mod lora;
+pub mod metrics;
+pub mod server;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,160 @@
+//! Prometheus metrics of the whole process.
+
+use std::collections::HashSet;
+use std::sync::Mutex;
+
+use prometheus::{
+    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
+};
+
+/// Adapter names that get a label value of their own; later ones are counted under `other`.
+const MAX_ADAPTER_LABELS: usize = 1000;
+
+/// Every metric, registered once. Engine and registry set what they know; the server counts requests.
+pub struct Metrics {
+    registry: Registry,
+    adapter_labels: Mutex<HashSet<String>>,
+    pub requests: IntCounterVec,
+    pub request_seconds: HistogramVec,
+    pub ttft_seconds: Histogram,
+    pub token_seconds: Histogram,
+    pub prompt_tokens: IntCounterVec,
+    pub generated_tokens: IntCounterVec,
+    pub batch_sequences: Histogram,
+    pub batch_adapters: Histogram,
+    pub queue_length: IntGauge,
+    pub kv_blocks: IntGaugeVec,
+    pub preemptions: IntCounter,
+    pub adapters: IntGaugeVec,
+    pub adapter_bytes: IntGaugeVec,
+    pub adapter_load_seconds: HistogramVec,
+    pub base_bytes: IntGauge,
+    pub vllm_waiting: IntGauge,
+    pub vllm_running: IntGauge,
+    pub vllm_kv_usage: prometheus::Gauge,
+    pub vllm_cache_config: IntGaugeVec,
+    pub vllm_lora: GaugeVec,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let seconds = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+        let counts = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
+        // Names and labels are constants, so registration can only fail by a mistake in this function.
+        macro_rules! register {
+            ($metric:expr) => {{
+                let metric = $metric.expect("metric name and labels are valid");
+                registry.register(Box::new(metric.clone())).expect("metric names are distinct");
+                metric
+            }};
+        }
+        let counter = |name, help, labels: &[&str]| IntCounterVec::new(Opts::new(name, help), labels);
+        let gauge = |name, help, labels: &[&str]| IntGaugeVec::new(Opts::new(name, help), labels);
+        let histogram = |name, help, buckets: &[f64]| {
+            Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))
+        };
+        let histograms = |name, help, labels: &[&str]| {
+            HistogramVec::new(HistogramOpts::new(name, help).buckets(seconds.to_vec()), labels)
+        };
+        Metrics {
+            adapter_labels: Mutex::default(),
+            requests: register!(counter(
+                "loramux_requests_total",
+                "Requests answered",
+                &["route", "adapter", "status"]
+            )),
+            request_seconds: register!(histograms(
+                "loramux_request_seconds",
+                "Time from a request's arrival to the last byte of its answer",
+                &["route"]
+            )),
+            ttft_seconds: register!(histogram(
+                "loramux_ttft_seconds",
+                "Time from a request's arrival in the engine to its first token",
+                &seconds
+            )),
+            token_seconds: register!(histogram("loramux_token_seconds", "Time between a sequence's tokens", &seconds)),
+            prompt_tokens: register!(counter("loramux_prompt_tokens_total", "Prompt tokens taken in", &["adapter"])),
+            generated_tokens: register!(counter("loramux_generated_tokens_total", "Tokens generated", &["adapter"])),
+            batch_sequences: register!(histogram("loramux_batch_sequences", "Sequences in a step", &counts)),
+            batch_adapters: register!(histogram("loramux_batch_adapters", "Distinct adapters in a step", &counts)),
+            queue_length: register!(IntGauge::new("loramux_queue_length", "Requests that wait")),
+            kv_blocks: register!(gauge(
+                "loramux_kv_blocks",
+                "Blocks of the KV cache: used, cached (unused but still holding a prefix) or free",
+                &["state"]
+            )),
+            preemptions: register!(IntCounter::new(
+                "loramux_preemptions_total",
+                "Sequences put back into the queue for want of KV cache blocks"
+            )),
+            adapters: register!(gauge("loramux_adapters", "Adapters by memory tier", &["tier"])),
+            adapter_bytes: register!(gauge("loramux_adapter_bytes", "Bytes of adapters by memory tier", &["tier"])),
+            adapter_load_seconds: register!(histograms(
+                "loramux_adapter_load_seconds",
+                "Time to make an adapter ready for a batch",
+                &["from"]
+            )),
+            base_bytes: register!(IntGauge::new("loramux_base_bytes", "Bytes of the base model's weights in memory")),
+            vllm_waiting: register!(IntGauge::new("vllm:num_requests_waiting", "Requests that wait")),
+            vllm_running: register!(IntGauge::new("vllm:num_requests_running", "Requests in the running batch")),
+            vllm_kv_usage: register!(prometheus::Gauge::new(
+                "vllm:kv_cache_usage_perc",
+                "Share of the KV cache's blocks in use, 0 to 1"
+            )),
+            vllm_cache_config: register!(gauge(
+                "vllm:cache_config_info",
+                "Shape of the KV cache",
+                &["block_size", "num_gpu_blocks"]
+            )),
+            vllm_lora: register!(GaugeVec::new(
+                Opts::new(
+                    "vllm:lora_requests_info",
+                    "Adapters with running and waiting requests; the value is a Unix time"
+                ),
+                &["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+            )),
+            registry,
+        }
+    }
+
+    /// The label value for an adapter: its name, or `other` once there are too many names; `base` without an adapter.
+    pub fn adapter_label<'a>(&self, adapter: Option<&'a str>) -> &'a str {
+        let Some(name) = adapter else { return "base" };
+        let mut labels = self.adapter_labels.lock().unwrap_or_else(|e| e.into_inner());
+        if labels.contains(name) {
+            return name;
+        }
+        if labels.len() >= MAX_ADAPTER_LABELS {
+            return "other";
+        }
+        labels.insert(name.to_string());
+        name
+    }
+
+    /// Sets `vllm:lora_requests_info`. Only one combination of adapter names exists at a time, as in vLLM.
+    pub fn set_lora_requests(&self, max: usize, running: &[&str], waiting: &[&str]) {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        self.vllm_lora.reset();
+        self.vllm_lora
+            .with_label_values(&[max.to_string().as_str(), &running.join(","), &waiting.join(",")])
+            .set(now.as_secs_f64());
+    }
+
+    /// The text exposition format.
+    pub fn render(&self) -> String {
+        let mut out = Vec::new();
+        if let Err(e) = TextEncoder::new().encode(&self.registry.gather(), &mut out) {
+            tracing::error!("metrics could not be written: {e}");
+        }
+        String::from_utf8_lossy(&out).into_owned()
+    }
+}
