@@ -1,13 +1,21 @@
 //! The frozen base model: where it comes from, its configuration, weights, tokenizer, chat template and decoder.
 
+mod attention;
 mod chat;
 mod config;
+mod decoder;
+mod kv;
+pub mod matmul;
+pub mod simd;
 mod source;
 mod tokenizer;
 mod weights;
 
+pub use attention::SequenceRows;
 pub use chat::ChatTemplate;
 pub use config::{ModelConfig, Projection, TargetModule};
+pub use decoder::{Decoder, DecoderOptions, Delta, Kernels, NoDelta, Site};
+pub use kv::{BLOCK, KvCache};
 pub use source::{Base, DEFAULT_MODEL, fetch};
 pub use tokenizer::Tokenizer;
 pub use weights::{RawTensor, Stored, Weights};

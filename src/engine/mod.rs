@@ -3,7 +3,9 @@
 mod engine;
 mod model;
 mod request;
+mod runner;
 
 pub use engine::{Engine, EngineOptions};
 pub use model::{Model, Output, Work};
 pub use request::{Choice, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};
+pub use runner::Runner;

@@ -1,0 +1,209 @@
+//! Causal attention with grouped queries over the paged KV cache.
+
+use std::ops::Range;
+
+use candle_core::{D, DType, Tensor};
+use rayon::prelude::*;
+
+use crate::Result;
+use crate::base::ModelConfig;
+use crate::base::kv::{BLOCK, LayerCache, value_width};
+use crate::base::simd::{self, LANES, Rows, Simd};
+
+/// The rows of a step that belong to one sequence.
+#[derive(Debug, Clone)]
+pub struct SequenceRows<'a> {
+    /// Rows of the step, in the order of their positions.
+    pub rows: Range<usize>,
+    /// Position of the first row.
+    pub start: usize,
+    /// Block table; position `p` lives in slot `p % BLOCK` of `blocks[p / BLOCK]`.
+    pub blocks: &'a [u32],
+}
+
+impl SequenceRows<'_> {
+    fn slot(&self, position: usize) -> usize {
+        self.blocks[position / BLOCK] as usize * BLOCK + position % BLOCK
+    }
+}
+
+/// Rotation of each row's heads by its position (RoFormer, arXiv 2104.09864), halves split as in Hugging Face's Llama.
+pub(super) struct Rope {
+    /// `[rows, head_dim / 2]`.
+    pub cos: Vec<f32>,
+    pub sin: Vec<f32>,
+}
+
+impl Rope {
+    pub fn new(config: &ModelConfig, sequences: &[SequenceRows]) -> Self {
+        let (half, theta) = (config.head_dim / 2, config.rope_theta as f32);
+        let inverse: Vec<f32> = (0..half).map(|i| 1.0 / theta.powf(2.0 * i as f32 / config.head_dim as f32)).collect();
+        let rows = sequences.iter().map(|s| s.rows.end).max().unwrap_or(0);
+        let (mut cos, mut sin) = (vec![0.0; rows * half], vec![0.0; rows * half]);
+        for s in sequences {
+            for (i, row) in s.rows.clone().enumerate() {
+                for (j, f) in inverse.iter().enumerate() {
+                    let angle = (s.start + i) as f32 * f;
+                    (sin[row * half + j], cos[row * half + j]) = angle.sin_cos();
+                }
+            }
+        }
+        Rope { cos, sin }
+    }
+
+    /// Rotates one head `x` of `row` into `out` and scales it.
+    fn rotate(&self, row: usize, x: &[f32], scale: f32, out: &mut [f32]) {
+        let half = x.len() / 2;
+        let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
+        let ((x1, x2), (o1, o2)) = (x.split_at(half), out.split_at_mut(half));
+        for i in 0..half {
+            o1[i] = (x1[i] * cos[i] - x2[i] * sin[i]) * scale;
+            o2[i] = (x2[i] * cos[i] + x1[i] * sin[i]) * scale;
+        }
+    }
+}
+
+/// Writes the step's keys and values into the cache and returns the attention's output `[rows, heads * head_dim]`.
+/// `qkv` is `[rows, (heads + 2 * kv_heads) * head_dim]`.
+///
+/// Each row is computed on its own, over blocks in ascending order: its result does not depend on the other rows.
+pub(super) fn packed(
+    simd: Simd,
+    config: &ModelConfig,
+    rope: &Rope,
+    sequences: &[SequenceRows],
+    qkv: &[f32],
+    cache: &mut LayerCache,
+) -> Vec<f32> {
+    let LayerCache::Cpu { keys, values } = cache else { unreachable!("the decoder made its own cache") };
+    let (hd, kv_heads, vw) = (config.head_dim, config.kv_heads, value_width(config));
+    let (group, q_width) = (config.heads / kv_heads, config.heads * hd);
+    let width = q_width + 2 * kv_heads * hd;
+    let rows = qkv.len() / width;
+    let scale = 1.0 / (hd as f32).sqrt();
+
+    let mut queries = vec![0.0; rows * q_width];
+    let mut key = vec![0.0; hd];
+    for s in sequences {
+        for (i, row) in s.rows.clone().enumerate() {
+            let x = &qkv[row * width..][..width];
+            let heads = queries[row * q_width..][..q_width].chunks_exact_mut(hd).zip(x.chunks_exact(hd));
+            heads.for_each(|(out, x)| rope.rotate(row, x, scale, out));
+            let (block, slot) = (s.slot(s.start + i) / BLOCK, s.slot(s.start + i) % BLOCK);
+            for head in 0..kv_heads {
+                rope.rotate(row, &x[q_width + head * hd..][..hd], 1.0, &mut key);
+                let at = (block * kv_heads + head) * hd * BLOCK;
+                for (d, &k) in key.iter().enumerate() {
+                    keys[at + d * BLOCK + slot] = k;
+                }
+                let value = &x[q_width + (kv_heads + head) * hd..][..hd];
+                let at = ((block * kv_heads + head) * BLOCK + slot) * vw;
+                values[at..at + hd].copy_from_slice(value);
+            }
+        }
+    }
+
+    let (keys, values) = (&*keys, &*values);
+    let of_row = |row: usize| sequences.iter().find(|s| s.rows.contains(&row)).expect("every row has its sequence");
+    let mut out = vec![0.0; rows * q_width];
+    // Output heads that share a key-value head lie side by side, so a task's output is one chunk.
+    let attend = |(scores, sums): &mut (Vec<f32>, Vec<f32>), task: usize, out: &mut [f32]| {
+        let (row, head) = (task / kv_heads, task % kv_heads);
+        let s = of_row(row);
+        let visible = s.start + row - s.rows.start + 1;
+        let blocks = &s.blocks[..visible.div_ceil(BLOCK)];
+        let span = blocks.len() * BLOCK;
+        scores.clear();
+        scores.resize(group * span, 0.0);
+        let q = Rows { data: &queries[row * q_width + head * group * hd..][..group * hd], stride: hd };
+        for (i, &block) in blocks.iter().enumerate() {
+            let k = &keys[(block as usize * kv_heads + head) * hd * BLOCK..][..hd * BLOCK];
+            simd::multiply(simd, group, hd, q, Rows { data: k, stride: BLOCK }, &mut scores[i * BLOCK..], span);
+        }
+        sums.clear();
+        sums.extend(scores.chunks_exact_mut(span).map(|s| simd::softmax(simd, &mut s[..visible])));
+        let sum_panel = |panel: usize, acc: &mut [f32]| {
+            for (i, &block) in blocks.iter().enumerate() {
+                // Slots past the row's own position may hold anything, so they are left out, not multiplied by 0.
+                let slots = BLOCK.min(visible - i * BLOCK);
+                let v = &values[(block as usize * kv_heads + head) * BLOCK * vw..][..BLOCK * vw];
+                let p = Rows { data: &scores[i * BLOCK..], stride: span };
+                simd::multiply(simd, group, slots, p, Rows { data: &v[panel..], stride: vw }, acc, LANES);
+            }
+        };
+        let mut acc = vec![0.0; group * LANES];
+        for panel in (0..hd).step_by(LANES) {
+            acc.fill(0.0);
+            sum_panel(panel, &mut acc);
+            let lanes = LANES.min(hd - panel);
+            for (g, sum) in sums.iter().enumerate() {
+                for lane in 0..lanes {
+                    out[g * hd + panel + lane] = acc[g * LANES + lane] / sum;
+                }
+            }
+        }
+    };
+    let work: usize = sequences.iter().map(|s| s.rows.len() * (s.start + s.rows.len())).sum::<usize>() * q_width;
+    let scratch = || (Vec::new(), Vec::new());
+    if work < 1 << 16 {
+        let mut scratch = scratch();
+        out.chunks_exact_mut(group * hd).enumerate().for_each(|(task, out)| attend(&mut scratch, task, out));
+    } else {
+        let chunks = out.par_chunks_exact_mut(group * hd).enumerate();
+        chunks.for_each_init(scratch, |scratch, (task, out)| attend(scratch, task, out));
+    }
+    out
+}
+
+/// The same by candle's operations, on any device.
+pub(super) fn tensors(
+    config: &ModelConfig,
+    rope: &Rope,
+    sequences: &[SequenceRows],
+    qkv: &Tensor,
+    cache: &mut LayerCache,
+) -> Result<Tensor> {
+    let LayerCache::Tensor { keys, values } = cache else { unreachable!("the decoder made its own cache") };
+    let (hd, heads, kv_heads) = (config.head_dim, config.heads, config.kv_heads);
+    let (rows, _) = qkv.dims2()?;
+    let (device, dtype) = (qkv.device(), qkv.dtype());
+    let rotate = |x: Tensor, heads: usize| -> Result<Tensor> {
+        let table = |t: &[f32]| Tensor::from_slice(t, (rows, hd / 2), device)?.to_dtype(dtype);
+        let x = x.reshape((rows, heads, hd))?.transpose(0, 1)?.unsqueeze(0)?.contiguous()?;
+        let x = candle_nn::rotary_emb::rope(&x, &table(&rope.cos)?, &table(&rope.sin)?)?;
+        Ok(x.squeeze(0)?.transpose(0, 1)?.contiguous()?)
+    };
+    let q = rotate(qkv.narrow(1, 0, heads * hd)?, heads)?;
+    let k = rotate(qkv.narrow(1, heads * hd, kv_heads * hd)?, kv_heads)?.reshape((rows, kv_heads * hd))?;
+    let v = qkv.narrow(1, (heads + kv_heads) * hd, kv_heads * hd)?.contiguous()?;
+    let mut slots = vec![0u32; rows];
+    for s in sequences {
+        s.rows.clone().enumerate().for_each(|(i, row)| slots[row] = s.slot(s.start + i) as u32);
+    }
+    let index = Tensor::from_vec(slots, (rows, 1), device)?.broadcast_as((rows, kv_heads * hd))?.contiguous()?;
+    keys.scatter_set(&index, &k, 0)?;
+    values.scatter_set(&index, &v, 0)?;
+
+    let mut out = Vec::with_capacity(sequences.len());
+    for s in sequences {
+        let (m, length) = (s.rows.len(), s.start + s.rows.len());
+        let slots: Vec<u32> = (0..length).map(|p| s.slot(p) as u32).collect();
+        let slots = Tensor::from_vec(slots, length, device)?;
+        let fetch =
+            |t: &Tensor| t.index_select(&slots, 0)?.reshape((length, kv_heads, hd))?.transpose(0, 1)?.contiguous();
+        let (k, v) = (fetch(keys)?, fetch(values)?);
+        // Queries that share a key-value head become rows of one product: [kv_heads, group * m, head_dim].
+        let q = q.narrow(0, s.rows.start, m)?.transpose(0, 1)?.contiguous()?;
+        let q = q.reshape((kv_heads, heads / kv_heads * m, hd))?;
+        let scores = (q.matmul(&k.t()?)?.to_dtype(DType::F32)? * (1.0 / (hd as f64).sqrt()))?;
+        let mask: Vec<f32> = (0..m)
+            .flat_map(|i| (0..length).map(move |p| if p <= s.start + i { 0.0 } else { f32::NEG_INFINITY }))
+            .collect();
+        let mask = Tensor::from_vec(mask, (1, 1, m, length), device)?;
+        let scores = scores.reshape((kv_heads, heads / kv_heads, m, length))?.broadcast_add(&mask)?;
+        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(dtype)?;
+        let y = weights.reshape((kv_heads, heads / kv_heads * m, length))?.matmul(&v)?;
+        out.push(y.reshape((heads, m, hd))?.transpose(0, 1)?.reshape((m, heads * hd))?);
+    }
+    Ok(Tensor::cat(&out, 0)?)
+}
