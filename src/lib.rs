@@ -2,6 +2,7 @@
 //!
 //! The layers, each knowing only the ones below it:
 //!
+//! - [`cli`]: the program: options, one-shot commands, the load benchmark
 //! - [`server`]: HTTP dialects into one internal request, events back out
 //! - [`engine`]: scheduler, paged KV cache blocks, sampler; one thread steps the model
 //! - [`adapter`]: PEFT files to validated adapters, the registry of them, the store on disk
@@ -10,6 +11,7 @@
 
 pub mod adapter;
 pub mod base;
+pub mod cli;
 pub mod engine;
 pub mod error;
 pub mod lora;

@@ -1,1 +1,11 @@
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match loramux::cli::run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -216,6 +216,20 @@ impl Decoder {
         layers.chain([&self.embedding]).chain(&self.lm_head).map(linear).sum::<usize>() + norms
     }
 
+    /// The formats that the packed matrices have, for people.
+    pub fn stored_as(&self) -> String {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
+        let mut names = Vec::new();
+        for linear in layers.chain([&self.embedding]).chain(&self.lm_head) {
+            if let Linear::Packed(parts) = linear {
+                names.extend(parts.iter().map(|m| format!("{:?}", m.format()).to_lowercase()));
+            }
+        }
+        names.sort();
+        names.dedup();
+        names.join("+")
+    }
+
     /// A cache of as many blocks as fit into `bytes`, at least one.
     pub fn cache(&self, bytes: usize) -> Result<KvCache> {
         let (plain, dtype) = match self.options.kernels {

@@ -1,0 +1,86 @@
+//! `loramux adapters`: adapter directories, and the adapters of a running server.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::args::AdaptersCommand;
+use super::client::Client;
+use crate::base::Base;
+use crate::{Error, Result, adapter};
+
+pub async fn run(command: AdaptersCommand) -> Result<()> {
+    match command {
+        AdaptersCommand::List { server } => {
+            let client = Client::new(&server.url)?;
+            let answer = client.json(client.http.get(client.at("/v1/adapters"))).await?;
+            let rows = answer["adapters"].as_array().map(Vec::as_slice).unwrap_or_default();
+            println!(
+                "{:<32} {:<12} {:<6} {:>5} {:>12} {:>10}",
+                "NAME", "GENERATION", "TIER", "RANK", "BYTES", "IN FLIGHT"
+            );
+            for a in rows {
+                let text = |key: &str| a[key].as_str().unwrap_or("-").to_string();
+                let generation: String = text("generation").chars().take(12).collect();
+                println!(
+                    "{:<32} {generation:<12} {:<6} {:>5} {:>12} {:>10}",
+                    text("name"),
+                    text("tier"),
+                    a["rank"],
+                    a["bytes"],
+                    a["in_flight"]
+                );
+            }
+            Ok(())
+        }
+        AdaptersCommand::Inspect { directory } => {
+            println!("{}", adapter::inspect(&directory, None)?);
+            Ok(())
+        }
+        AdaptersCommand::Verify { directory, model } => {
+            let base = Base::open(&model)?;
+            println!("{}", adapter::inspect(&directory, Some(&base.config))?);
+            println!("{} fits {}", directory.display(), base.id);
+            Ok(())
+        }
+        AdaptersCommand::Push { name, directory, if_match, server } => {
+            let client = Client::new(&server.url)?;
+            let mut request = client.http.put(client.at(&format!("/v1/adapters/{name}"))).multipart(form(&directory)?);
+            if let Some(generation) = if_match {
+                request = request.header("If-Match", format!("\"{generation}\""));
+            }
+            let info = client.json(request).await?;
+            println!("{name} {}", info["generation"].as_str().unwrap_or("-"));
+            Ok(())
+        }
+        AdaptersCommand::Rm { name, server } => {
+            let client = Client::new(&server.url)?;
+            let request = client.http.delete(client.at(&format!("/v1/adapters/{name}")));
+            let _: Value = client.json(request).await?;
+            println!("{name} removed");
+            Ok(())
+        }
+    }
+}
+
+/// The files of an adapter directory as the upload's form.
+fn form(directory: &Path) -> Result<reqwest::multipart::Form> {
+    let mut form = reqwest::multipart::Form::new();
+    let files = [
+        ("config", "adapter_config.json", true),
+        ("weights", "adapter_model.safetensors", true),
+        ("labels", "labels.json", false),
+        ("labels", "labels.txt", false),
+    ];
+    for (field, name, needed) in files {
+        let path = directory.join(name);
+        match std::fs::read(&path) {
+            Ok(bytes) => {
+                form = form.part(field, reqwest::multipart::Part::bytes(bytes).file_name(name));
+            }
+            Err(e) if needed => return Err(Error::bad_request(format!("{}: {e}", path.display()))),
+            Err(_) => {}
+        }
+    }
+    Ok(form)
+}

@@ -1,0 +1,224 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::bytes::Bytes;
+use crate::base::DEFAULT_MODEL;
+
+/// Serves one base LLM with many LoRA adapters: every request names its adapter, and all share every batch.
+#[derive(Parser)]
+#[command(name = "loramux", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Serve the base and its adapters over HTTP
+    Serve(ServeArgs),
+    /// Continue a prompt once, without a server
+    Generate(GenerateArgs),
+    /// Classify texts once, without a server
+    Classify(ClassifyArgs),
+    /// Look at adapter directories, or manage the adapters of a running server
+    #[command(subcommand)]
+    Adapters(AdaptersCommand),
+    /// Measure
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// Make a base model local and print its path
+    Fetch {
+        /// Hub id, `org/name[@revision]`
+        #[arg(default_value = DEFAULT_MODEL)]
+        model: String,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// What the file holds on a CPU, bf16 on a GPU
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Quantize {
+    None,
+    /// 8 bits a weight, one scale for 32 weights
+    Q8,
+    /// 4 bits a weight, one scale and minimum for 32 weights
+    Q4,
+}
+
+#[derive(Args, Clone)]
+pub struct ModelArgs {
+    /// Base model: a Hugging Face directory, a .gguf file, or a hub id org/name[@revision]
+    #[arg(long, env = "LORAMUX_MODEL", value_name = "SRC", default_value = DEFAULT_MODEL)]
+    pub model: String,
+    /// Folder of adapters, one folder each, named after it; only read. Repeatable
+    #[arg(long, env = "LORAMUX_ADAPTERS", value_name = "DIR", value_delimiter = ':')]
+    pub adapters: Vec<PathBuf>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto")]
+    pub device: String,
+    /// Numbers that weights are held in; products on a CPU are always summed in f32
+    #[arg(long, env = "LORAMUX_DTYPE", value_enum, default_value = "auto")]
+    pub dtype: Dtype,
+    /// Quantise the base's matrices at load (CPU)
+    #[arg(long, env = "LORAMUX_QUANTIZE", value_enum, default_value = "none")]
+    pub quantize: Quantize,
+    /// Memory of the KV cache
+    #[arg(long, env = "LORAMUX_KV_MEMORY", value_name = "SIZE", default_value = "1GiB")]
+    pub kv_memory: Bytes,
+    /// Memory of adapters that are ready for a batch
+    #[arg(long, env = "LORAMUX_ADAPTER_MEMORY", value_name = "SIZE", default_value = "1GiB")]
+    pub adapter_memory: Bytes,
+    /// Threads of the CPU kernels; 0 is one a core
+    #[arg(long, env = "LORAMUX_THREADS", default_value_t = 0)]
+    pub threads: usize,
+}
+
+#[derive(Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Where uploads live and survive restarts [default: loramux in the user's data directory]
+    #[arg(long, env = "LORAMUX_STORE", value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// Address and port
+    #[arg(long, env = "LORAMUX_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:8080")]
+    pub listen: String,
+    /// Sequences in a step at most
+    #[arg(long, env = "LORAMUX_MAX_SEQUENCES", default_value_t = 64)]
+    pub max_sequences: usize,
+    /// Tokens in a step at most, prompts and continuations together
+    #[arg(long, env = "LORAMUX_MAX_BATCH_TOKENS", default_value_t = 512)]
+    pub max_batch_tokens: usize,
+    /// Requests that wait at most; one more is answered 429
+    #[arg(long, env = "LORAMUX_MAX_QUEUE", default_value_t = 1024)]
+    pub max_queue: usize,
+    /// Largest upload, also after unpacking
+    #[arg(long, env = "LORAMUX_MAX_UPLOAD", value_name = "SIZE", default_value = "1GiB")]
+    pub max_upload: Bytes,
+    /// Let clients name directories of this machine in /v1/load_lora_adapter
+    #[arg(long, env = "LORAMUX_ALLOW_LOCAL_PATHS")]
+    pub allow_local_paths: bool,
+    /// TOML file with these options by their long names; flags and environment go first
+    #[arg(long, env = "LORAMUX_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Name of an adapter in --adapters, or the path of an adapter directory; without it the base answers
+    #[arg(long)]
+    pub adapter: Option<String>,
+    /// Put the prompt into the model's chat template as a user's message
+    #[arg(long)]
+    pub chat: bool,
+    #[arg(long, default_value_t = 128)]
+    pub max_tokens: usize,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// End before this text; repeatable
+    #[arg(long)]
+    pub stop: Vec<String>,
+    /// `-` reads standard input
+    pub prompt: String,
+}
+
+#[derive(Args)]
+pub struct ClassifyArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Name of an adapter in --adapters, or the path of an adapter directory, with a classification head
+    #[arg(long)]
+    pub adapter: String,
+    /// Texts; none reads one a line from standard input. One JSON object a line is printed
+    pub inputs: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct ServerArgs {
+    /// The server
+    #[arg(long, env = "LORAMUX_URL", default_value = "http://127.0.0.1:8080")]
+    pub url: String,
+}
+
+#[derive(Subcommand)]
+pub enum AdaptersCommand {
+    /// Adapters of a running server
+    List {
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// What an adapter directory holds
+    Inspect { directory: PathBuf },
+    /// Check an adapter directory against a base
+    Verify {
+        directory: PathBuf,
+        /// Base model, as for `serve`
+        #[arg(long, env = "LORAMUX_MODEL", value_name = "SRC", default_value = DEFAULT_MODEL)]
+        model: String,
+    },
+    /// Upload an adapter directory to a running server
+    Push {
+        name: String,
+        directory: PathBuf,
+        /// Only if the name stands for this generation now
+        #[arg(long)]
+        if_match: Option<String>,
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Remove an uploaded adapter from a running server
+    Rm {
+        name: String,
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum BenchCommand {
+    /// Load a running server with clients that each wait for their answer before they ask again
+    Serve(BenchServeArgs),
+}
+
+#[derive(Args)]
+pub struct BenchServeArgs {
+    #[command(flatten)]
+    pub server: ServerArgs,
+    /// Clients at the same time
+    #[arg(long, default_value_t = 8)]
+    pub clients: usize,
+    /// Requests of each client
+    #[arg(long, default_value_t = 4)]
+    pub requests: usize,
+    /// Tokens that each request generates
+    #[arg(long, default_value_t = 64)]
+    pub max_tokens: usize,
+    /// Tokens of each prompt
+    #[arg(long, default_value_t = 64)]
+    pub prompt_tokens: usize,
+    /// Adapters the clients take turns with; none is the base
+    #[arg(long, value_delimiter = ',')]
+    pub adapters: Vec<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,50 @@
+//! The HTTP client of the commands that talk to a running server.
+
+use serde_json::Value;
+
+use crate::{Error, ErrorKind, Result};
+
+pub struct Client {
+    pub http: reqwest::Client,
+    url: String,
+}
+
+impl Client {
+    pub fn new(url: &str) -> Result<Self> {
+        if !url.starts_with("http://") && !url.starts_with("https://") {
+            return Err(Error::bad_request(format!("{url:?} is not a URL; expected http://HOST:PORT")));
+        }
+        let http = reqwest::Client::builder().connect_timeout(std::time::Duration::from_secs(10)).build();
+        Ok(Client { http: http.map_err(Error::internal)?, url: url.trim_end_matches('/').to_string() })
+    }
+
+    pub fn at(&self, path: &str) -> String {
+        format!("{}{path}", self.url)
+    }
+
+    pub async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response> {
+        request.send().await.map_err(|e| Error::unavailable(format!("no answer from {}: {e}", self.url)))
+    }
+
+    /// The JSON that answers `request`; an error status becomes an error with the server's message.
+    pub async fn json(&self, request: reqwest::RequestBuilder) -> Result<Value> {
+        let response = self.send(request).await?;
+        if !response.status().is_success() {
+            return Err(read_error(response).await);
+        }
+        response.json().await.map_err(|e| Error::internal(format!("{} did not answer with JSON: {e}", self.url)))
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Value> {
+        self.json(self.http.post(self.at(path)).json(body)).await
+    }
+}
+
+/// The message of an error answer.
+pub async fn read_error(response: reqwest::Response) -> Error {
+    let status = response.status();
+    let body = response.text().await.unwrap_or_default();
+    let parsed: Option<Value> = serde_json::from_str(&body).ok();
+    let message = parsed.as_ref().and_then(|v| v["error"]["message"].as_str()).unwrap_or(body.trim());
+    Error::new(ErrorKind::BadRequest, format!("{status}: {message}"))
+}

@@ -1,0 +1,132 @@
+//! The base, its adapters and the engine, put together from the command line's options.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+
+use super::args::{Dtype, ModelArgs, Quantize};
+use crate::adapter::{Registry, RegistryOptions};
+use crate::base::matmul::Format;
+use crate::base::{Base, ChatTemplate, Decoder, DecoderOptions, Kernels, ModelConfig, Tokenizer};
+use crate::engine::{Engine, EngineOptions, Runner};
+use crate::metrics::Metrics;
+use crate::{Error, Result};
+
+/// Limits that only a server has.
+pub struct Limits {
+    pub store: PathBuf,
+    pub max_sequences: usize,
+    pub max_batch_tokens: usize,
+    pub max_queue: usize,
+    pub max_upload: u64,
+}
+
+/// Everything that answers requests.
+pub struct Host {
+    pub base_id: String,
+    pub config: ModelConfig,
+    pub tokenizer: Arc<Tokenizer>,
+    pub chat: Option<Arc<ChatTemplate>>,
+    pub registry: Arc<Registry>,
+    pub engine: Engine,
+    pub metrics: Arc<Metrics>,
+    /// What the weights are held in, for people.
+    pub dtype: String,
+}
+
+impl Host {
+    pub fn start(args: &ModelArgs, limits: Limits) -> Result<Self> {
+        if args.threads > 0 {
+            // Fails only where the pool is there already; then its size stands.
+            let _ = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global();
+        }
+        let device = device(&args.device)?;
+        let base = Base::open(&args.model)?;
+        let kernels = Kernels::for_device(&device);
+        let (format, dtype) = formats(args, &device)?;
+        let metrics = Arc::new(Metrics::new());
+        tracing::info!("loading {} on {}", base.id, if device.is_cpu() { "the CPU" } else { "the GPU" });
+        let options = DecoderOptions { device: device.clone(), kernels, format, dtype };
+        let decoder = Decoder::load(&base.config, &base.weights, options)?;
+        metrics.base_bytes.set(decoder.bytes() as i64);
+        tracing::info!("weights take {:.1} MB", decoder.bytes() as f64 / 1e6);
+        let registry = Registry::open(
+            RegistryOptions {
+                config: base.config.clone(),
+                base: base.id.clone(),
+                device,
+                directories: args.adapters.clone(),
+                store: limits.store,
+                memory: args.adapter_memory.0 as usize,
+                max_upload: limits.max_upload,
+            },
+            metrics.clone(),
+        )?;
+        let described = match format {
+            Some(f) => format!("{f:?}").to_lowercase(),
+            None if kernels == Kernels::Tensor => dtype.as_str().to_string(),
+            None => decoder.stored_as(),
+        };
+        let options = EngineOptions {
+            max_sequences: limits.max_sequences,
+            max_batch_tokens: limits.max_batch_tokens,
+            max_queue: limits.max_queue,
+            eos_tokens: base.config.eos_tokens.clone(),
+        };
+        let runner = Runner::new(decoder, args.kv_memory.0 as usize)?;
+        let engine = Engine::start(Box::new(runner), base.tokenizer.clone(), options, metrics.clone())?;
+        Ok(Host {
+            base_id: base.id,
+            config: base.config,
+            tokenizer: base.tokenizer,
+            chat: base.chat,
+            registry,
+            engine,
+            metrics,
+            dtype: described,
+        })
+    }
+}
+
+fn device(name: &str) -> Result<Device> {
+    let cuda =
+        |ordinal: usize| Device::new_cuda(ordinal).map_err(|e| Error::bad_request(format!("--device {name}: {e}")));
+    match name.split_once(':') {
+        None if name == "cpu" => Ok(Device::Cpu),
+        None if name == "cuda" => cuda(0),
+        None if name == "auto" => Ok(Device::cuda_if_available(0)?),
+        Some(("cuda", n)) if n.parse::<usize>().is_ok() => cuda(n.parse().unwrap_or(0)),
+        _ => Err(Error::bad_request(format!("--device is {name:?}; expected auto, cpu, cuda or cuda:N"))),
+    }
+}
+
+/// Format of packed matrices, and numbers of tensors.
+fn formats(args: &ModelArgs, device: &Device) -> Result<(Option<Format>, DType)> {
+    let quantised = match args.quantize {
+        Quantize::None => None,
+        Quantize::Q8 => Some(Format::Q8),
+        Quantize::Q4 => Some(Format::Q4),
+    };
+    if quantised.is_some() && !device.is_cpu() {
+        return Err(Error::bad_request("--quantize works on a CPU; on a GPU choose --dtype"));
+    }
+    if quantised.is_some() && args.dtype != Dtype::Auto {
+        return Err(Error::bad_request("--quantize and --dtype both choose how weights are held; give one of them"));
+    }
+    Ok(match args.dtype {
+        Dtype::Auto => (quantised, DType::BF16),
+        Dtype::F32 => (Some(Format::F32), DType::F32),
+        Dtype::Bf16 => (Some(Format::Bf16), DType::BF16),
+        Dtype::F16 => (Some(Format::F16), DType::F16),
+    })
+}
+
+/// `loramux` in the user's data directory.
+pub fn default_store() -> Result<PathBuf> {
+    let data = std::env::var_os("XDG_DATA_HOME").filter(|d| !d.is_empty()).map(PathBuf::from);
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/share"));
+    let data =
+        data.or_else(home).ok_or_else(|| Error::bad_request("neither --store nor HOME says where uploads live"))?;
+    Ok(data.join("loramux").join("adapters"))
+}

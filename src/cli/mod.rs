@@ -1,0 +1,53 @@
+//! The `loramux` program.
+
+mod adapters;
+mod args;
+mod bench;
+mod bytes;
+mod client;
+mod config;
+mod host;
+mod oneshot;
+
+use args::{BenchCommand, Cli, Command, ServeArgs};
+use host::{Host, Limits};
+
+use crate::{Result, server};
+
+/// Parses the command line and runs it. Results go to stdout, everything else to stderr.
+pub fn run() -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LORAMUX_LOG");
+    tracing_subscriber::fmt()
+        .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    let Cli { command } = config::parse()?;
+    if let Command::Fetch { model } = &command {
+        println!("{}", crate::base::fetch(model)?.display());
+        return Ok(());
+    }
+    tokio::runtime::Runtime::new()?.block_on(async {
+        match command {
+            Command::Serve(args) => serve(args).await,
+            Command::Generate(args) => oneshot::generate(args).await,
+            Command::Classify(args) => oneshot::classify(args).await,
+            Command::Adapters(command) => adapters::run(command).await,
+            Command::Bench(BenchCommand::Serve(args)) => bench::serve(args).await,
+            Command::Fetch { .. } => unreachable!("answered above"),
+        }
+    })
+}
+
+async fn serve(args: ServeArgs) -> Result<()> {
+    let store = args.store.map_or_else(host::default_store, Ok)?;
+    let limits = Limits {
+        store,
+        max_sequences: args.max_sequences,
+        max_batch_tokens: args.max_batch_tokens,
+        max_queue: args.max_queue,
+        max_upload: args.max_upload.0,
+    };
+    let host = Host::start(&args.model, limits)?;
+    todo!("server state from {} at {} ({})", host.base_id, args.listen, args.allow_local_paths)
+}

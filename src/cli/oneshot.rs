@@ -1,0 +1,123 @@
+//! `loramux generate` and `loramux classify`: the engine without the server.
+
+use std::io::{BufRead, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::args::{ClassifyArgs, GenerateArgs, ModelArgs};
+use super::host::{Host, Limits};
+use crate::engine::{Event, Generate, Request, Sampling, Task};
+use crate::lora::PackedAdapter;
+use crate::{Error, Result};
+
+type NamedAdapter = (Arc<str>, Arc<PackedAdapter>);
+
+/// The base, and the adapter by name or by path. The store is an empty one that goes with the returned folder.
+async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<NamedAdapter>, tempfile::TempDir)> {
+    let store = tempfile::tempdir()?;
+    let limits = Limits {
+        store: store.path().join("store"),
+        max_sequences: 32,
+        max_batch_tokens: 512,
+        max_queue: usize::MAX,
+        max_upload: u64::MAX,
+    };
+    let host = Host::start(args, limits)?;
+    let Some(name) = adapter else { return Ok((host, None, store)) };
+    let path = Path::new(name);
+    let packed = if path.join("adapter_config.json").exists() {
+        let upload = host.registry.upload_from(path)?;
+        host.registry.publish("local", upload, crate::adapter::Condition::Always).await?;
+        host.registry.acquire("local").await?
+    } else {
+        host.registry.acquire(name).await?
+    };
+    Ok((host, Some((name.into(), packed)), store))
+}
+
+pub async fn generate(args: GenerateArgs) -> Result<()> {
+    let (host, adapter, _store) = start(&args.model, args.adapter.as_deref()).await?;
+    let mut text = args.prompt;
+    if text == "-" {
+        text.clear();
+        std::io::stdin().read_to_string(&mut text)?;
+    }
+    let prompt = if args.chat {
+        let chat = host.chat.as_ref().ok_or_else(|| Error::bad_request("the model has no chat template"))?;
+        let text = chat.render(&[json!({ "role": "user", "content": text })], true)?;
+        host.tokenizer.encode(&text, false)?
+    } else {
+        host.tokenizer.encode(&text, true)?
+    };
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        seed: args.seed,
+        ..Sampling::default()
+    };
+    let task = Task::Generate(Generate {
+        max_tokens: args.max_tokens,
+        sampling,
+        stop: args.stop,
+        stop_tokens: vec![],
+        include_stop: false,
+        ignore_eos: false,
+        logprobs: None,
+        n: 1,
+    });
+    let mut events = host.engine.submit(Request { adapter, prompt, task })?;
+    let mut out = std::io::stdout();
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Progress(choice) => {
+                out.write_all(choice.text.as_bytes())?;
+                out.flush()?;
+            }
+            Event::Failed(e) => return Err(e),
+            Event::Done(usage) => {
+                writeln!(out)?;
+                tracing::info!("{} prompt tokens, {} generated", usage.prompt_tokens, usage.completion_tokens);
+            }
+            Event::Classified { .. } | Event::Scored { .. } => {}
+        }
+    }
+    Ok(())
+}
+
+pub async fn classify(args: ClassifyArgs) -> Result<()> {
+    let (host, adapter, _store) = start(&args.model, Some(&args.adapter)).await?;
+    let labels = adapter.as_ref().and_then(|(_, a)| a.labels.clone());
+    let labels =
+        labels.ok_or_else(|| Error::bad_request(format!("adapter {} has no classification head", args.adapter)))?;
+    let inputs = match args.inputs.is_empty() {
+        true => std::io::stdin().lock().lines().collect::<Result<_, _>>()?,
+        false => args.inputs,
+    };
+    let submit = |text: &String| {
+        let prompt = host.tokenizer.encode(text, true)?;
+        host.engine.submit(Request { adapter: adapter.clone(), prompt, task: Task::Classify })
+    };
+    let answers = inputs.iter().map(submit).collect::<Result<Vec<_>>>()?;
+    for (text, mut events) in inputs.iter().zip(answers) {
+        match events.recv().await {
+            Some(Event::Classified { logits, .. }) => {
+                let scores = softmax(&logits);
+                let best = (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap_or(0);
+                let all: serde_json::Map<_, _> = labels.iter().cloned().zip(scores.iter().map(|&s| json!(s))).collect();
+                println!("{}", json!({ "input": text, "label": labels[best], "score": scores[best], "scores": all }));
+            }
+            Some(Event::Failed(e)) => return Err(e),
+            other => return Err(Error::internal(format!("unexpected answer {other:?}"))),
+        }
+    }
+    Ok(())
+}
+
+fn softmax(logits: &[f32]) -> Vec<f32> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|l| (l - max).exp()).sum();
+    logits.iter().map(|l| (l - max).exp() / sum).collect()
+}

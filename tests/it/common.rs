@@ -1,0 +1,139 @@
+//! What the tests share.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use loramux::adapter::Adapter;
+use loramux::base::matmul::Format;
+use loramux::base::simd::Simd;
+use loramux::base::{BLOCK, Base, Decoder, DecoderOptions, Kernels};
+use loramux::engine::{
+    Choice, Engine, EngineOptions, Event, Generate, Model, Output, Request, Runner, Sampling, Task, Work,
+};
+use loramux::lora::PackedAdapter;
+use loramux::metrics::Metrics;
+
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+/// Every implementation of the layers that this machine can run.
+pub const KERNELS: [Kernels; 2] = [Kernels::Packed(Simd::Portable), Kernels::Tensor];
+
+pub fn all_kernels() -> Vec<Kernels> {
+    let mut all = vec![Kernels::Packed(Simd::detect())];
+    all.extend(KERNELS.iter().filter(|k| **k != all[0]));
+    all
+}
+
+pub fn decoder(base: &Base, kernels: Kernels, format: Option<Format>) -> Decoder {
+    let options = DecoderOptions { device: Device::Cpu, kernels, format, dtype: DType::F32 };
+    Decoder::load(&base.config, &base.weights, options).unwrap()
+}
+
+pub fn adapter(base: &Base, directory: &Path, kernels: Kernels) -> Arc<PackedAdapter> {
+    let adapter = Adapter::read(directory, &base.config).unwrap();
+    Arc::new(PackedAdapter::for_kernels(&adapter, &base.config, &Device::Cpu, kernels).unwrap())
+}
+
+pub fn engine(base: &Base, decoder: Decoder, kv_bytes: usize, max_batch_tokens: usize) -> Engine {
+    let options = EngineOptions {
+        max_sequences: 64,
+        max_batch_tokens,
+        max_queue: 10_000,
+        eos_tokens: base.config.eos_tokens.clone(),
+    };
+    let runner = Runner::new(decoder, kv_bytes).unwrap();
+    Engine::start(Box::new(runner), base.tokenizer.clone(), options, Arc::new(Metrics::new())).unwrap()
+}
+
+/// Logits of one step that takes whole prompts, each with blocks of its own.
+pub fn logits(
+    runner: &mut Runner,
+    prompts: &[(&[u32], Option<Arc<PackedAdapter>>, Output)],
+) -> Vec<Vec<f32>> {
+    let mut next_block = 0;
+    let work: Vec<Work> = prompts
+        .iter()
+        .map(|(tokens, adapter, output)| {
+            let blocks = tokens.len().div_ceil(BLOCK) as u32;
+            next_block += blocks;
+            Work {
+                tokens: tokens.to_vec(),
+                start: 0,
+                blocks: (next_block - blocks..next_block).collect(),
+                adapter: adapter.clone(),
+                output: *output,
+            }
+        })
+        .collect();
+    assert!(next_block as usize <= runner.blocks());
+    runner.step(&work).unwrap()
+}
+
+pub fn greedy(max_tokens: usize) -> Generate {
+    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+    Generate {
+        max_tokens,
+        sampling,
+        stop: vec![],
+        stop_tokens: vec![],
+        include_stop: false,
+        ignore_eos: true,
+        logprobs: None,
+        n: 1,
+    }
+}
+
+/// Everything a request was answered with.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub struct Answer {
+    pub choices: Vec<Choice>,
+    pub logits: Vec<f32>,
+}
+
+impl Answer {
+    pub fn tokens(&self) -> &[u32] {
+        &self.choices[0].tokens
+    }
+}
+
+/// Submits all requests at once and waits for all answers.
+pub async fn answers(engine: &Engine, requests: Vec<(Vec<u32>, Option<Arc<PackedAdapter>>, Task)>) -> Vec<Answer> {
+    let submit = |(prompt, adapter, task): (Vec<u32>, Option<Arc<PackedAdapter>>, Task)| {
+        let adapter = adapter.map(|a| (a.generation.as_str().into(), a));
+        engine.submit(Request { adapter, prompt, task }).unwrap()
+    };
+    let receivers: Vec<_> = requests.into_iter().map(submit).collect();
+    let mut all = Vec::new();
+    for mut events in receivers {
+        let mut answer = Answer::default();
+        while let Some(event) = events.recv().await {
+            match event {
+                Event::Progress(c) => {
+                    if answer.choices.len() <= c.index {
+                        answer.choices.resize(c.index + 1, Choice::default());
+                    }
+                    let choice = &mut answer.choices[c.index];
+                    choice.index = c.index;
+                    choice.tokens.extend(c.tokens);
+                    choice.text.push_str(&c.text);
+                    choice.logprobs.extend(c.logprobs);
+                    choice.finish = c.finish;
+                }
+                Event::Classified { logits, .. } => answer.logits = logits,
+                Event::Scored { logprobs, .. } => answer.logits = logprobs,
+                Event::Done(_) => {}
+                Event::Failed(e) => panic!("{e}"),
+            }
+        }
+        all.push(answer);
+    }
+    all
+}
+
+pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}

@@ -1,0 +1,121 @@
+//! The tiny llama against transformers + PEFT: every adapter variant, every position, alone and mixed.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use loramux::adapter::Adapter;
+use loramux::base::{Base, Kernels};
+use loramux::engine::{Output, Runner, Task};
+use loramux::lora::PackedAdapter;
+use serde_json::Value;
+
+use crate::common::*;
+
+const VARIANTS: [&str; 8] = [
+    "qv_r4",
+    "all_r8",
+    "rslora_r8",
+    "rank_alpha_pattern",
+    "layers_1_only",
+    "regex_targets",
+    "all_linear",
+    "exclude_down",
+];
+
+struct Expected {
+    base: Base,
+    prompts: Vec<Vec<u32>>,
+    greedy: Value,
+    logits: HashMap<String, candle_core::Tensor>,
+}
+
+fn expected() -> Expected {
+    let folder = fixtures().join("tiny/llama");
+    let json: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    Expected {
+        base: Base::open(folder.join("base").to_str().unwrap()).unwrap(),
+        prompts: serde_json::from_value(json["prompts"].clone()).unwrap(),
+        greedy: json["greedy"].clone(),
+        logits: candle_core::safetensors::load(folder.join("expected.safetensors"), &candle_core::Device::Cpu).unwrap(),
+    }
+}
+
+/// The base as `None`, then every variant.
+fn adapters(base: &Base, kernels: Kernels) -> Vec<(&'static str, Option<Arc<PackedAdapter>>)> {
+    let folder = fixtures().join("tiny/llama");
+    let load = |name: &'static str| (name, Some(adapter(base, &folder.join(format!("adapter_{name}")), kernels)));
+    [("base", None)].into_iter().chain(VARIANTS.map(load)).collect()
+}
+
+#[test]
+fn logits_at_every_position_alone_and_mixed() {
+    let e = expected();
+    for kernels in all_kernels() {
+        let mut runner = Runner::new(decoder(&e.base, kernels, None), 4 << 20).unwrap();
+        let adapters = adapters(&e.base, kernels);
+        let mut mixed = Vec::new();
+        for (name, adapter) in &adapters {
+            for (i, prompt) in e.prompts.iter().enumerate() {
+                mixed.push((format!("{name}.logits.{i}"), (prompt.as_slice(), adapter.clone(), Output::Logits(prompt.len()))));
+            }
+        }
+        let head = adapter(&e.base, &fixtures().join("tiny/llama/adapter_seqcls"), kernels);
+        for (i, prompt) in e.prompts.iter().enumerate() {
+            mixed.push((format!("seqcls.logits.{i}"), (prompt.as_slice(), Some(head.clone()), Output::Head)));
+        }
+        let work: Vec<_> = mixed.iter().map(|(_, w)| w.clone()).collect();
+        let together = logits(&mut runner, &work);
+        for ((name, work), together) in mixed.iter().zip(&together) {
+            let want: Vec<f32> = e.logits[name].flatten_all().unwrap().to_vec1().unwrap();
+            let difference = largest_difference(together, &want);
+            assert!(difference < 1e-3, "{kernels:?}: {name} mixed differs by {difference}");
+            let alone = &logits(&mut runner, std::slice::from_ref(work))[0];
+            if let Kernels::Packed(_) = kernels {
+                assert_eq!(alone, together, "{kernels:?}: {name} depends on what shares its batch");
+            }
+            let difference = largest_difference(alone, &want);
+            assert!(difference < 1e-3, "{kernels:?}: {name} alone differs by {difference}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn greedy_tokens_alone_and_mixed() {
+    let e = expected();
+    for kernels in all_kernels() {
+        let mut requests = Vec::new();
+        let mut want = Vec::new();
+        for (name, adapter) in adapters(&e.base, kernels) {
+            for (i, prompt) in e.prompts.iter().enumerate() {
+                requests.push((prompt.clone(), adapter.clone(), Task::Generate(greedy(12))));
+                want.push((name, serde_json::from_value::<Vec<u32>>(e.greedy[name][i].clone()).unwrap()));
+            }
+        }
+        // Chunks smaller than the prompts, and a cache that only preemption makes enough.
+        for (kv_bytes, max_batch_tokens) in [(4 << 20, 512), (4 << 20, 7), (64 << 10, 16)] {
+            let engine = engine(&e.base, decoder(&e.base, kernels, None), kv_bytes, max_batch_tokens);
+            let together = answers(&engine, requests.clone()).await;
+            for (got, (name, want)) in together.iter().zip(&want) {
+                assert_eq!(got.tokens(), want, "{kernels:?}: {name}, {max_batch_tokens} tokens a step");
+            }
+            for (request, (name, want)) in requests.iter().zip(&want) {
+                let alone = answers(&engine, vec![request.clone()]).await;
+                assert_eq!(alone[0].tokens(), want, "{kernels:?}: {name} alone");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_supported_is_refused_by_name() {
+    let e = expected();
+    for (variant, name) in [
+        ("dora_r4", "use_dora"),
+        ("lora_bias", "lora_bias"),
+        ("embed_and_head", "embed_tokens"),
+        ("modules_to_save_norm", "norm"),
+    ] {
+        let error = Adapter::read(&fixtures().join(format!("tiny/llama/adapter_{variant}")), &e.base.config).unwrap_err();
+        assert!(error.message.contains(name), "{variant}: {error}");
+    }
+}

@@ -1,0 +1,152 @@
+//! The real model against transformers + PEFT: SmolLM2-135M-Instruct, two adapters and a classification head.
+
+use std::sync::Arc;
+
+use loramux::base::matmul::Format;
+use loramux::base::simd::Simd;
+use loramux::base::{Base, DEFAULT_MODEL, Kernels};
+use loramux::engine::{Engine, Task};
+use loramux::lora::PackedAdapter;
+use serde_json::Value;
+
+use crate::common::*;
+
+struct Case {
+    name: String,
+    prompt: Vec<u32>,
+    adapter: Option<Arc<PackedAdapter>>,
+    task: Task,
+    want: Value,
+}
+
+fn numbers(value: &Value) -> Vec<f32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn cases(base: &Base, kernels: Kernels) -> Vec<Case> {
+    let folder = fixtures().join("smollm2");
+    let e: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let load = |name: &str| adapter(base, &folder.join(format!("adapter_{name}")), kernels);
+    let generate = |want: &Value| {
+        let tokens = want["greedy_ids"].as_array().unwrap().len();
+        let mut task = greedy(tokens);
+        task.logprobs = Some(10);
+        Task::Generate(task)
+    };
+    let mut cases = Vec::new();
+    for (name, adapter) in [("base", None), ("causal_r8", Some(load("causal_r8"))), ("causal_r16", Some(load("causal_r16")))] {
+        for (i, prompt) in e["prompts"].as_array().unwrap().iter().enumerate() {
+            let encoded = base.tokenizer.encode(prompt["text"].as_str().unwrap(), true).unwrap();
+            assert_eq!(encoded, ids(&prompt["ids"]));
+            let want = e["adapters"][name][i].clone();
+            let (adapter, task) = (adapter.clone(), generate(&want));
+            cases.push(Case { name: format!("{name} {i}"), prompt: encoded, adapter, task, want });
+        }
+    }
+    let chat = &e["chat"];
+    let messages: Vec<Value> = serde_json::from_value(chat["messages"].clone()).unwrap();
+    let rendered = base.chat.as_ref().unwrap().render(&messages, true).unwrap();
+    assert_eq!(rendered, chat["rendered"].as_str().unwrap());
+    let prompt = base.tokenizer.encode(&rendered, false).unwrap();
+    assert_eq!(prompt, ids(&chat["ids"]));
+    cases.push(Case { name: "chat".into(), prompt, adapter: None, task: generate(chat), want: chat.clone() });
+    let head = load("seqcls");
+    for text in e["classify"].as_array().unwrap() {
+        let prompt = base.tokenizer.encode(text["text"].as_str().unwrap(), true).unwrap();
+        let name = text["text"].to_string();
+        cases.push(Case { name, prompt, adapter: Some(head.clone()), task: Task::Classify, want: text.clone() });
+    }
+    cases
+}
+
+fn check(case: &Case, answer: &Answer, how: &str) {
+    let name = format!("{} {how}", case.name);
+    if case.task == Task::Classify {
+        let difference = largest_difference(&answer.logits, &numbers(&case.want["logits"]));
+        assert!(difference < 1e-2, "{name}: logits differ by {difference}");
+        return;
+    }
+    assert_eq!(answer.tokens(), ids(&case.want["greedy_ids"]), "{name}");
+    if let Some(text) = case.want["greedy_text"].as_str() {
+        assert_eq!(answer.choices[0].text, text, "{name}");
+    }
+    let (want_ids, want) = (ids(&case.want["top_ids"]), numbers(&case.want["top_logprobs"]));
+    let top = &answer.choices[0].logprobs[0].top;
+    assert_eq!(top.len(), want.len(), "{name}");
+    for (id, want) in want_ids.iter().zip(want) {
+        // Two tokens closer than the tolerance may change places, also over the edge of the list.
+        let got = top.iter().find(|(t, _)| t == id).or(top.last()).unwrap().1;
+        assert!((got - want).abs() < 5e-3, "{name}: token {id} has log-probability {got}, not {want}");
+    }
+}
+
+fn requests(cases: &[Case]) -> Vec<(Vec<u32>, Option<Arc<PackedAdapter>>, Task)> {
+    cases.iter().map(|c| (c.prompt.clone(), c.adapter.clone(), c.task.clone())).collect()
+}
+
+fn start(base: &Base, kernels: Kernels, format: Option<Format>) -> Engine {
+    engine(base, decoder(base, kernels, format), 256 << 20, 512)
+}
+
+#[tokio::test]
+async fn equals_the_reference_alone_and_mixed() {
+    let base = Base::open(DEFAULT_MODEL).unwrap();
+    let kernels = Kernels::Packed(Simd::detect());
+    let cases = cases(&base, kernels);
+    // Kept in the file's 4 bits or unpacked to f32: the same numbers, so the same results.
+    for format in [None, Some(Format::F32)] {
+        let engine = start(&base, kernels, format);
+        let mixed = answers(&engine, requests(&cases)).await;
+        for (case, (answer, request)) in cases.iter().zip(mixed.iter().zip(requests(&cases))) {
+            check(case, answer, "mixed");
+            let alone = answers(&engine, vec![request]).await;
+            check(case, &alone[0], "alone");
+            assert_eq!(&alone[0], answer, "{} depends on what shares its batch", case.name);
+        }
+    }
+}
+
+#[tokio::test]
+async fn candle_operations_equal_the_reference() {
+    let base = Base::open(DEFAULT_MODEL).unwrap();
+    let cases = cases(&base, Kernels::Tensor);
+    let engine = start(&base, Kernels::Tensor, None);
+    for (case, answer) in cases.iter().zip(answers(&engine, requests(&cases)).await) {
+        check(case, &answer, "mixed");
+    }
+}
+
+/// 32 requests, all their own adapter and sampling, together and one by one.
+#[tokio::test]
+async fn a_request_does_not_see_the_others() {
+    let base = Base::open(DEFAULT_MODEL).unwrap();
+    let kernels = Kernels::Packed(Simd::detect());
+    let folder = fixtures().join("smollm2");
+    let adapters = [
+        None,
+        Some(adapter(&base, &folder.join("adapter_causal_r8"), kernels)),
+        Some(adapter(&base, &folder.join("adapter_causal_r16"), kernels)),
+        Some(adapter(&base, &folder.join("adapter_seqcls"), kernels)),
+    ];
+    let requests: Vec<_> = (0..32usize)
+        .map(|i| {
+            let text = "A story about a house, a river and some mice. ".repeat(1 + i % 5) + &format!("Part {i}.");
+            let mut task = greedy(8 + i % 9);
+            if i % 2 == 1 {
+                task.sampling.temperature = 0.9;
+                task.sampling.top_p = 0.95;
+                task.sampling.seed = Some(i as u64);
+            }
+            (base.tokenizer.encode(&text, true).unwrap(), adapters[i % 4].clone(), Task::Generate(task))
+        })
+        .collect();
+    let engine = start(&base, kernels, None);
+    let together = answers(&engine, requests.clone()).await;
+    for (i, (request, together)) in requests.into_iter().zip(&together).enumerate() {
+        assert_eq!(&answers(&engine, vec![request]).await[0], together, "request {i}");
+    }
+}
