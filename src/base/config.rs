@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::gguf::{Gguf, Meta};
 use crate::{Error, Result};
 
 /// The linear layers of a decoder block. LoRA adapters target these.
@@ -104,6 +105,7 @@ struct HfConfig {
     #[serde(default)]
     mlp_bias: bool,
     hidden_act: Option<String>,
+    quantization_config: Option<Value>,
     bos_token_id: Option<u32>,
     eos_token_id: Option<OneOrMany>,
 }
@@ -125,6 +127,12 @@ impl ModelConfig {
         }
         if raw.attention_bias || raw.mlp_bias {
             return Err(bad("attention_bias or mlp_bias is true; supported: layers without bias".into()));
+        }
+        if let Some(quantised) = raw.quantization_config.filter(|q| !q.is_null()) {
+            let method = quantised.get("quant_method").cloned().unwrap_or(quantised);
+            return Err(bad(format!(
+                "quantization_config {method} is not supported; supported: plain weights, or a GGUF file"
+            )));
         }
         if let Some(act) = raw.hidden_act.filter(|a| a != "silu") {
             return Err(bad(format!("hidden_act is {act:?}; supported: \"silu\"")));
@@ -148,6 +156,57 @@ impl ModelConfig {
                 Some(OneOrMany::One(id)) => vec![id],
                 Some(OneOrMany::Many(ids)) => ids,
             },
+        }
+        .checked()
+    }
+
+    /// Reads the metadata of a GGUF file.
+    pub(super) fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let family = gguf.text("general.architecture")?;
+        if family != "llama" {
+            return Err(Error::unprocessable(format!(
+                "GGUF: general.architecture is {family:?}; supported: \"llama\""
+            )));
+        }
+        let number = |key: &str| gguf.number(&format!("{family}.{key}"));
+        let real = |key: &str| gguf.meta.get(&format!("{family}.{key}")).and_then(Meta::as_f64);
+        let scaling = gguf.meta.get(&format!("{family}.rope.scaling.type")).and_then(Meta::as_str);
+        if let Some(kind) = scaling.filter(|k| *k != "none") {
+            return Err(Error::unprocessable(format!("GGUF: rope scaling {kind:?} is not supported; supported: none")));
+        }
+        if gguf.tensors.contains_key("rope_freqs.weight") {
+            return Err(Error::unprocessable("GGUF: scaled rope (rope_freqs.weight) is not supported"));
+        }
+        if let Some(bias) = gguf.tensors.keys().find(|n| n.starts_with("blk.") && n.ends_with(".bias")) {
+            return Err(Error::unprocessable(format!("GGUF: {bias}: layers with a bias are not supported")));
+        }
+        let (heads, hidden_size) = (number("attention.head_count")?, number("embedding_length")?);
+        let head_dim = number("attention.key_length").unwrap_or(hidden_size / heads.max(1));
+        let rotated = number("rope.dimension_count").unwrap_or(head_dim);
+        if rotated != head_dim {
+            return Err(Error::unprocessable(format!(
+                "GGUF: rope turns {rotated} of {head_dim} numbers of a head; supported: all"
+            )));
+        }
+        let token = |key: &str| gguf.number(&format!("tokenizer.ggml.{key}")).ok().map(|id| id as u32);
+        let mut eos_tokens: Vec<u32> =
+            ["eos_token_id", "eot_token_id", "eom_token_id"].into_iter().filter_map(token).collect();
+        eos_tokens.dedup();
+        ModelConfig {
+            family: family.into(),
+            vocab_size: gguf.texts("tokenizer.ggml.tokens")?.len(),
+            hidden_size,
+            intermediate_size: number("feed_forward_length")?,
+            layers: number("block_count")?,
+            heads,
+            kv_heads: number("attention.head_count_kv").unwrap_or(heads),
+            head_dim,
+            rms_norm_eps: real("attention.layer_norm_rms_epsilon").unwrap_or(1e-5),
+            rope_theta: real("rope.freq_base").unwrap_or(10_000.0),
+            context: number("context_length")?,
+            tie_word_embeddings: !gguf.tensors.contains_key("output.weight"),
+            bos_token: token("bos_token_id"),
+            eos_tokens,
         }
         .checked()
     }

@@ -1,32 +1,237 @@
 //! Text to token ids and back.
 
-use crate::Result;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::gguf::Gguf;
+use crate::{Error, Result};
 
 /// A tokenizer with the bytes of each token at hand.
-pub struct Tokenizer {}
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// By id: the bytes a token stands for, and whether it is special.
+    tokens: Vec<(Box<[u8]>, bool)>,
+}
+
+/// How the vocabulary spells bytes.
+#[derive(Clone, Copy, PartialEq)]
+enum Spelling {
+    /// GPT-2's alphabet of one character a byte.
+    ByteLevel,
+    /// `▁` for a space, `<0xAB>` for a byte.
+    Metaspace,
+    /// Whole words with spaces between them.
+    Words,
+}
+
+/// The byte that a character of GPT-2's alphabet stands for: printable Latin-1 is itself, the rest follow from U+0100.
+fn byte_of(c: char) -> Option<u8> {
+    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    match u32::from(c) {
+        n @ 0..=0xFF if printable(n as u8) => Some(n as u8),
+        n @ 0x100..=0x143 => (0..=255u8).filter(|&b| !printable(b)).nth(n as usize - 0x100),
+        _ => None,
+    }
+}
 
 impl Tokenizer {
-    /// Token ids of `text`. Text that spells a special token becomes that token. `special` adds what the tokenizer's post-processor adds (e.g. BOS).
-    pub fn encode(&self, _text: &str, _special: bool) -> Result<Vec<u32>> {
-        todo!()
+    /// From `tokenizer.json`.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let wrong = |e: String| Error::unprocessable(format!("{}: {e}", path.display()));
+        let bytes = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
+        Self::from_json(&bytes).map_err(|e| wrong(e.message))
     }
+
+    fn from_json(bytes: &[u8]) -> Result<Self> {
+        let inner =
+            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
+        let json: Value = serde_json::from_slice(bytes).map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
+        Ok(Self::new(inner, &json["decoder"]))
+    }
+
+    fn new(mut inner: tokenizers::Tokenizer, decoder: &Value) -> Self {
+        // Prompts are never cut or padded in silence.
+        let _ = inner.with_truncation(None);
+        inner.with_padding(None);
+        let decoder = decoder.to_string();
+        let spelling = match () {
+            _ if decoder.contains("ByteLevel") => Spelling::ByteLevel,
+            _ if decoder.contains('▁') || decoder.contains("ByteFallback") => Spelling::Metaspace,
+            _ => Spelling::Words,
+        };
+        let added = inner.get_added_tokens_decoder();
+        let size = inner.get_vocab(true).values().map(|&id| id as usize + 1).max().unwrap_or(0);
+        let token = |id: usize| {
+            let Some(text) = inner.id_to_token(id as u32) else { return (Box::default(), false) };
+            if let Some(token) = added.get(&(id as u32)) {
+                return (token.content.as_bytes().into(), token.special);
+            }
+            let bytes = match spelling {
+                Spelling::ByteLevel => {
+                    let bytes: Option<Vec<u8>> = text.chars().map(byte_of).collect();
+                    bytes.unwrap_or_else(|| text.into_bytes())
+                }
+                Spelling::Metaspace => {
+                    let hex = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
+                    match hex.and_then(|h| u8::from_str_radix(h, 16).ok()) {
+                        Some(byte) => vec![byte],
+                        None => text.replace('▁', " ").into_bytes(),
+                    }
+                }
+                Spelling::Words => format!(" {text}").into_bytes(),
+            };
+            (bytes.into_boxed_slice(), false)
+        };
+        let tokens = (0..size).map(token).collect();
+        Tokenizer { inner, tokens }
+    }
+
+    /// From GGUF metadata: the byte-level BPE of `tokenizer.ggml.model = gpt2`, cut into words as `tokenizer.ggml.pre` says.
+    pub(super) fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let model = gguf.text("tokenizer.ggml.model")?;
+        if model != "gpt2" {
+            let what = format!("tokenizer.ggml.model is {model:?}; supported: \"gpt2\" (byte-level BPE)");
+            return Err(Error::unprocessable(format!(
+                "GGUF: {what}; a Hugging Face directory brings its own tokenizer"
+            )));
+        }
+        let gpt2 = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+        let after_regex = |pattern: &str| {
+            let split =
+                json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
+            let bytes =
+                json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+            json!({ "type": "Sequence", "pretokenizers": [split, bytes] })
+        };
+        let words = |digits: &str| {
+            let contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)";
+            format!(
+                r"{contractions}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            )
+        };
+        let pre = gguf.text("tokenizer.ggml.pre").unwrap_or("default");
+        let pre_tokenizer = match pre {
+            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" => {
+                let digits = json!({ "type": "Digits", "individual_digits": true });
+                json!({ "type": "Sequence", "pretokenizers": [digits, gpt2] })
+            }
+            "gpt-2" | "gpt2" | "default" | "olmo" | "jais" | "phi-2" => gpt2,
+            "llama-bpe" | "llama3" | "llama-v3" => after_regex(&words("{1,3}")),
+            "qwen2" | "qwen" | "deepseek-r1-qwen" => after_regex(&words("")),
+            other => {
+                let what = "supported: smollm, starcoder, gpt-2, default, llama-bpe, qwen2 and their kin";
+                return Err(Error::unprocessable(format!("GGUF: tokenizer.ggml.pre is {other:?}; {what}")));
+            }
+        };
+        let tokens = gguf.texts("tokenizer.ggml.tokens")?;
+        let types = gguf.get("tokenizer.ggml.token_type").ok().and_then(|t| t.as_list()).unwrap_or_default();
+        // 3 is a control token, 4 one that a user added.
+        let kind = |id: usize| types.get(id).and_then(|t| t.as_u64()).unwrap_or(1);
+        let added: Vec<Value> = tokens
+            .iter()
+            .enumerate()
+            .filter(|(id, _)| matches!(kind(*id), 3 | 4))
+            .map(|(id, content)| {
+                json!({ "id": id, "content": content, "special": kind(id) == 3, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false })
+            })
+            .collect();
+        let vocab: serde_json::Map<String, Value> =
+            tokens.iter().enumerate().map(|(id, token)| (token.to_string(), id.into())).collect();
+        let merges: Vec<[&str; 2]> = gguf
+            .texts("tokenizer.ggml.merges")?
+            .into_iter()
+            .map(|m| match m.split_once(' ') {
+                Some((a, b)) => Ok([a, b]),
+                None => {
+                    Err(Error::unprocessable(format!("GGUF: tokenizer.ggml.merges holds {m:?}, which is not a pair")))
+                }
+            })
+            .collect::<Result<_>>()?;
+        let bos = gguf.get("tokenizer.ggml.add_bos_token").ok().and_then(|b| b.as_bool()) == Some(true);
+        let bos = if bos { tokens.get(gguf.number("tokenizer.ggml.bos_token_id")?) } else { None };
+        let post_processor = bos.map(|bos| {
+            let token = json!({ "SpecialToken": { "id": bos, "type_id": 0 } });
+            let text = |id: &str| json!({ "Sequence": { "id": id, "type_id": 0 } });
+            json!({ "type": "TemplateProcessing", "single": [token, text("A")], "pair": [token, text("A"), text("B")],
+                "special_tokens": { *bos: { "id": bos, "ids": [vocab[*bos]], "tokens": [bos] } } })
+        });
+        let json = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+            "pre_tokenizer": pre_tokenizer, "post_processor": post_processor,
+            "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+            "model": { "type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": pre.starts_with("llama") },
+        });
+        Self::from_json(json.to_string().as_bytes())
+    }
+
+    /// Token ids of `text`. Text that spells a special token becomes that token. `special` adds what the tokenizer's
+    /// post-processor adds (e.g. BOS).
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, special);
+        Ok(encoding.map_err(|e| Error::bad_request(format!("the text cannot be tokenized: {e}")))?.get_ids().to_vec())
+    }
+
     /// Text of `ids`, special tokens left out if `skip_special`; bytes that are no UTF-8 become U+FFFD.
-    pub fn decode(&self, _ids: &[u32], _skip_special: bool) -> String {
-        todo!()
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        let kept = ids.iter().filter(|&&id| !(skip_special && self.is_special(id)));
+        let bytes: Vec<u8> = kept.flat_map(|&id| self.token_bytes(id)).copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
+
     /// The bytes a token stands for in running text; empty for an id outside the vocabulary.
-    pub fn token_bytes(&self, _id: u32) -> &[u8] {
-        todo!()
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.tokens.get(id as usize).map_or(&[], |(bytes, _)| bytes)
     }
+
     /// Whether a token is special (control) and so not part of the text.
-    pub fn is_special(&self, _id: u32) -> bool {
-        todo!()
+    pub fn is_special(&self, id: u32) -> bool {
+        self.tokens.get(id as usize).is_some_and(|(_, special)| *special)
     }
+
     /// The id of a token by its exact spelling in the vocabulary.
-    pub fn token_id(&self, _token: &str) -> Option<u32> {
-        todo!()
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
     }
+
     pub fn vocab_size(&self) -> usize {
-        todo!()
+        self.tokens.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_has_one_character() {
+        let mut seen = [false; 256];
+        for c in (0..0x200).filter_map(char::from_u32) {
+            if let Some(b) = byte_of(c) {
+                assert!(!std::mem::replace(&mut seen[b as usize], true), "{c:?}");
+            }
+        }
+        assert!(seen.iter().all(|&s| s));
+        assert_eq!((byte_of('Ġ'), byte_of('Ċ'), byte_of('a')), (Some(b' '), Some(b'\n'), Some(b'a')));
+    }
+
+    #[test]
+    fn the_default_models_tokens_spell_the_text() {
+        let base = crate::base::Base::open(crate::base::DEFAULT_MODEL).unwrap();
+        let t = &base.tokenizer;
+        for text in ["  two  spaces\n\n\ttab", "naïve café, 北京 Ελλάδα", "👩‍👩‍👧 🏳️‍🌈", "1234567890 3.14", "", "don't we'll"]
+        {
+            let ids = t.encode(text, true).unwrap();
+            assert_eq!(t.decode(&ids, true), text);
+            assert_eq!(t.decode(&ids, true), t.inner.decode(&ids, true).unwrap());
+        }
+        assert_eq!(t.encode("12345", false).unwrap().len(), 5);
+        let end = t.token_id("<|im_end|>").unwrap();
+        assert_eq!(t.encode("a<|im_end|>", false).unwrap().last(), Some(&end));
+        assert!(t.is_special(end) && t.decode(&[end], true).is_empty());
+        assert_eq!(t.decode(&[end, u32::MAX], false), "<|im_end|>");
+        let long = "word 12 ".repeat(100_000);
+        assert!(t.encode(&long, true).unwrap().len() > 300_000);
     }
 }

@@ -49,10 +49,7 @@ pub fn engine(base: &Base, decoder: Decoder, kv_bytes: usize, max_batch_tokens: 
 }
 
 /// Logits of one step that takes whole prompts, each with blocks of its own.
-pub fn logits(
-    runner: &mut Runner,
-    prompts: &[(&[u32], Option<Arc<PackedAdapter>>, Output)],
-) -> Vec<Vec<f32>> {
+pub fn logits(runner: &mut Runner, prompts: &[(&[u32], Option<Arc<PackedAdapter>>, Output)]) -> Vec<Vec<f32>> {
     let mut next_block = 0;
     let work: Vec<Work> = prompts
         .iter()

@@ -56,7 +56,10 @@ fn logits_at_every_position_alone_and_mixed() {
         let mut mixed = Vec::new();
         for (name, adapter) in &adapters {
             for (i, prompt) in e.prompts.iter().enumerate() {
-                mixed.push((format!("{name}.logits.{i}"), (prompt.as_slice(), adapter.clone(), Output::Logits(prompt.len()))));
+                mixed.push((
+                    format!("{name}.logits.{i}"),
+                    (prompt.as_slice(), adapter.clone(), Output::Logits(prompt.len())),
+                ));
             }
         }
         let head = adapter(&e.base, &fixtures().join("tiny/llama/adapter_seqcls"), kernels);
@@ -115,7 +118,8 @@ fn what_is_not_supported_is_refused_by_name() {
         ("embed_and_head", "embed_tokens"),
         ("modules_to_save_norm", "norm"),
     ] {
-        let error = Adapter::read(&fixtures().join(format!("tiny/llama/adapter_{variant}")), &e.base.config).unwrap_err();
+        let error =
+            Adapter::read(&fixtures().join(format!("tiny/llama/adapter_{variant}")), &e.base.config).unwrap_err();
         assert!(error.message.contains(name), "{variant}: {error}");
     }
 }

@@ -38,7 +38,9 @@ fn cases(base: &Base, kernels: Kernels) -> Vec<Case> {
         Task::Generate(task)
     };
     let mut cases = Vec::new();
-    for (name, adapter) in [("base", None), ("causal_r8", Some(load("causal_r8"))), ("causal_r16", Some(load("causal_r16")))] {
+    for (name, adapter) in
+        [("base", None), ("causal_r8", Some(load("causal_r8"))), ("causal_r16", Some(load("causal_r16")))]
+    {
         for (i, prompt) in e["prompts"].as_array().unwrap().iter().enumerate() {
             let encoded = base.tokenizer.encode(prompt["text"].as_str().unwrap(), true).unwrap();
             assert_eq!(encoded, ids(&prompt["ids"]));
