@@ -1,7 +1,28 @@
 //! LoRA adapters: PEFT files read and validated, the registry of them, and the store on disk.
+//!
+//! Owns everything between bytes from users and an [`Adapter`] whose every number is known to fit the base. Never runs
+//! a model.
 
 mod adapter;
+mod archive;
+mod cache;
+mod config;
+mod files;
+mod generation;
+mod labels;
+mod name;
+mod peft;
 mod registry;
+mod store;
+mod tensors;
+#[cfg(test)]
+mod testing;
+mod upload;
 
 pub use adapter::{Adapter, Generation, Head, LoraPair};
-pub use registry::{AdapterInfo, Condition, Published, Registry, RegistryOptions, Source, Tier, Upload};
+pub use config::{LoraConfig, Modules};
+pub use generation::generation_of;
+pub use name::{BASE_NAME, check_name};
+pub use peft::{Inspection, Loaded, TensorSummary, inspect, load};
+pub use registry::{AdapterInfo, Condition, Published, Registry, RegistryOptions, Source, Tier};
+pub use upload::Upload;

@@ -1,0 +1,357 @@
+//! Unpacks an uploaded `.tar`, `.tar.gz` or `.zip`, trusting nothing it declares.
+//!
+//! Only the files an adapter is made of are written, flat, under their own names; what else is in the archive is
+//! skipped. Paths that leave the archive, links and devices are refused rather than skipped: such an archive is not
+//! what its sender meant to send.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+
+use flate2::read::MultiGzDecoder;
+use zip::read::{ArchiveOffset, Config};
+use zip::unstable::read::ZipIterable;
+
+use crate::adapter::files::{FILES, PICKLE, WEIGHTS, pickle_error};
+use crate::{Error, Result};
+
+/// Most entries of an archive, skipped ones included.
+const MAX_ENTRIES: usize = 64;
+/// Longest extended header of a tar entry (long names, times).
+const MAX_EXTENDED_HEADER: u64 = 1 << 16;
+/// What headers and padding of a tar archive may take beside its files.
+const TAR_OVERHEAD: u64 = 4 << 20;
+
+/// Unpacks the archive at `archive` into `directory`, which must exist. At most `limit` bytes are written, counted as
+/// they come out of the decompressor.
+pub(super) fn unpack(archive: &Path, directory: &Path, limit: u64) -> Result<()> {
+    let mut file = File::open(archive).map_err(|e| Error::internal(format!("the upload could not be opened: {e}")))?;
+    let mut start = [0; 512];
+    let length = read_start(&mut file, &mut start)?;
+    let mut out =
+        Unpacker { directory, limit, left: limit, entries: 0, folder: None, written: HashMap::new(), pickle: None };
+    match Format::of(&start[..length])? {
+        Format::Zip => out.zip(file)?,
+        Format::Gzip => out.tar(MultiGzDecoder::new(BufReader::new(file)))?,
+        Format::Tar => out.tar(BufReader::new(file))?,
+    }
+    out.finish()
+}
+
+enum Format {
+    Zip,
+    Gzip,
+    Tar,
+}
+
+impl Format {
+    fn of(start: &[u8]) -> Result<Self> {
+        let found = match start {
+            [] => "empty",
+            [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => return Ok(Format::Zip),
+            [0x1f, 0x8b, ..] => return Ok(Format::Gzip),
+            _ if start.get(257..262) == Some(b"ustar") => return Ok(Format::Tar),
+            [b'B', b'Z', b'h', ..] => "compressed with bzip2",
+            [0xfd, b'7', b'z', b'X', b'Z', ..] => "compressed with xz",
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => "compressed with zstd",
+            [b'7', b'z', 0xbc, 0xaf, ..] => "a 7z archive",
+            [b'R', b'a', b'r', b'!', ..] => "a RAR archive",
+            _ => "of an unknown format",
+        };
+        Err(Error::unprocessable(format!("the archive is {found}; supported: .tar, .tar.gz and .zip")))
+    }
+}
+
+struct Unpacker<'a> {
+    directory: &'a Path,
+    limit: u64,
+    left: u64,
+    entries: usize,
+    /// The folder inside the archive that holds the adapter, once known; empty for the top.
+    folder: Option<String>,
+    /// The entry that each file was written from.
+    written: HashMap<&'static str, String>,
+    /// An entry that is PEFT's pickle.
+    pickle: Option<String>,
+}
+
+impl Unpacker<'_> {
+    /// Counts an entry and tells what to write it as, if anything.
+    fn entry(&mut self, path: &str) -> Result<Option<&'static str>> {
+        self.entries += 1;
+        if self.entries > MAX_ENTRIES {
+            return Err(Error::unprocessable(format!("the archive has more than {MAX_ENTRIES} entries")));
+        }
+        let parts = safe_parts(path)?;
+        let (folder, name) = match parts[..] {
+            [name] => ("", name),
+            [folder, name] => (folder, name),
+            _ => return Ok(None),
+        };
+        if name == PICKLE {
+            self.pickle = Some(path.to_string());
+        }
+        let Some(file) = FILES.into_iter().find(|file| *file == name) else { return Ok(None) };
+        match &self.folder {
+            None => self.folder = Some(folder.to_string()),
+            Some(other) if other == folder => {}
+            Some(other) => {
+                return Err(Error::unprocessable(format!(
+                    "the archive has adapter files in two folders, {other:?} and {folder:?} (entry {path:?}); expected one adapter"
+                )));
+            }
+        }
+        if self.written.insert(file, path.to_string()).is_some() {
+            return Err(Error::unprocessable(format!("the archive has the entry {path:?} twice")));
+        }
+        Ok(Some(file))
+    }
+
+    fn write(&mut self, path: &str, name: &str, size: u64, content: &mut dyn Read) -> Result<()> {
+        let failed = |e: io::Error| Error::internal(format!("{name} could not be written: {e}"));
+        let mut file = match File::create_new(self.directory.join(name)) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(Error::unprocessable(format!("{name} was uploaded beside the archive and is in it too")));
+            }
+            Err(e) => return Err(failed(e)),
+        };
+        let mut buffer = vec![0; 1 << 16];
+        let mut written = 0;
+        loop {
+            let read = match content.read(&mut buffer) {
+                Ok(0) if written == size => return Ok(()),
+                Ok(0) => return Err(malformed(Some(path), &format!("{written} bytes in it, {size} declared"))),
+                Ok(read) => read,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(read_error(Some(path), &e, self.limit)),
+            };
+            written += read as u64;
+            self.left = self.left.checked_sub(read as u64).ok_or_else(|| too_large(Some(path), self.limit))?;
+            file.write_all(&buffer[..read]).map_err(failed)?;
+        }
+    }
+
+    fn tar(&mut self, content: impl Read) -> Result<()> {
+        // The budget also covers what is skipped, so that a bomb in an entry that nobody wants ends too.
+        let limit = self.limit;
+        let mut content = Budget { inner: content, left: limit.saturating_add(TAR_OVERHEAD) };
+        let mut archive = tar::Archive::new(&mut content);
+        // Raw entries: the extended headers are read here, where their size is bounded.
+        let entries = archive.entries().map_err(|e| read_error(None, &e, limit))?.raw(true);
+        let mut long_path: Option<String> = None;
+        for entry in entries {
+            let mut entry = entry.map_err(|e| read_error(None, &e, limit))?;
+            let kind = entry.header().entry_type();
+            if kind.is_gnu_longname() || kind.is_pax_local_extensions() || kind.is_pax_global_extensions() {
+                let header =
+                    extended_header(&mut entry).map_err(|e| e.unwrap_or_else(|e| read_error(None, &e, limit)))?;
+                if kind.is_gnu_longname() {
+                    long_path = Some(utf8_path(header.strip_suffix(b"\0").unwrap_or(&header))?);
+                } else if kind.is_pax_local_extensions()
+                    && let Some(path) = pax_path(&header)?
+                {
+                    long_path = Some(path);
+                }
+                continue;
+            }
+            let path = match long_path.take() {
+                Some(path) => path,
+                None => utf8_path(&entry.path_bytes())?,
+            };
+            // Old tars mark a folder by its name alone.
+            if kind.is_dir() || path.ends_with('/') {
+                self.directory_entry(&path)?;
+                continue;
+            }
+            if !kind.is_file() {
+                let what = if kind.is_symlink() || kind.is_hard_link() { "a link" } else { "not a plain file" };
+                return Err(Error::unprocessable(format!(
+                    "the archive's entry {path:?} is {what}; expected plain files"
+                )));
+            }
+            if let Some(name) = self.entry(&path)? {
+                let size = entry.size();
+                self.write(&path, name, size, &mut entry)?;
+            }
+        }
+        drop(archive);
+        // To the end, so that a truncated or damaged compressed stream is noticed.
+        io::copy(&mut content, &mut io::sink()).map_err(|e| read_error(None, &e, limit))?;
+        Ok(())
+    }
+
+    fn zip(&mut self, file: File) -> Result<()> {
+        let reader = |file: &File| file.try_clone().map(BufReader::new).map_err(Error::from);
+        let mut content = reader(&file)?;
+        // Entry by entry: an index of all entries would take memory for as many as the archive declares.
+        let config = Config { archive_offset: ArchiveOffset::Known(0) };
+        let mut archive = ZipIterable::try_new(BufReader::new(file), config).map_err(|e| malformed(None, &e))?;
+        if archive.len() > MAX_ENTRIES {
+            return Err(Error::unprocessable(format!(
+                "the archive has {} entries; at most {MAX_ENTRIES} are accepted",
+                archive.len()
+            )));
+        }
+        let entries: Vec<_> = archive
+            .files()
+            .map_err(|e| malformed(None, &e))?
+            .collect::<Result<_, _>>()
+            .map_err(|e| malformed(None, &e))?;
+        for entry in entries {
+            let path = utf8_path(entry.name_raw())?;
+            if entry.encrypted() {
+                return Err(Error::unprocessable(format!("the archive's entry {path:?} is encrypted")));
+            }
+            // Unix file types, where the archive has them: 0o04 directory, 0o10 plain file.
+            let kind = entry.unix_mode().map_or(0, |mode| mode >> 12 & 0o17);
+            if entry.is_dir() || kind == 0o04 {
+                self.directory_entry(&path)?;
+                continue;
+            }
+            if entry.is_symlink() || !matches!(kind, 0 | 0o10) {
+                let what = if entry.is_symlink() { "a link" } else { "not a plain file" };
+                return Err(Error::unprocessable(format!(
+                    "the archive's entry {path:?} is {what}; expected plain files"
+                )));
+            }
+            if let Some(name) = self.entry(&path)? {
+                let size = entry.size();
+                let mut open = entry
+                    .with_reader(&mut content, zip::ZipReadOptions::new())
+                    .map_err(|e| malformed(Some(&path), &e))?;
+                self.write(&path, name, size, &mut open)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A folder adds nothing, but must not lead outside either.
+    fn directory_entry(&mut self, path: &str) -> Result<()> {
+        self.entries += 1;
+        if self.entries > MAX_ENTRIES {
+            return Err(Error::unprocessable(format!("the archive has more than {MAX_ENTRIES} entries")));
+        }
+        safe_parts(path).map(|_| ())
+    }
+
+    fn finish(self) -> Result<()> {
+        if self.written.is_empty() {
+            return Err(Error::unprocessable(format!(
+                "the archive holds none of {FILES:?}, neither at its top nor in one folder"
+            )));
+        }
+        match self.pickle {
+            Some(path) if !self.written.contains_key(WEIGHTS) => {
+                Err(pickle_error(&format!("the archive's entry {path:?}")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The parts of a relative path without `..`.
+fn safe_parts(path: &str) -> Result<Vec<&str>> {
+    let refuse = |why: &str| Err(Error::unprocessable(format!("the archive's entry {path:?} {why}")));
+    if path.starts_with('/') || path.starts_with('\\') || path.as_bytes().get(1) == Some(&b':') {
+        return refuse("has an absolute path; expected a relative one");
+    }
+    if path.contains('\0') {
+        return refuse("has a zero byte in its path");
+    }
+    let mut parts = Vec::new();
+    for part in path.split(['/', '\\']) {
+        match part {
+            "" | "." => {}
+            ".." => return refuse("leads outside the archive (\"..\")"),
+            part => parts.push(part),
+        }
+    }
+    Ok(parts)
+}
+
+fn utf8_path(bytes: &[u8]) -> Result<String> {
+    match std::str::from_utf8(bytes) {
+        Ok(path) => Ok(path.to_string()),
+        Err(_) => Err(Error::unprocessable(format!(
+            "the archive's entry {:?} has a path that is not UTF-8",
+            String::from_utf8_lossy(bytes)
+        ))),
+    }
+}
+
+/// Reads an extended header. `Err(Ok(_))` is a finished error, `Err(Err(_))` one of reading.
+fn extended_header(entry: &mut impl Read) -> Result<Vec<u8>, Result<Error, io::Error>> {
+    let mut bytes = Vec::new();
+    entry.take(MAX_EXTENDED_HEADER + 1).read_to_end(&mut bytes).map_err(Err)?;
+    if bytes.len() as u64 > MAX_EXTENDED_HEADER {
+        return Err(Ok(Error::unprocessable(format!(
+            "the archive has an extended header of more than {MAX_EXTENDED_HEADER} bytes"
+        ))));
+    }
+    Ok(bytes)
+}
+
+/// The path in a pax header, if it has one. Keys that change how an entry's content is to be read are refused.
+fn pax_path(header: &[u8]) -> Result<Option<String>> {
+    let mut path = None;
+    for record in tar::PaxExtensions::new(header) {
+        let record = record.map_err(|e| malformed(None, &e))?;
+        match record.key_bytes() {
+            b"path" => path = Some(utf8_path(record.value_bytes())?),
+            key if key == b"size" || key.starts_with(b"GNU.sparse") => {
+                return Err(Error::unprocessable(format!(
+                    "the archive has an entry with the extended header {:?}, which is not supported",
+                    String::from_utf8_lossy(key)
+                )));
+            }
+            _ => {}
+        }
+    }
+    Ok(path)
+}
+
+/// Ends the stream with an error once more bytes came out than allowed.
+struct Budget<R> {
+    inner: R,
+    left: u64,
+}
+
+impl<R: Read> Read for Budget<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        match self.left.checked_sub(read as u64) {
+            Some(left) => {
+                self.left = left;
+                Ok(read)
+            }
+            None => Err(io::Error::from(io::ErrorKind::QuotaExceeded)),
+        }
+    }
+}
+
+fn read_error(path: Option<&str>, error: &io::Error, limit: u64) -> Error {
+    if error.kind() == io::ErrorKind::QuotaExceeded { too_large(path, limit) } else { malformed(path, error) }
+}
+
+fn too_large(path: Option<&str>, limit: u64) -> Error {
+    let at = path.map_or(String::new(), |path| format!(" (reached in the entry {path:?})"));
+    Error::too_large(format!("the archive unpacks to more than {limit} bytes{at}"))
+}
+
+fn malformed(path: Option<&str>, error: &dyn std::fmt::Display) -> Error {
+    match path {
+        Some(path) => Error::unprocessable(format!("the archive's entry {path:?} is damaged: {error}")),
+        None => Error::unprocessable(format!("the archive is damaged: {error}")),
+    }
+}
+
+fn read_start(file: &mut File, start: &mut [u8; 512]) -> Result<usize> {
+    let failed = |e: io::Error| Error::internal(format!("the upload could not be read: {e}"));
+    let mut bytes = Vec::with_capacity(start.len());
+    (&*file).take(start.len() as u64).read_to_end(&mut bytes).map_err(failed)?;
+    start[..bytes.len()].copy_from_slice(&bytes);
+    file.seek(SeekFrom::Start(0)).map_err(failed)?;
+    Ok(bytes.len())
+}

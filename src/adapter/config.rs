@@ -1,0 +1,716 @@
+//! PEFT's `adapter_config.json`: which modules an adapter changes, with which rank and scale.
+//!
+//! Follows `LoraConfig` of peft 0.21, whose defaults also cover older files with fewer fields. A field that would
+//! change the result in a way that is not computed here is refused by its name, never ignored.
+
+use std::fmt;
+
+use fancy_regex::{Regex, RegexBuilder};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::adapter::files::CONFIG;
+use crate::adapter::labels;
+use crate::base::{ModelConfig, TargetModule};
+use crate::{Error, Result};
+
+/// Largest rank accepted; published adapters stay far below.
+const MAX_RANK: u64 = 4096;
+/// Longest regular expression, in bytes.
+const MAX_PATTERN: usize = 1024;
+/// Most entries of `rank_pattern` or `alpha_pattern`: one a module is what EVA writes.
+const MAX_PATTERNS: usize = 4096;
+/// Most entries of a list of module names.
+const MAX_NAMES: usize = 1 << 16;
+/// Steps of one match of a pattern with look-around or back-references.
+const BACKTRACK_LIMIT: usize = 10_000;
+
+/// The classification heads that PEFT knows (`SEQ_CLS_HEAD_NAMES`).
+pub(super) const HEADS: [&str; 2] = ["score", "classifier"];
+
+/// Fields that only matter for training, initialisation or bookkeeping.
+const IGNORED: [&str; 17] = [
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "label2id",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "num_labels",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "init_ipex",
+    "merge_weights",
+];
+
+/// Fields that change the result, and what they stand for.
+const UNSUPPORTED: [(&str, &str); 14] = [
+    ("use_dora", "DoRA"),
+    ("lora_bias", "a bias of lora_B"),
+    ("layer_replication", "a stack of replicated layers"),
+    ("alora_invocation_tokens", "activated LoRA"),
+    ("trainable_token_indices", "trained token embeddings"),
+    ("target_parameters", "LoRA on parameters outside linear layers"),
+    ("use_qalora", "QALoRA"),
+    ("arrow_config", "Arrow routing"),
+    ("use_bdlora", "block-diagonal LoRA"),
+    ("velora_config", "VeLoRA"),
+    ("kasa_config", "KaSA"),
+    ("monteclora_config", "Monteclora"),
+    ("megatron_config", "Megatron's parallel layers"),
+    ("fan_in_fan_out", "LoRA on transposed (Conv1D) layers"),
+];
+
+/// Initialisations that leave the base as it is. The others move a part of the base's weights into A and B, so that
+/// the saved A and B only fit the changed base; PEFT writes `true` here when it has converted such an adapter.
+const HARMLESS_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
+const MUTATING_INITS: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
+
+/// A choice of modules by name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Modules {
+    /// A regular expression over the full module name, or `all-linear`.
+    Pattern(String),
+    /// Full names, or what follows a dot in them.
+    Names(Vec<String>),
+}
+
+impl Modules {
+    fn is_all_linear(&self) -> bool {
+        matches!(self, Modules::Pattern(p) if p.eq_ignore_ascii_case("all-linear"))
+    }
+
+    /// Which of `names` are meant (`check_target_module_exists` of PEFT).
+    fn matches(&self, field: &str, names: &[&str]) -> Result<Vec<bool>> {
+        match self {
+            Modules::Pattern(pattern) => {
+                let regex = full_match(pattern).map_err(|e| bad(format!("{field}: {e}")))?;
+                names.iter().map(|name| is_match(&regex, field, name)).collect()
+            }
+            Modules::Names(list) => Ok(names
+                .iter()
+                .map(|name| {
+                    list.iter().any(|item| {
+                        name.strip_suffix(item.as_str()).is_some_and(|head| head.is_empty() || head.ends_with('.'))
+                    })
+                })
+                .collect()),
+        }
+    }
+}
+
+impl fmt::Display for Modules {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Modules::Pattern(pattern) => f.write_str(&shorten(&format!("{pattern:?}"))),
+            Modules::Names(names) => f.write_str(&shorten(&format!("{names:?}"))),
+        }
+    }
+}
+
+/// A checked `adapter_config.json`.
+#[derive(Debug, Clone)]
+pub struct LoraConfig {
+    /// `base_model_name_or_path`: what the adapter was trained on.
+    pub base_model: Option<String>,
+    pub task_type: Option<String>,
+    pub r: usize,
+    pub lora_alpha: f64,
+    /// The scale is `alpha / sqrt(r)` instead of `alpha / r`.
+    pub use_rslora: bool,
+    /// In the order of the file; the first match wins.
+    pub rank_pattern: Vec<(String, usize)>,
+    pub alpha_pattern: Vec<(String, f64)>,
+    pub target_modules: Modules,
+    pub exclude_modules: Option<Modules>,
+    /// `None` means every layer.
+    pub layers_to_transform: Option<Vec<u64>>,
+    pub layers_pattern: Vec<String>,
+    pub modules_to_save: Vec<String>,
+    /// Class names by class number.
+    pub id2label: Option<Vec<String>>,
+}
+
+/// A module of the base that the adapter changes.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Target {
+    pub module: TargetModule,
+    pub rank: usize,
+    pub scale: f32,
+}
+
+impl LoraConfig {
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let value: Value = serde_json::from_slice(bytes).map_err(|e| bad(format!("not JSON: {e}")))?;
+        let Value::Object(map) = value else {
+            return Err(bad(format!("expected an object, found {}", describe(&value))));
+        };
+        let mut fields = Fields(map);
+        match fields.string("peft_type")?.as_deref() {
+            Some("LORA") => {}
+            Some(other) => return Err(bad(format!("peft_type is {other:?}; supported: \"LORA\""))),
+            None => return Err(bad("peft_type is missing; supported: \"LORA\"")),
+        }
+        fields.refuse_unsupported()?;
+        fields.check_init()?;
+        let target_modules = fields.modules("target_modules")?.ok_or_else(|| {
+            bad("target_modules is missing or null; expected a list of module names, a regular expression or \
+                 \"all-linear\"")
+        })?;
+        let config = LoraConfig {
+            base_model: fields.string("base_model_name_or_path")?,
+            task_type: fields.string("task_type")?,
+            r: fields.take("r").map_or(Ok(8), |v| rank("r", &v))?,
+            lora_alpha: fields.take("lora_alpha").map_or(Ok(8.0), |v| number("lora_alpha", &v))?,
+            use_rslora: fields.boolean("use_rslora")?,
+            rank_pattern: fields.patterns("rank_pattern", rank)?,
+            alpha_pattern: fields.patterns("alpha_pattern", number)?,
+            target_modules,
+            exclude_modules: fields.modules("exclude_modules")?.filter(|m| match m {
+                Modules::Pattern(p) => !p.is_empty(),
+                Modules::Names(n) => !n.is_empty(),
+            }),
+            layers_to_transform: fields.layers()?,
+            layers_pattern: match fields.take("layers_pattern") {
+                Some(Value::String(one)) if !one.is_empty() => vec![one],
+                Some(Value::String(_)) | None => vec![],
+                Some(list) => strings("layers_pattern", list)?,
+            },
+            modules_to_save: fields.take("modules_to_save").map_or(Ok(vec![]), |v| strings("modules_to_save", v))?,
+            id2label: fields
+                .take("id2label")
+                .map(|v| labels::from_json(&v))
+                .transpose()
+                .map_err(|e| e.context(format!("{CONFIG}: id2label")))?,
+        };
+        fields.refuse_rest()?;
+        config.checked()
+    }
+
+    fn checked(self) -> Result<Self> {
+        match self.task_type.as_deref() {
+            None | Some("CAUSAL_LM" | "SEQ_CLS") => {}
+            Some(other) => {
+                return Err(bad(format!("task_type is {other:?}; supported: \"CAUSAL_LM\", \"SEQ_CLS\" or null")));
+            }
+        }
+        if let Some(other) = self.modules_to_save.iter().find(|m| !HEADS.contains(&m.as_str())) {
+            return Err(bad(format!(
+                "modules_to_save names {other:?}, which is not supported; supported: the classification heads {HEADS:?}"
+            )));
+        }
+        let by_pattern = matches!(self.target_modules, Modules::Pattern(_));
+        if by_pattern && self.layers_to_transform.is_some() {
+            return Err(bad("layers_to_transform works only with a list of target_modules, not with a pattern"));
+        }
+        if !self.layers_pattern.is_empty() && self.layers_to_transform.is_none() {
+            return Err(bad("layers_pattern is set without layers_to_transform"));
+        }
+        Ok(self)
+    }
+
+    pub fn is_sequence_classification(&self) -> bool {
+        self.task_type.as_deref() == Some("SEQ_CLS")
+    }
+
+    /// Whether a trained head of this name may be in the file. PEFT adds the heads by itself for `SEQ_CLS`, and its
+    /// older versions did not write that down.
+    pub(super) fn saves_head(&self, name: &str) -> bool {
+        self.is_sequence_classification() || self.modules_to_save.iter().any(|m| m == name)
+    }
+
+    /// The base's modules that this adapter changes, in the order of the layers.
+    pub(super) fn targets(&self, base: &ModelConfig) -> Result<Vec<Target>> {
+        let modules = base.target_modules();
+        let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).collect();
+        self.refuse_embeddings()?;
+        let chosen = self.chosen(&names)?;
+        let modules: Vec<TargetModule> =
+            modules.into_iter().zip(chosen).filter_map(|(m, chosen)| chosen.then_some(m)).collect();
+        if modules.is_empty() {
+            return Err(bad(format!(
+                "target_modules {} (with layers_to_transform and exclude_modules) matches no module of the base; its \
+                 modules are model.layers.0.{} to model.layers.{}.{}",
+                self.target_modules,
+                crate::base::Projection::Q.path(),
+                base.layers.saturating_sub(1),
+                crate::base::Projection::Down.path()
+            )));
+        }
+        let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).collect();
+        let ranks = first_match("rank_pattern", &self.rank_pattern, &names)?;
+        let alphas = first_match("alpha_pattern", &self.alpha_pattern, &names)?;
+        let scaled = modules.iter().zip(ranks.into_iter().zip(alphas)).map(|(module, (rank, alpha))| {
+            let rank = rank.unwrap_or(self.r);
+            let alpha = alpha.unwrap_or(self.lora_alpha);
+            let scale = if self.use_rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 } as f32;
+            if !scale.is_finite() {
+                return Err(bad(format!("the scale of {} (alpha {alpha}, rank {rank}) is not finite", module.name)));
+            }
+            Ok(Target { module: module.clone(), rank, scale })
+        });
+        scaled.collect()
+    }
+
+    /// LoRA on the embeddings is a different computation; PEFT targets them by the same field.
+    fn refuse_embeddings(&self) -> Result<()> {
+        // A sequence classifier has no lm_head for a pattern to match.
+        let present = if self.is_sequence_classification() { 1 } else { 2 };
+        let names = &["model.embed_tokens", "lm_head"][..present];
+        if self.target_modules.is_all_linear() {
+            return Ok(());
+        }
+        match names.iter().zip(self.chosen(names)?).find(|(_, chosen)| *chosen) {
+            Some((name, _)) => Err(bad(format!(
+                "target_modules {} includes {name}, which is not supported; supported: the linear layers inside the \
+                 decoder's layers",
+                self.target_modules
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    fn chosen(&self, names: &[&str]) -> Result<Vec<bool>> {
+        let mut chosen = if self.target_modules.is_all_linear() {
+            vec![true; names.len()]
+        } else {
+            self.target_modules.matches("target_modules", names)?
+        };
+        if let Some(layers) = &self.layers_to_transform {
+            for (chosen, layer) in chosen.iter_mut().zip(self.layer_indices(names)?) {
+                *chosen &= layer.is_some_and(|layer| layers.contains(&layer));
+            }
+        }
+        if let Some(excluded) = &self.exclude_modules {
+            for (chosen, excluded) in chosen.iter_mut().zip(excluded.matches("exclude_modules", names)?) {
+                *chosen &= !excluded;
+            }
+        }
+        Ok(chosen)
+    }
+
+    /// The layer number in each name: after one of `layers_pattern`, else the first number after any two parts.
+    fn layer_indices(&self, names: &[&str]) -> Result<Vec<Option<u64>>> {
+        let field = "layers_pattern";
+        let anywhere = [r".*?\.[^.]*\.(?P<idx>\d+)\.".to_string()];
+        let named: Vec<String> =
+            self.layers_pattern.iter().map(|p| format!(r"(?:^|.*?\.){p}\.(?P<idx>\d+)\.")).collect();
+        let mut found = vec![None; names.len()];
+        for pattern in if named.is_empty() { &anywhere[..] } else { &named[..] } {
+            let regex = compile(&format!(r"\A{pattern}")).map_err(|e| bad(format!("{field}: {e}")))?;
+            for (name, found) in names.iter().zip(&mut found).filter(|(_, found)| found.is_none()) {
+                let captures = regex.captures(name).map_err(|e| bad(format!("{field} on {name}: {e}")))?;
+                *found = captures.and_then(|c| c.name("idx")?.as_str().parse().ok());
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// For each name the value of the first pattern that matches its end: `re.match(rf"(.*\.)?({key})$", name)`
+/// (`get_pattern_key` of PEFT). One pattern is compiled at a time, so memory stays small.
+fn first_match<T: Copy>(field: &str, patterns: &[(String, T)], names: &[&str]) -> Result<Vec<Option<T>>> {
+    let mut found = vec![None; names.len()];
+    for (key, value) in patterns {
+        let regex = compile(&format!(r"\A(.*\.)?({key})$")).map_err(|e| bad(format!("{field} {key:?}: {e}")))?;
+        for (name, found) in names.iter().zip(&mut found).filter(|(_, found)| found.is_none()) {
+            if is_match(&regex, field, name)? {
+                *found = Some(*value);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// `re.fullmatch`. The pattern is also compiled alone: it must not rely on the brackets put around it.
+fn full_match(pattern: &str) -> Result<Regex, String> {
+    compile(pattern)?;
+    compile(&format!(r"\A(?:{pattern})\z"))
+}
+
+fn compile(pattern: &str) -> Result<Regex, String> {
+    if pattern.len() > MAX_PATTERN {
+        return Err(format!("a pattern of {} bytes; at most {MAX_PATTERN}", pattern.len()));
+    }
+    RegexBuilder::new(pattern)
+        .backtrack_limit(BACKTRACK_LIMIT)
+        .delegate_size_limit(1 << 20)
+        .delegate_dfa_size_limit(1 << 20)
+        .build()
+        .map_err(|e| format!("not a regular expression that can be used: {e}"))
+}
+
+fn is_match(regex: &Regex, field: &str, name: &str) -> Result<bool> {
+    regex.is_match(name).map_err(|e| bad(format!("{field} on {name}: {e}")))
+}
+
+/// The fields of the file that have not been read yet.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// `None` where the field is missing or null.
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.0.remove(name).filter(|v| !v.is_null())
+    }
+
+    fn string(&mut self, name: &str) -> Result<Option<String>> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::String(s)) => Ok(Some(s)),
+            Some(other) => Err(wrong_type(name, "a string", &other)),
+        }
+    }
+
+    fn boolean(&mut self, name: &str) -> Result<bool> {
+        match self.take(name) {
+            None => Ok(false),
+            Some(Value::Bool(b)) => Ok(b),
+            Some(other) => Err(wrong_type(name, "true or false", &other)),
+        }
+    }
+
+    fn modules(&mut self, name: &str) -> Result<Option<Modules>> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::String(pattern)) => Ok(Some(Modules::Pattern(pattern))),
+            Some(list @ Value::Array(_)) => Ok(Some(Modules::Names(strings(name, list)?))),
+            Some(other) => Err(wrong_type(name, "a list of module names or a pattern", &other)),
+        }
+    }
+
+    fn patterns<T>(&mut self, name: &str, read: impl Fn(&str, &Value) -> Result<T>) -> Result<Vec<(String, T)>> {
+        match self.take(name) {
+            None => Ok(vec![]),
+            Some(Value::Object(map)) if map.len() > MAX_PATTERNS => {
+                Err(bad(format!("{name} has {} entries; at most {MAX_PATTERNS}", map.len())))
+            }
+            Some(Value::Object(map)) => map
+                .into_iter()
+                .map(|(key, value)| read(&format!("{name}[{key:?}]"), &value).map(|value| (key, value)))
+                .collect(),
+            Some(other) => Err(wrong_type(name, "an object of patterns and numbers", &other)),
+        }
+    }
+
+    /// An empty list means every layer, as in PEFT.
+    fn layers(&mut self) -> Result<Option<Vec<u64>>> {
+        let name = "layers_to_transform";
+        let index = |v: &Value| v.as_u64().ok_or_else(|| wrong_type(name, "layer numbers of 0 and more", v));
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Array(list)) if list.is_empty() => Ok(None),
+            Some(Value::Array(list)) => list.iter().map(index).collect::<Result<_>>().map(Some),
+            Some(one) => Ok(Some(vec![index(&one)?])),
+        }
+    }
+
+    fn refuse_unsupported(&mut self) -> Result<()> {
+        for (name, meaning) in UNSUPPORTED {
+            if let Some(value) = self.0.remove(name).filter(is_set) {
+                return Err(bad(format!("{name} is {}: {meaning} is not supported", describe(&value))));
+            }
+        }
+        match self.string("bias")?.as_deref() {
+            None | Some("none") => {}
+            Some(other) => {
+                return Err(bad(format!("bias is {other:?}: trained biases are not supported; supported: \"none\"")));
+            }
+        }
+        match self.string("problem_type")?.as_deref() {
+            None | Some("single_label_classification") => Ok(()),
+            Some(other) => {
+                Err(bad(format!("problem_type is {other:?}; supported: \"single_label_classification\" or null")))
+            }
+        }
+    }
+
+    fn check_init(&mut self) -> Result<()> {
+        let name = "init_lora_weights";
+        let init = match self.take(name) {
+            None | Some(Value::Bool(_)) => return Ok(()),
+            Some(Value::String(init)) => init,
+            Some(other) => return Err(wrong_type(name, "true, false or a name", &other)),
+        };
+        let lower = init.to_lowercase();
+        if HARMLESS_INITS.contains(&lower.as_str()) {
+            return Ok(());
+        }
+        if MUTATING_INITS.iter().any(|prefix| lower.starts_with(prefix)) {
+            return Err(bad(format!(
+                "{name} is {init:?}, which changes the base's weights, so the saved adapter does not fit the original \
+                 base; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+            )));
+        }
+        Err(bad(format!(
+            "{name} is {init:?}, which is not known to leave the base's weights unchanged; known: true, false, \
+             {HARMLESS_INITS:?}"
+        )))
+    }
+
+    /// What nobody asked for must be without effect.
+    fn refuse_rest(self) -> Result<()> {
+        match self.0.iter().find(|(name, value)| !IGNORED.contains(&name.as_str()) && is_set(value)) {
+            Some((name, value)) => Err(bad(format!(
+                "{} is {}: this field is not known, so its effect is not supported",
+                shorten(name),
+                describe(value)
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Python's truth: null, false, 0 and empty things mean a feature is off.
+fn is_set(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(b) => *b,
+        Value::Number(n) => n.as_f64() != Some(0.0),
+        Value::String(s) => !s.is_empty(),
+        Value::Array(a) => !a.is_empty(),
+        Value::Object(o) => !o.is_empty(),
+    }
+}
+
+fn rank(name: &str, value: &Value) -> Result<usize> {
+    match value.as_u64() {
+        Some(r @ 1..=MAX_RANK) => Ok(r as usize),
+        _ => Err(wrong_type(name, &format!("a whole number from 1 to {MAX_RANK}"), value)),
+    }
+}
+
+fn number(name: &str, value: &Value) -> Result<f64> {
+    value.as_f64().filter(|n| n.is_finite()).ok_or_else(|| wrong_type(name, "a finite number", value))
+}
+
+fn strings(name: &str, value: Value) -> Result<Vec<String>> {
+    let Value::Array(items) = value else { return Err(wrong_type(name, "a list of strings", &value)) };
+    if items.len() > MAX_NAMES {
+        return Err(bad(format!("{name} has {} entries; at most {MAX_NAMES}", items.len())));
+    }
+    items
+        .into_iter()
+        .map(|item| match item {
+            Value::String(s) => Ok(s),
+            other => Err(wrong_type(name, "a list of strings", &other)),
+        })
+        .collect()
+}
+
+fn bad(what: impl fmt::Display) -> Error {
+    Error::unprocessable(format!("{CONFIG}: {what}"))
+}
+
+fn wrong_type(name: &str, expected: &str, found: &Value) -> Error {
+    bad(format!("{} is {}; expected {expected}", shorten(name), describe(found)))
+}
+
+fn describe(value: &Value) -> String {
+    match value {
+        Value::Array(items) if items.len() > 16 => format!("a list of {} items", items.len()),
+        Value::Object(map) if map.len() > 16 => format!("an object of {} fields", map.len()),
+        other => shorten(&other.to_string()),
+    }
+}
+
+/// Keeps messages readable whatever the file holds.
+fn shorten(text: &str) -> String {
+    const LENGTH: usize = 200;
+    match text.char_indices().nth(LENGTH) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::ErrorKind;
+    use crate::adapter::testing::tiny;
+
+    fn parse(changes: Value) -> Result<LoraConfig> {
+        let mut config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]});
+        for (key, value) in changes.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        LoraConfig::parse(config.to_string().as_bytes())
+    }
+
+    fn targets(changes: Value) -> Result<Vec<String>> {
+        let targets = parse(changes)?.targets(&tiny())?;
+        Ok(targets.into_iter().map(|t| t.module.name.strip_prefix("model.layers.").unwrap().to_string()).collect())
+    }
+
+    #[test]
+    fn target_modules_match_as_in_peft() {
+        let q = ["0.self_attn.q_proj", "1.self_attn.q_proj"];
+        assert_eq!(targets(json!({})).unwrap(), q);
+        assert_eq!(targets(json!({"target_modules": ["self_attn.q_proj", "c_attn"]})).unwrap(), q);
+        assert_eq!(targets(json!({"target_modules": ["model.layers.1.self_attn.q_proj"]})).unwrap(), q[1..]);
+        // A name must begin at a dot.
+        assert_eq!(
+            targets(json!({"target_modules": ["_proj", "up_proj"]})).unwrap(),
+            ["0.mlp.up_proj", "1.mlp.up_proj"]
+        );
+        assert_eq!(targets(json!({"target_modules": "all-linear"})).unwrap().len(), 14);
+        assert_eq!(
+            targets(json!({"target_modules": "All-Linear", "exclude_modules": ["mlp.down_proj"]})).unwrap().len(),
+            12
+        );
+        assert_eq!(targets(json!({"target_modules": r".*\.q_proj"})).unwrap(), q);
+        // A pattern has to match the whole name.
+        assert!(targets(json!({"target_modules": "q_proj"})).unwrap_err().message.contains("matches no module"));
+        assert_eq!(targets(json!({"target_modules": r"model\.layers\.\d+\.(?!mlp).*q_proj"})).unwrap(), q);
+        assert_eq!(targets(json!({"target_modules": "all-linear", "exclude_modules": r".*(?<!q_proj)"})).unwrap(), q);
+    }
+
+    #[test]
+    fn layers_can_be_chosen() {
+        let second = ["1.self_attn.q_proj"];
+        assert_eq!(targets(json!({"layers_to_transform": 1})).unwrap(), second);
+        assert_eq!(targets(json!({"layers_to_transform": [1, 9]})).unwrap(), second);
+        assert_eq!(targets(json!({"layers_to_transform": [1], "layers_pattern": "layers"})).unwrap(), second);
+        assert_eq!(targets(json!({"layers_to_transform": [1], "layers_pattern": ["h", "layers"]})).unwrap(), second);
+        assert_eq!(targets(json!({"layers_to_transform": []})).unwrap().len(), 2);
+        for (config, expected) in [
+            (json!({"layers_to_transform": [1], "layers_pattern": "h"}), "matches no module"),
+            (json!({"layers_to_transform": [2]}), "matches no module"),
+            (json!({"layers_to_transform": -1}), "layers_to_transform is -1"),
+            (json!({"layers_to_transform": "1"}), "layers_to_transform is \"1\""),
+            (json!({"layers_pattern": "layers"}), "without layers_to_transform"),
+            (json!({"layers_to_transform": 1, "target_modules": "all-linear"}), "layers_to_transform"),
+        ] {
+            let message = targets(config.clone()).unwrap_err().message;
+            assert!(message.contains(expected), "{config}: {message}");
+        }
+    }
+
+    #[test]
+    fn the_first_pattern_that_matches_gives_rank_and_alpha() {
+        let config = parse(json!({
+            "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"],
+            "rank_pattern": {"layers.1.*.q_proj": 2, "q_proj": 16, "^model.layers.0.mlp.down_proj": 3, "roj": 1},
+            "alpha_pattern": {"(q|k)_proj": 2.5},
+        }))
+        .unwrap();
+        let found: Vec<(usize, f32)> =
+            config.targets(&tiny()).unwrap().iter().map(|t| (t.rank, t.scale * t.rank as f32)).collect();
+        // "^…" cannot match after the optional prefix took something, but matches with none; "roj" begins at no dot.
+        let expected = [(16, 2.5), (4, 2.5), (4, 8.0), (3, 8.0), (2, 2.5), (4, 2.5), (4, 8.0), (4, 8.0)];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn rslora_divides_by_the_root_of_the_rank() {
+        let scale = |v| parse(v).unwrap().targets(&tiny()).unwrap()[0].scale;
+        assert_eq!(scale(json!({})), 2.0);
+        assert_eq!(scale(json!({"use_rslora": true})), 4.0);
+        assert_eq!(scale(json!({"r": null, "lora_alpha": null})), 1.0);
+    }
+
+    #[test]
+    fn what_changes_the_result_is_refused_by_name() {
+        for (name, value) in [
+            ("use_dora", json!(true)),
+            ("lora_bias", json!(true)),
+            ("bias", json!("all")),
+            ("layer_replication", json!([[0, 2], [1, 2]])),
+            ("alora_invocation_tokens", json!([1])),
+            ("trainable_token_indices", json!([5])),
+            ("target_parameters", json!(["experts.down_proj"])),
+            ("use_qalora", json!(true)),
+            ("arrow_config", json!({"top_k": 3})),
+            ("use_bdlora", json!({"nblocks": 2})),
+            ("velora_config", json!({"scale": 1.0})),
+            ("kasa_config", json!({"beta": 1})),
+            ("monteclora_config", json!({"num_samples": 8})),
+            ("megatron_config", json!({"x": 1})),
+            ("fan_in_fan_out", json!(true)),
+            ("init_lora_weights", json!("pissa_niter_16")),
+            ("init_lora_weights", json!("OLoRA")),
+            ("init_lora_weights", json!("loftq")),
+            ("init_lora_weights", json!("brand_new")),
+            ("init_lora_weights", json!(3)),
+            ("task_type", json!("TOKEN_CLS")),
+            ("modules_to_save", json!(["norm"])),
+            ("modules_to_save", json!(["score", "embed_tokens"])),
+            ("problem_type", json!("regression")),
+            ("peft_type", json!("LOHA")),
+            ("some_new_field", json!(1)),
+            ("target_modules", json!(["q_proj", "embed_tokens"])),
+            ("target_modules", json!(["q_proj", "lm_head"])),
+        ] {
+            let error = targets(json!({name: value.clone()})).unwrap_err();
+            assert!(error.message.contains(name), "{name} {value}: {}", error.message);
+            assert_eq!(error.kind, ErrorKind::Unprocessable);
+        }
+    }
+
+    #[test]
+    fn what_is_off_or_only_for_training_is_accepted() {
+        parse(json!({
+            "use_dora": false, "lora_bias": null, "arrow_config": {}, "layer_replication": [], "some_new_field": 0,
+            "bias": "none", "lora_dropout": 0.1, "init_lora_weights": "gaussian", "loftq_config": {"loftq_bits": 4},
+            "eva_config": {"rho": 2.0}, "inference_mode": true, "peft_version": "0.21.2", "revision": "main",
+            "auto_mapping": {"base_model_class": "LlamaForCausalLM"}, "qalora_group_size": 16,
+            "megatron_core": "megatron.core", "ensure_weight_tying": true, "runtime_config": {"x": 1},
+            "modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS", "label2id": {"bad": 0},
+            "id2label": {"0": "bad", "1": "good"}, "rank_pattern": null, "alpha_pattern": {},
+        }))
+        .unwrap();
+        assert!(targets(json!({"target_modules": ["q_proj", "lm_head"], "task_type": "SEQ_CLS"})).is_ok());
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_what_was_expected() {
+        let long = "a".repeat(2000);
+        for (name, value) in [
+            ("r", json!(0)),
+            ("r", json!(-1)),
+            ("r", json!(5000)),
+            ("r", json!(4.5)),
+            ("r", json!("4")),
+            ("lora_alpha", json!("x")),
+            ("lora_alpha", json!(true)),
+            ("use_rslora", json!("yes")),
+            ("use_rslora", json!(1)),
+            ("rank_pattern", json!({"q_proj": 0})),
+            ("rank_pattern", json!(["q_proj"])),
+            ("rank_pattern", json!({"(": 2})),
+            ("alpha_pattern", json!({"q_proj": "x"})),
+            ("target_modules", Value::Null),
+            ("target_modules", json!([])),
+            ("target_modules", json!([1])),
+            ("target_modules", json!({"q_proj": 1})),
+            ("target_modules", json!("(")),
+            ("target_modules", json!("a)|(b")),
+            ("target_modules", json!(long)),
+            ("exclude_modules", json!(3)),
+            ("modules_to_save", json!("score")),
+            ("base_model_name_or_path", json!(3)),
+            ("id2label", json!({"0": 1})),
+        ] {
+            let error = targets(json!({name: value.clone()})).unwrap_err();
+            assert!(error.message.contains(name), "{name} {value}: {}", error.message);
+            assert!(error.message.len() < 800);
+        }
+        for bytes in [&b""[..], b"[]", b"{", b"{\"r\": NaN}", b"\xff", "[".repeat(100_000).as_bytes()] {
+            assert_eq!(LoraConfig::parse(bytes).unwrap_err().kind, ErrorKind::Unprocessable);
+        }
+    }
+
+    #[test]
+    fn catastrophic_patterns_end() {
+        let message = targets(json!({"target_modules": r"(?=x?)(([a-z._0-9]+)+)+(?!.)!"})).unwrap_err().message;
+        assert!(message.contains("target_modules"), "{message}");
+    }
+}

@@ -1,0 +1,306 @@
+//! Uploaded adapters on disk, safe against a crash at any instant.
+//!
+//! ```text
+//! lock                     held while a process uses the store
+//! objects/<generation>/    an adapter's files, never changed once there
+//! names/<name>             {"generation": …, "created": …}: what a name stands for
+//! incoming/                uploads and everything half-done; emptied when the store is opened
+//! ```
+//!
+//! A change becomes visible by renaming one file into `names/`; what it points to was made durable before. What no
+//! name points to is garbage: removed when the last lease on it ends, or when the store is opened next.
+
+use std::collections::HashMap;
+use std::fs::{self, File, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use crate::adapter::Generation;
+use crate::adapter::files::FILES;
+use crate::adapter::name::check_name;
+use crate::{Error, Result};
+
+/// What a name stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Record {
+    pub generation: Generation,
+    /// Unix seconds.
+    pub created: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RecordFile {
+    generation: String,
+    created: u64,
+}
+
+pub(super) struct Store {
+    root: PathBuf,
+    state: Mutex<State>,
+    /// Held while an object comes into place, so that two uploads of one content do not collide.
+    placing: Mutex<()>,
+    /// Keeps the lock; released by the system when the process ends, however it ends.
+    _lock: File,
+}
+
+#[derive(Default)]
+struct State {
+    names: HashMap<String, Record>,
+    /// How many leases there are on a generation.
+    leases: HashMap<Generation, usize>,
+}
+
+/// Keeps a generation's files from being removed.
+pub(super) struct Lease {
+    store: Arc<Store>,
+    generation: Generation,
+}
+
+impl Store {
+    /// Opens or creates the store, removes what an interrupted process left, and tells what could not be read.
+    pub fn open(root: &Path) -> Result<(Arc<Self>, HashMap<String, Error>)> {
+        for directory in ["objects", "names", "incoming"] {
+            fs::create_dir_all(root.join(directory)).map_err(|e| failed("create", &root.join(directory), e))?;
+        }
+        let lock = lock(&root.join("lock"))?;
+        clear(&root.join("incoming"))?;
+        let (names, damaged) = read_names(&root.join("names"))?;
+        let state = Mutex::new(State { names, leases: HashMap::new() });
+        let store = Arc::new(Store { root: root.to_path_buf(), state, placing: Mutex::new(()), _lock: lock });
+        // A name that cannot be read may stand for any object.
+        if damaged.is_empty() {
+            store.collect_all()?;
+        }
+        Ok((store, damaged))
+    }
+
+    /// A new private folder, removed when dropped.
+    pub fn incoming(&self) -> Result<TempDir> {
+        let incoming = self.root.join("incoming");
+        tempfile::Builder::new().prefix("upload-").tempdir_in(&incoming).map_err(|e| failed("create", &incoming, e))
+    }
+
+    /// Where the files of a generation lie.
+    pub fn object(&self, generation: &Generation) -> PathBuf {
+        self.root.join("objects").join(generation.as_str())
+    }
+
+    pub fn records(&self) -> HashMap<String, Record> {
+        self.state().names.clone()
+    }
+
+    pub fn lease(self: &Arc<Self>, generation: &Generation) -> Lease {
+        *self.state().leases.entry(generation.clone()).or_default() += 1;
+        Lease { store: self.clone(), generation: generation.clone() }
+    }
+
+    /// Makes the adapter files of `upload` the object of `lease`'s generation, durably. The files are moved.
+    pub fn add(&self, lease: &Lease, upload: &Path) -> Result<()> {
+        let object = self.object(&lease.generation);
+        let stage = self.incoming()?;
+        for name in FILES {
+            let from = upload.join(name);
+            match File::open(&from) {
+                Ok(file) => file.sync_all().map_err(|e| failed("write", &from, e))?,
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                Err(e) => return Err(failed("open", &from, e)),
+            }
+            let to = stage.path().join(name);
+            fs::rename(&from, &to).map_err(|e| failed("move", &from, e))?;
+        }
+        sync_directory(stage.path())?;
+        let _placing = self.placing.lock().unwrap_or_else(|e| e.into_inner());
+        // The lease keeps an object that is there from being removed after this look.
+        if object.exists() {
+            // Equal content, so each file may take the place of its twin; an object that was damaged is healed.
+            for name in FILES {
+                let (from, to) = (stage.path().join(name), object.join(name));
+                let placed = if from.exists() { fs::rename(from, to) } else { fs::remove_file(to) };
+                match placed {
+                    Err(e) if e.kind() != ErrorKind::NotFound => return Err(failed("write", &object, e)),
+                    _ => {}
+                }
+            }
+            sync_directory(&object)?;
+        } else {
+            fs::rename(stage.keep(), &object).map_err(|e| failed("create", &object, e))?;
+        }
+        sync_directory(&self.root.join("objects"))
+    }
+
+    /// Lets `name` stand for the generation of `lease`. Changes must not run at once; the caller sees to that.
+    pub fn set_name(self: &Arc<Self>, name: &str, lease: &Lease, created: u64) -> Result<()> {
+        let record = RecordFile { generation: lease.generation.to_string(), created };
+        let content = serde_json::to_vec(&record).map_err(Error::internal)?;
+        let path = self.root.join("names").join(name);
+        let write = || {
+            let mut file = tempfile::NamedTempFile::new_in(self.root.join("incoming"))?;
+            file.write_all(&content)?;
+            file.as_file().sync_all()?;
+            file.persist(&path).map_err(|e| e.error)
+        };
+        write().map_err(|e| failed("write", &path, e))?;
+        self.names_changed();
+        let record = Record { generation: lease.generation.clone(), created };
+        let old = self.state().names.insert(name.to_string(), record);
+        if let Some(old) = old {
+            self.collect(&old.generation);
+        }
+        Ok(())
+    }
+
+    /// Lets `name` stand for nothing. Changes must not run at once; the caller sees to that.
+    pub fn remove_name(&self, name: &str) -> Result<()> {
+        let path = self.root.join("names").join(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(failed("remove", &path, e)),
+            _ => {}
+        }
+        self.names_changed();
+        let old = self.state().names.remove(name);
+        if let Some(old) = old {
+            self.collect(&old.generation);
+        }
+        Ok(())
+    }
+
+    /// The change is made; if the disk does not confirm it, it may be undone by a power cut, which is worth a line in
+    /// the log but cannot be told as a failure of the change.
+    fn names_changed(&self) {
+        if let Err(e) = sync_directory(&self.root.join("names")) {
+            tracing::error!("{e}");
+        }
+    }
+
+    /// Removes a generation's files unless a name or a lease needs them.
+    fn collect(&self, generation: &Generation) {
+        let object = self.object(generation);
+        let trash = {
+            let state = self.state();
+            let needed = state.leases.contains_key(generation)
+                || state.names.values().any(|record| record.generation == *generation);
+            if needed || !object.exists() {
+                return;
+            }
+            // Out of sight in one step, under the lock: whoever comes next makes the object anew.
+            let moved = self.incoming().and_then(|trash| {
+                fs::rename(&object, trash.path().join("object")).map_err(|e| failed("remove", &object, e))?;
+                Ok(trash)
+            });
+            match moved {
+                Ok(trash) => trash,
+                Err(e) => return tracing::warn!("{e}"),
+            }
+        };
+        drop(trash);
+    }
+
+    fn collect_all(&self) -> Result<()> {
+        let objects = self.root.join("objects");
+        for entry in fs::read_dir(&objects).map_err(|e| failed("list", &objects, e))? {
+            let entry = entry.map_err(|e| failed("list", &objects, e))?;
+            if let Some(name) = entry.file_name().to_str() {
+                self.collect(&Generation::new(name));
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        {
+            let mut state = self.store.state();
+            if let Some(count) = state.leases.get_mut(&self.generation) {
+                *count -= 1;
+                if *count == 0 {
+                    state.leases.remove(&self.generation);
+                }
+            }
+        }
+        self.store.collect(&self.generation);
+    }
+}
+
+fn lock(path: &Path) -> Result<File> {
+    let mut file = File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(|e| failed("open", path, e))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let owner = fs::read_to_string(path).unwrap_or_default();
+            let owner = owner.trim().parse::<u32>().map_or(String::new(), |pid| format!(" (process {pid})"));
+            return Err(Error::unavailable(format!(
+                "the adapter store {} is in use by another process{owner}; stop it or choose another store",
+                path.parent().unwrap_or(path).display()
+            )));
+        }
+        Err(TryLockError::Error(e)) => return Err(failed("lock", path, e)),
+    }
+    // Only to tell others who holds it.
+    let note = file.set_len(0).and_then(|()| file.write_all(format!("{}\n", std::process::id()).as_bytes()));
+    note.map_err(|e| failed("write", path, e))?;
+    Ok(file)
+}
+
+fn read_names(directory: &Path) -> Result<(HashMap<String, Record>, HashMap<String, Error>)> {
+    let (mut names, mut damaged) = (HashMap::new(), HashMap::new());
+    for entry in fs::read_dir(directory).map_err(|e| failed("list", directory, e))? {
+        let entry = entry.map_err(|e| failed("list", directory, e))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        match check_name(&name).and_then(|()| read_record(&entry.path())) {
+            Ok(record) => {
+                names.insert(name, record);
+            }
+            Err(e) => {
+                damaged.insert(name, e);
+            }
+        }
+    }
+    Ok((names, damaged))
+}
+
+fn read_record(path: &Path) -> Result<Record> {
+    let bytes = fs::read(path).map_err(|e| failed("read", path, e))?;
+    let damaged = |why: String| Error::internal(format!("{} is damaged: {why}", path.display()));
+    let record: RecordFile = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+    let hex = |c: u8| c.is_ascii_digit() || (b'a'..=b'f').contains(&c);
+    if record.generation.len() != 64 || !record.generation.bytes().all(hex) {
+        return Err(damaged(format!("the generation is {:?}; expected 64 hex digits", record.generation)));
+    }
+    Ok(Record { generation: Generation::new(record.generation), created: record.created })
+}
+
+/// Removes everything in a folder.
+fn clear(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory).map_err(|e| failed("list", directory, e))? {
+        let entry = entry.map_err(|e| failed("list", directory, e))?;
+        let path = entry.path();
+        let is_directory = entry.file_type().map_err(|e| failed("read", &path, e))?.is_dir();
+        let removed = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(|e| failed("remove", &path, e))?;
+    }
+    Ok(())
+}
+
+/// Makes renames into and out of a folder durable.
+fn sync_directory(path: &Path) -> Result<()> {
+    File::open(path).and_then(|directory| directory.sync_all()).map_err(|e| failed("write", path, e))
+}
+
+fn failed(action: &str, path: &Path, error: std::io::Error) -> Error {
+    Error::internal(format!("the adapter store could not {action} {}: {error}", path.display()))
+}

@@ -1,0 +1,107 @@
+//! Small adapters made in code, for the tests of this layer.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::base::{ModelConfig, Projection};
+
+/// A decoder of two layers: q is 12×8, k and v are 6×8, o is 8×12, the rest 10.
+pub fn tiny() -> ModelConfig {
+    ModelConfig {
+        family: "llama".into(),
+        vocab_size: 32,
+        hidden_size: 8,
+        intermediate_size: 10,
+        layers: 2,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 6,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        context: 64,
+        tie_word_embeddings: true,
+        bos_token: None,
+        eos_tokens: vec![],
+    }
+}
+
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+}
+
+#[derive(Clone)]
+pub struct Tensor {
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: Vec<u8>,
+}
+
+impl Tensor {
+    pub fn f32(shape: &[usize], values: impl Fn(usize) -> f32) -> Self {
+        let bytes = (0..shape.iter().product()).flat_map(|i| values(i).to_le_bytes()).collect();
+        Tensor { dtype: Dtype::F32, shape: shape.to_vec(), bytes }
+    }
+}
+
+/// A PEFT directory under construction.
+#[derive(Clone)]
+pub struct Files {
+    pub config: Value,
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+/// Rank 2 on q and v of both layers; `seed` makes the numbers, and so the generation.
+pub fn adapter(seed: usize) -> Files {
+    let config = json!({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "r": 2, "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj"],
+    });
+    let mut files = Files { config, tensors: BTreeMap::new() };
+    let base = tiny();
+    for layer in 0..base.layers {
+        for projection in [Projection::Q, Projection::V] {
+            let (outputs, inputs) = base.shape(projection);
+            let module = format!("base_model.model.model.layers.{layer}.{}", projection.path());
+            let value = move |i| (seed * 1000 + layer * 100 + i) as f32 / 8.0;
+            files.tensors.insert(format!("{module}.lora_A.weight"), Tensor::f32(&[2, inputs], value));
+            files.tensors.insert(format!("{module}.lora_B.weight"), Tensor::f32(&[outputs, 2], value));
+        }
+    }
+    files
+}
+
+/// The same with a head of three classes.
+pub fn classifier(seed: usize) -> Files {
+    let mut files = adapter(seed);
+    files.config["task_type"] = json!("SEQ_CLS");
+    files.config["modules_to_save"] = json!(["classifier", "score"]);
+    files.tensors.insert("base_model.model.score.weight".into(), Tensor::f32(&[3, 8], |i| i as f32));
+    files
+}
+
+impl Files {
+    pub fn weights(&self) -> Vec<u8> {
+        let views = self
+            .tensors
+            .iter()
+            .map(|(name, t)| (name.clone(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes).unwrap()));
+        safetensors::serialize(views, None).unwrap()
+    }
+
+    pub fn write(&self, directory: &Path) {
+        std::fs::create_dir_all(directory).unwrap();
+        std::fs::write(directory.join("adapter_config.json"), self.config.to_string()).unwrap();
+        std::fs::write(directory.join("adapter_model.safetensors"), self.weights()).unwrap();
+    }
+
+    pub fn folder(&self) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        self.write(folder.path());
+        folder
+    }
+}
