@@ -41,8 +41,8 @@ impl ChatTemplate {
         let rendered = template.render(context! {
             messages,
             add_generation_prompt,
-            bos_token => self.bos,
-            eos_token => self.eos,
+            bos_token => self.bos.as_str(),
+            eos_token => self.eos.as_str(),
         });
         rendered
             .map_err(|e| Error::bad_request(format!("the chat template refuses the messages: {e:#}")).param("messages"))

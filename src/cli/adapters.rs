@@ -34,12 +34,12 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             Ok(())
         }
         AdaptersCommand::Inspect { directory } => {
-            println!("{}", adapter::inspect(&directory, None)?);
+            print(&adapter::inspect(&directory, None)?)?;
             Ok(())
         }
         AdaptersCommand::Verify { directory, model } => {
             let base = Base::open(&model)?;
-            println!("{}", adapter::inspect(&directory, Some(&base.config))?);
+            print(&adapter::inspect(&directory, Some(&base.config))?)?;
             println!("{} fits {}", directory.display(), base.id);
             Ok(())
         }
@@ -61,6 +61,11 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             Ok(())
         }
     }
+}
+
+fn print(inspection: &adapter::Inspection) -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(inspection).map_err(Error::internal)?);
+    Ok(())
 }
 
 /// The files of an adapter directory as the upload's form.

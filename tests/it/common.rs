@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use loramux::adapter::Adapter;
 use loramux::base::matmul::Format;
 use loramux::base::simd::Simd;
 use loramux::base::{BLOCK, Base, Decoder, DecoderOptions, Kernels};
@@ -19,11 +18,9 @@ pub fn fixtures() -> PathBuf {
 }
 
 /// Every implementation of the layers that this machine can run.
-pub const KERNELS: [Kernels; 2] = [Kernels::Packed(Simd::Portable), Kernels::Tensor];
-
 pub fn all_kernels() -> Vec<Kernels> {
-    let mut all = vec![Kernels::Packed(Simd::detect())];
-    all.extend(KERNELS.iter().filter(|k| **k != all[0]));
+    let mut all = vec![Kernels::Packed(Simd::Portable), Kernels::Packed(Simd::detect()), Kernels::Tensor];
+    all.dedup();
     all
 }
 
@@ -33,7 +30,7 @@ pub fn decoder(base: &Base, kernels: Kernels, format: Option<Format>) -> Decoder
 }
 
 pub fn adapter(base: &Base, directory: &Path, kernels: Kernels) -> Arc<PackedAdapter> {
-    let adapter = Adapter::read(directory, &base.config).unwrap();
+    let adapter = loramux::adapter::load(directory, &base.config, &base.id).unwrap().adapter;
     Arc::new(PackedAdapter::for_kernels(&adapter, &base.config, &Device::Cpu, kernels).unwrap())
 }
 

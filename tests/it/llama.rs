@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use loramux::adapter::Adapter;
+use loramux::adapter::load;
 use loramux::base::{Base, Kernels};
 use loramux::engine::{Output, Runner, Task};
 use loramux::lora::PackedAdapter;
@@ -52,9 +52,9 @@ fn logits_at_every_position_alone_and_mixed() {
     let e = expected();
     for kernels in all_kernels() {
         let mut runner = Runner::new(decoder(&e.base, kernels, None), 4 << 20).unwrap();
-        let adapters = adapters(&e.base, kernels);
+        let all = adapters(&e.base, kernels);
         let mut mixed = Vec::new();
-        for (name, adapter) in &adapters {
+        for (name, adapter) in &all {
             for (i, prompt) in e.prompts.iter().enumerate() {
                 mixed.push((
                     format!("{name}.logits.{i}"),
@@ -64,7 +64,7 @@ fn logits_at_every_position_alone_and_mixed() {
         }
         let head = adapter(&e.base, &fixtures().join("tiny/llama/adapter_seqcls"), kernels);
         for (i, prompt) in e.prompts.iter().enumerate() {
-            mixed.push((format!("seqcls.logits.{i}"), (prompt.as_slice(), Some(head.clone()), Output::Head)));
+            mixed.push((format!("x.seqcls.logits.{i}"), (prompt.as_slice(), Some(head.clone()), Output::Head)));
         }
         let work: Vec<_> = mixed.iter().map(|(_, w)| w.clone()).collect();
         let together = logits(&mut runner, &work);
@@ -119,7 +119,7 @@ fn what_is_not_supported_is_refused_by_name() {
         ("modules_to_save_norm", "norm"),
     ] {
         let error =
-            Adapter::read(&fixtures().join(format!("tiny/llama/adapter_{variant}")), &e.base.config).unwrap_err();
+            load(&fixtures().join(format!("tiny/llama/adapter_{variant}")), &e.base.config, "tiny").unwrap_err();
         assert!(error.message.contains(name), "{variant}: {error}");
     }
 }
