@@ -338,7 +338,8 @@ async fn clients_that_hang_up() {
     let model = loramux::base::DEFAULT_MODEL;
     let server = Server::start(model, &[]).await;
     for stream in [true, false] {
-        let body = json!({ "prompt": "A long story:", "max_tokens": 8000, "ignore_eos": true, "stream": stream }).to_string();
+        let body =
+            json!({ "prompt": "A long story:", "max_tokens": 8000, "ignore_eos": true, "stream": stream }).to_string();
         let head = format!("POST /v1/generate HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
         let mut sockets = Vec::new();
         for _ in 0..4 {

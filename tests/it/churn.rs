@@ -14,7 +14,8 @@ const PROMPT: &str = "Once there was a";
 const TOKENS: usize = 6;
 
 async fn ask(server: &Server, adapter: &str) -> (u16, Value) {
-    let body = json!({ "adapter": adapter, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": true });
+    let body =
+        json!({ "adapter": adapter, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": true });
     server.post("/v1/generate", body).await
 }
 
