@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use actix_web::http::StatusCode;
 use actix_web::web::{self, Data};
-use actix_web::{App, HttpResponse, HttpServer};
+use actix_web::{App, HttpResponse, HttpServer, ResponseError};
 use serde_json::json;
 
 use crate::adapter::Registry;
@@ -73,13 +73,14 @@ async fn openapi_document() -> HttpResponse {
     HttpResponse::Ok().json(openapi::document())
 }
 
-async fn no_route(http: actix_web::HttpRequest) -> ApiError {
-    ApiError::from(Error::not_found(format!("there is no route {} {}; see /openapi.json", http.method(), http.path())))
+async fn no_route(http: actix_web::HttpRequest) -> HttpResponse {
+    let what = format!("there is no route {} {}; see /openapi.json", http.method(), http.path());
+    ApiError::from(Error::not_found(what)).error_response()
 }
 
-async fn no_method(http: actix_web::HttpRequest) -> ApiError {
+async fn no_method(http: actix_web::HttpRequest) -> HttpResponse {
     let what = format!("{} does not go with {}; see /openapi.json", http.method(), http.path());
-    ApiError::with_status(StatusCode::METHOD_NOT_ALLOWED, &what)
+    ApiError::with_status(StatusCode::METHOD_NOT_ALLOWED, &what).error_response()
 }
 
 fn routes(config: &mut web::ServiceConfig) {

@@ -152,7 +152,7 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
     let submit = |prompt| state.engine.submit(target.request(prompt, Task::Generate(task.clone())));
     let receivers = prompts.into_iter().map(submit).collect::<Result<Vec<_>>>()?;
     let (id, created) = (new_id("cmpl"), now());
-    let choice_json = |state: &State, index: usize, text: String, c: &Choice, offset: &mut usize| {
+    let choice_json = move |state: &State, index: usize, text: String, c: &Choice, offset: &mut usize| {
         let logprobs = logprobs.map(|top| logprobs_json(state, &c.logprobs, top, offset));
         json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": run::finish_text(c.finish),
             "stop_reason": c.matched_stop })
