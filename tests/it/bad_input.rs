@@ -76,7 +76,7 @@ async fn adapters_that_lie() {
         ("empty", config.clone(), vec![], &[]),
         ("a header of 2^64 bytes", config.clone(), huge, &[]),
         ("overlapping offsets", config.clone(), edited(&|h| h[Q0]["data_offsets"] = json!([4, 1028])), &[]),
-        ("offsets past the end", config.clone(), edited(&|h| h[Q0]["data_offsets"] = json!([0, 1 << 40])), &[]),
+        ("offsets past the end", config.clone(), edited(&|h| h[Q0]["data_offsets"] = json!([0, 1u64 << 40])), &[]),
         ("a shape that is not its bytes", config.clone(), edited(&|h| h[Q0]["shape"] = json!([4, 65])), &[]),
         ("NaN", config.clone(), number(5, f32::NAN), &["lora_A"]),
         ("infinity", config.clone(), number(data.len() / 4 - 1, f32::INFINITY), &["lora_"]),
