@@ -97,7 +97,7 @@ pub async fn classify(args: ClassifyArgs) -> Result<()> {
         false => args.inputs,
     };
     let submit = |text: &String| {
-        let prompt = host.tokenizer.encode(text, true)?;
+        let prompt = host.tokenizer.encode_for_head(text)?;
         host.engine.submit(Request { adapter: adapter.clone(), prompt, task: Task::Classify })
     };
     let answers = inputs.iter().map(submit).collect::<Result<Vec<_>>>()?;

@@ -410,7 +410,7 @@ mod tests {
         assert_eq!(run(&mut scheduler), [(0, 1), (1, 10), (2, 9)]);
         scheduler.add(prompt(3, 6));
         assert_eq!(run(&mut scheduler), [(0, 1), (1, 10), (2, 3), (3, 6)]);
-        assert_eq!(run(&mut scheduler), [(0, 1), (1, 10), (2, 8), (3, 1)]);
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 9), (2, 9), (3, 1)]);
     }
 
     #[test]
@@ -503,7 +503,7 @@ mod tests {
                         (Rows::Last, Output::LastLogits) => {
                             let drawn = s.tokens.len() as u32 % 3;
                             s.tokens.push(drawn);
-                            if s.tokens.len() >= 32 || (s.order.0 + s.tokens.len() as u64) % 9 == 0 {
+                            if s.tokens.len() >= 32 || (s.order.0 + s.tokens.len() as u64).is_multiple_of(9) {
                                 done.push(s.order);
                             }
                         }

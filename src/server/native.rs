@@ -137,7 +137,7 @@ pub async fn classify(
         }
         (Some(labels), None) => {
             let submit = |text: &String| {
-                let prompt = state.tokenizer.encode(text, true)?;
+                let prompt = state.tokenizer.encode_for_head(text)?;
                 state.engine.submit(target.request(prompt, Task::Classify))
             };
             let answers = inputs.iter().map(submit).collect::<Result<Vec<_>>>()?;
