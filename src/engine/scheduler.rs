@@ -410,7 +410,7 @@ mod tests {
         assert_eq!(run(&mut scheduler), [(0, 1), (1, 10), (2, 9)]);
         scheduler.add(prompt(3, 6));
         assert_eq!(run(&mut scheduler), [(0, 1), (1, 10), (2, 3), (3, 6)]);
-        assert_eq!(run(&mut scheduler), [(0, 1), (1, 10), (2, 8), (3, 1)]);
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 9), (2, 9), (3, 1)]);
     }
 
     #[test]

@@ -124,7 +124,7 @@ mod tests {
         assert_eq!(run(&["STOP"], false, &["a S", "T", "x STO", "P b"]).0, ["a ", "", "STx ", ""]);
         assert_eq!(run(&["STOP"], true, &["a S", "TOP b"]), (vec!["a ".into(), "STOP".into()], Some("STOP".into())));
         assert_eq!(run(&["STOP"], false, &["a S", "TO"]), (vec!["a ".into(), "".into(), "STO".into()], None));
-        assert_eq!(run(&["\n\n", "é!"], false, &["x\n", "é", "\n", "é!"]).0, ["x", "\n", "é\n", ""]);
+        assert_eq!(run(&["\n\n", "é!"], false, &["x\n", "é", "\n", "é!"]).0, ["x", "\n", "é", "\n"]);
     }
 
     #[test]
