@@ -3,6 +3,7 @@
 mod blocks;
 mod continuation;
 mod detokenizer;
+#[allow(clippy::module_inception)]
 mod engine;
 mod limits;
 mod model;

@@ -219,16 +219,15 @@ mod tests {
     /// Probabilities after all steps, by full sorts in f64, straight from the definitions.
     fn reference(s: &Sampling, prompt: &[u32], drawn: &[u32], logits: &[f32]) -> Vec<f64> {
         let mut l: Vec<f64> = logits.iter().map(|&l| f64::from(l)).collect();
-        for i in 0..l.len() {
-            let token = i as u32;
+        for (l, token) in l.iter_mut().zip(0u32..) {
             if prompt.contains(&token) || drawn.contains(&token) {
                 let p = f64::from(s.repetition_penalty);
-                l[i] = if l[i] > 0.0 { l[i] / p } else { l[i] * p };
+                *l = if *l > 0.0 { *l / p } else { *l * p };
             }
             let count = drawn.iter().filter(|&&t| t == token).count();
-            l[i] -= count as f64 * f64::from(s.frequency_penalty);
-            l[i] -= if count > 0 { f64::from(s.presence_penalty) } else { 0.0 };
-            l[i] += f64::from(s.logit_bias.get(&token).copied().unwrap_or(0.0));
+            *l -= count as f64 * f64::from(s.frequency_penalty);
+            *l -= if count > 0 { f64::from(s.presence_penalty) } else { 0.0 };
+            *l += f64::from(s.logit_bias.get(&token).copied().unwrap_or(0.0));
         }
         let softmax = |l: &[f64]| {
             let max = l.iter().copied().fold(f64::NEG_INFINITY, f64::max);

@@ -503,7 +503,7 @@ mod tests {
                         (Rows::Last, Output::LastLogits) => {
                             let drawn = s.tokens.len() as u32 % 3;
                             s.tokens.push(drawn);
-                            if s.tokens.len() >= 32 || (s.order.0 + s.tokens.len() as u64) % 9 == 0 {
+                            if s.tokens.len() >= 32 || (s.order.0 + s.tokens.len() as u64).is_multiple_of(9) {
                                 done.push(s.order);
                             }
                         }
