@@ -227,13 +227,13 @@ impl ModelConfig {
                 return Err(Error::unprocessable(format!("model config: {name} is {value}")));
             }
         }
-        if self.head_dim == 0 || self.head_dim % 2 != 0 {
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return Err(Error::unprocessable(format!(
                 "model config: head_dim is {}, not a positive even number",
                 self.head_dim
             )));
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(Error::unprocessable(format!(
                 "model config: {} attention heads cannot share {} key-value heads",
                 self.heads, self.kv_heads

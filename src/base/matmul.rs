@@ -214,20 +214,11 @@ impl PackedMatrix {
     }
 
     /// `y += scale * x Wᵀ` for the output features of some panels. `x` holds `m` rows; row `r` of the result starts at
-    /// `r * y_stride` of `y`, its first number belongs to the first feature of the first panel.
+    /// `r * y.stride` of `y`, its first number belongs to the first feature of the first panel.
     ///
     /// # Safety
     /// `y` is good for writing those elements, and nobody else touches them meanwhile.
-    unsafe fn multiply_panels(
-        &self,
-        simd: Simd,
-        panels: Range<usize>,
-        m: usize,
-        x: Rows,
-        scale: f32,
-        y: *mut f32,
-        y_stride: usize,
-    ) {
+    unsafe fn multiply_panels(&self, simd: Simd, panels: Range<usize>, m: usize, x: Rows, scale: f32, y: Target) {
         /// Panels computed side by side, so that a CPU that waits for one chain of additions has others to go on with.
         const SIDE: usize = 4;
         /// Rows that share one unpacking of the weights; their accumulators stay in the first-level cache.
@@ -263,7 +254,7 @@ impl PackedMatrix {
                     for r in 0..rows {
                         // SAFETY: the caller's promise; the features of one panel are `lanes` numbers of one row.
                         unsafe {
-                            let y = y.add((row + r) * y_stride + feature - first * LANES);
+                            let y = y.start.add((row + r) * y.stride + feature - first * LANES);
                             let y = std::slice::from_raw_parts_mut(y, lanes);
                             for (y, a) in y.iter_mut().zip(&acc[r * LANES..]) {
                                 *y += scale * a;
@@ -309,8 +300,12 @@ pub struct Product<'a> {
     pub scale: f32,
 }
 
+/// Rows of results, `stride` numbers apart.
 #[derive(Clone, Copy)]
-struct Target(*mut f32);
+struct Target {
+    start: *mut f32,
+    stride: usize,
+}
 // SAFETY: tasks write disjoint elements, see `multiply`.
 unsafe impl Send for Target {}
 unsafe impl Sync for Target {}
@@ -345,15 +340,16 @@ pub fn multiply(simd: Simd, products: &[Product], x: &[f32], x_stride: usize, y:
         let panels = p.matrix.panels();
         tasks.extend((0..panels).step_by(step).map(|start| (i, start..(start + step).min(panels))));
     }
-    let y = Target(y.as_mut_ptr());
+    let y = Target { start: y.as_mut_ptr(), stride: y_stride };
     let run = |(i, panels): &(usize, Range<usize>)| {
         let p = &products[*i];
         let (x, m) = (&x[p.rows.start * x_stride + p.x_column..], p.rows.len());
         let target = y;
         // SAFETY: the asserts above keep the elements inside `y`; panels of one product are disjoint, and so are products.
         unsafe {
-            let y = target.0.add(p.rows.start * y_stride + p.y_column + panels.start * LANES);
-            p.matrix.multiply_panels(simd, panels.clone(), m, Rows { data: x, stride: x_stride }, p.scale, y, y_stride);
+            let start = target.start.add(p.rows.start * y_stride + p.y_column + panels.start * LANES);
+            let y = Target { start, stride: y_stride };
+            p.matrix.multiply_panels(simd, panels.clone(), m, Rows { data: x, stride: x_stride }, p.scale, y);
         }
     };
     if tasks.len() <= 1 || total < 2 * GRAIN {

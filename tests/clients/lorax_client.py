@@ -7,7 +7,7 @@ from lorax.errors import NotFoundError
 
 URL, ADAPTER = sys.argv[1:3]
 client = Client(URL, timeout=120)
-prompt = "The capital of France is"
+prompt = "The review said the novel was"
 
 base = client.generate(prompt, max_new_tokens=12)
 assert base.details.generated_tokens == 12 and base.details.finish_reason == "length", base

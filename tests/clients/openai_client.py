@@ -13,7 +13,7 @@ assert BASE in ids and ADAPTER in ids, ids
 assert client.models.retrieve(ADAPTER).id == ADAPTER
 assert client.models.retrieve(BASE).id == BASE
 
-prompt = "The capital of France is"
+prompt = "The review said the novel was"
 whole = client.completions.create(model=ADAPTER, prompt=prompt, max_tokens=12, temperature=0, logprobs=3)
 choice = whole.choices[0]
 assert whole.usage.completion_tokens == 12 and choice.finish_reason == "length", whole
@@ -44,8 +44,9 @@ assert several.choices[0].text != several.choices[1].text
 
 echo = client.completions.create(model=ADAPTER, prompt=prompt, max_tokens=2, temperature=0, echo=True)
 assert echo.choices[0].text.startswith(prompt)
-ids = client.completions.create(model=ADAPTER, prompt=[504, 3575, 282, 4649, 314], max_tokens=12, temperature=0)
-assert ids.choices[0].text == choice.text
+as_ids = client.completions.create(model=ADAPTER, prompt=[504, 3575, 282, 4649, 314], max_tokens=12, temperature=0)
+as_text = client.completions.create(model=ADAPTER, prompt="The capital of France is", max_tokens=12, temperature=0)
+assert as_ids.choices[0].text == as_text.choices[0].text
 
 stop = choice.text[3:6]
 stopped = client.completions.create(model=ADAPTER, prompt=prompt, max_tokens=12, temperature=0, stop=stop)

@@ -45,8 +45,11 @@ pub fn engine(base: &Base, decoder: Decoder, kv_bytes: usize, max_batch_tokens: 
     Engine::start(Box::new(runner), base.tokenizer.clone(), options, Arc::new(Metrics::new())).unwrap()
 }
 
+/// A whole prompt, its adapter, and what is asked for.
+pub type Prompt<'a> = (&'a [u32], Option<Arc<PackedAdapter>>, Output);
+
 /// Logits of one step that takes whole prompts, each with blocks of its own.
-pub fn logits(runner: &mut Runner, prompts: &[(&[u32], Option<Arc<PackedAdapter>>, Output)]) -> Vec<Vec<f32>> {
+pub fn logits(runner: &mut Runner, prompts: &[Prompt]) -> Vec<Vec<f32>> {
     let mut next_block = 0;
     let work: Vec<Work> = prompts
         .iter()
