@@ -7,6 +7,8 @@ PYTHON ?= python3
 # Everything built goes outside the checkout, where a second checkout finds it again.
 export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 
+CLIENTS := $(CARGO_TARGET_DIR)/clients
+
 .PHONY: serve build model test lint
 
 serve: build model
@@ -19,18 +21,19 @@ build:
 model: build
 	$(CARGO_TARGET_DIR)/release/loramux fetch
 
-test: clients
-	LORAMUX_TEST_PYTHON=$(CARGO_TARGET_DIR)/clients/bin/python $(CARGO) test
+test: $(CLIENTS)/ready $(CLIENTS)/prometheus
+	PYTHONPATH=$(CLIENTS)/python LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus $(CARGO) test
 
 # The real clients that the tests run against a real server.
-.PHONY: clients
-clients: $(CARGO_TARGET_DIR)/clients/ready
-
-$(CARGO_TARGET_DIR)/clients/ready: tests/clients/requirements.txt
-	mkdir -p $(CARGO_TARGET_DIR)
-	$(PYTHON) -m venv $(CARGO_TARGET_DIR)/clients
-	$(CARGO_TARGET_DIR)/clients/bin/pip install --quiet --requirement tests/clients/requirements.txt
+$(CLIENTS)/ready: tests/clients/requirements.txt
+	$(PYTHON) -m pip install --quiet --upgrade --target $(CLIENTS)/python --requirement $<
 	touch $@
+
+# The installed Prometheus, else Debian's package, unpacked without installing it.
+$(CLIENTS)/prometheus:
+	mkdir -p $(CLIENTS)/deb
+	if command -v prometheus; then ln -sf "$$(command -v prometheus)" $@; \
+	else cd $(CLIENTS)/deb && apt-get download prometheus && dpkg -x prometheus_*.deb . && ln -sf deb/usr/bin/prometheus $@; fi
 
 lint:
 	$(CARGO) fmt --check

@@ -13,11 +13,13 @@ use flate2::read::MultiGzDecoder;
 use zip::read::{ArchiveOffset, Config};
 use zip::unstable::read::ZipIterable;
 
-use crate::adapter::files::{FILES, PICKLE, WEIGHTS, pickle_error};
+use crate::adapter::files::{FILES, PICKLE, WEIGHTS, pickle_error, shorten};
 use crate::{Error, Result};
 
 /// Most entries of an archive, skipped ones included.
 const MAX_ENTRIES: usize = 64;
+/// Longest path of an entry, in bytes.
+const MAX_PATH: usize = 1024;
 /// Longest extended header of a tar entry (long names, times).
 const MAX_EXTENDED_HEADER: u64 = 1 << 16;
 /// What headers and padding of a tar archive may take beside its files.
@@ -176,7 +178,6 @@ impl Unpacker<'_> {
                 self.write(&path, name, size, &mut entry)?;
             }
         }
-        drop(archive);
         // To the end, so that a truncated or damaged compressed stream is noticed.
         io::copy(&mut content, &mut io::sink()).map_err(|e| read_error(None, &e, limit))?;
         Ok(())
@@ -253,6 +254,12 @@ impl Unpacker<'_> {
 
 /// The parts of a relative path without `..`.
 fn safe_parts(path: &str) -> Result<Vec<&str>> {
+    if path.len() > MAX_PATH {
+        let path = shorten(path, 100);
+        return Err(Error::unprocessable(format!(
+            "the archive's entry {path:?} has a path of more than {MAX_PATH} bytes"
+        )));
+    }
     let refuse = |why: &str| Err(Error::unprocessable(format!("the archive's entry {path:?} {why}")));
     if path.starts_with('/') || path.starts_with('\\') || path.as_bytes().get(1) == Some(&b':') {
         return refuse("has an absolute path; expected a relative one");
@@ -276,7 +283,7 @@ fn utf8_path(bytes: &[u8]) -> Result<String> {
         Ok(path) => Ok(path.to_string()),
         Err(_) => Err(Error::unprocessable(format!(
             "the archive's entry {:?} has a path that is not UTF-8",
-            String::from_utf8_lossy(bytes)
+            shorten(&String::from_utf8_lossy(bytes), 100)
         ))),
     }
 }
@@ -303,7 +310,7 @@ fn pax_path(header: &[u8]) -> Result<Option<String>> {
             key if key == b"size" || key.starts_with(b"GNU.sparse") => {
                 return Err(Error::unprocessable(format!(
                     "the archive has an entry with the extended header {:?}, which is not supported",
-                    String::from_utf8_lossy(key)
+                    shorten(&String::from_utf8_lossy(key), 100)
                 )));
             }
             _ => {}
@@ -354,4 +361,249 @@ fn read_start(file: &mut File, start: &mut [u8; 512]) -> Result<usize> {
     start[..bytes.len()].copy_from_slice(&bytes);
     file.seek(SeekFrom::Start(0)).map_err(failed)?;
     Ok(bytes.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+    use tar::{EntryType, Header};
+    use zip::write::SimpleFileOptions;
+
+    use super::*;
+    use crate::ErrorKind;
+
+    const CONFIG: &str = "adapter_config.json";
+
+    /// One entry of a tar archive, written without the checks that a well-meaning library makes.
+    fn entry(path: &str, kind: EntryType, content: &[u8]) -> Vec<u8> {
+        let mut header = Header::new_gnu();
+        header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+        header.set_entry_type(kind);
+        header.set_mode(0o644);
+        header.set_size(content.len() as u64);
+        header.set_cksum();
+        let padding = vec![0; content.len().next_multiple_of(512) - content.len()];
+        [header.as_bytes(), content, &padding].concat()
+    }
+
+    fn file(path: &str, content: &[u8]) -> Vec<u8> {
+        entry(path, EntryType::Regular, content)
+    }
+
+    fn tar(entries: &[Vec<u8>]) -> Vec<u8> {
+        [&entries.concat()[..], &[0; 1024]].concat()
+    }
+
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn zip(entries: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
+        for (path, content) in entries {
+            zip.start_file(*path, SimpleFileOptions::default()).unwrap();
+            zip.write_all(content).unwrap();
+        }
+        zip.finish().unwrap().into_inner()
+    }
+
+    fn unpacked(archive: &[u8], limit: u64) -> Result<Vec<(String, Vec<u8>)>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("upload");
+        let inside = folder.path().join("in");
+        std::fs::create_dir(&inside).unwrap();
+        std::fs::write(&path, archive).unwrap();
+        let result = unpack(&path, &inside, limit);
+        let outside: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
+        assert_eq!(outside.len(), 2, "something was written outside: {outside:?}");
+        let mut files: Vec<_> = std::fs::read_dir(&inside)
+            .unwrap()
+            .map(|f| f.unwrap())
+            .map(|f| (f.file_name().into_string().unwrap(), std::fs::read(f.path()).unwrap()))
+            .collect();
+        files.sort();
+        result.map(|()| files)
+    }
+
+    #[track_caller]
+    fn refused(archive: &[u8], kind: ErrorKind, expected: &str) {
+        let error = unpacked(archive, 1 << 20).unwrap_err();
+        assert_eq!(error.kind, kind, "{error}");
+        assert!(error.message.contains(expected), "{error}");
+    }
+
+    #[test]
+    fn all_formats_give_the_adapter_files_flat() {
+        let expected = vec![(CONFIG.to_string(), b"{}".to_vec()), (WEIGHTS.to_string(), b"w".to_vec())];
+        let at_top = tar(&[file("./adapter_config.json", b"{}"), file(WEIGHTS, b"w"), file("README.md", b"x")]);
+        let in_folder = tar(&[
+            entry("out/", EntryType::Directory, b""),
+            file("out/adapter_config.json", b"{}"),
+            file("out/adapter_model.safetensors", b"w"),
+            file("out/checkpoint-5/adapter_config.json", b"old"),
+            file("out/tokenizer.json", b"x"),
+        ]);
+        for archive in [&at_top, &gzip(&at_top), &in_folder, &gzip(&in_folder)] {
+            assert_eq!(unpacked(archive, 100).unwrap(), expected);
+        }
+        let entries: &[(&str, &[u8])] =
+            &[("out/adapter_config.json", b"{}"), ("out/adapter_model.safetensors", b"w"), ("out/x.txt", b"x")];
+        assert_eq!(unpacked(&zip(entries), 100).unwrap(), expected);
+    }
+
+    #[test]
+    fn long_names_are_read_from_extended_headers() {
+        let folder = "f".repeat(120);
+        let path = format!("{folder}/adapter_config.json");
+        let mut gnu = tar::Builder::new(Vec::new());
+        let mut header = Header::new_gnu();
+        header.set_size(2);
+        header.set_mode(0o644);
+        gnu.append_data(&mut header, &path, &b"{}"[..]).unwrap();
+        let gnu = gnu.into_inner().unwrap();
+        let record = |key: &str, value: &str| {
+            let rest = format!(" {key}={value}\n");
+            let length = rest.len() + 3;
+            assert!((100..1000).contains(&length));
+            format!("{length}{rest}")
+        };
+        let times = format!("{}{}", "30 mtime=1700000000.123456789\n", record("path", &path));
+        let pax = tar(&[entry("x", EntryType::XHeader, times.as_bytes()), file("short", b"{}")]);
+        for archive in [gnu, pax] {
+            assert_eq!(unpacked(&archive, 100).unwrap(), [(CONFIG.to_string(), b"{}".to_vec())]);
+        }
+        let sparse = tar(&[entry("x", EntryType::XHeader, b"22 GNU.sparse.major=1\n"), file(CONFIG, b"{}")]);
+        refused(&sparse, ErrorKind::Unprocessable, "GNU.sparse.major");
+        let huge = tar(&[entry("x", EntryType::XHeader, &vec![b'a'; 70_000]), file(CONFIG, b"{}")]);
+        refused(&huge, ErrorKind::Unprocessable, "extended header");
+    }
+
+    #[test]
+    fn paths_that_lead_outside_are_refused() {
+        for path in
+            ["../adapter_config.json", "/adapter_config.json", "a/../../adapter_config.json", "..\\x", "C:\\x", "a/.."]
+        {
+            refused(&tar(&[file(CONFIG, b"{}"), file(path, b"x")]), ErrorKind::Unprocessable, "archive's entry");
+            refused(&gzip(&tar(&[file(path, b"x")])), ErrorKind::Unprocessable, "archive's entry");
+            refused(&zip(&[(CONFIG, b"{}"), (path, b"x")]), ErrorKind::Unprocessable, "archive's entry");
+        }
+        refused(&tar(&[entry("../x/", EntryType::Directory, b"")]), ErrorKind::Unprocessable, "\"../x/\"");
+    }
+
+    #[test]
+    fn links_and_devices_are_refused() {
+        for kind in [EntryType::Symlink, EntryType::Link] {
+            refused(&tar(&[entry(CONFIG, kind, b"")]), ErrorKind::Unprocessable, "a link");
+        }
+        for kind in [EntryType::Char, EntryType::Block, EntryType::Fifo, EntryType::GNUSparse] {
+            refused(&tar(&[entry(CONFIG, kind, b"")]), ErrorKind::Unprocessable, "not a plain file");
+        }
+        let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
+        zip.add_symlink(CONFIG, "/etc/passwd", SimpleFileOptions::default()).unwrap();
+        refused(&zip.finish().unwrap().into_inner(), ErrorKind::Unprocessable, "a link");
+    }
+
+    #[test]
+    fn duplicates_and_two_adapters_are_refused() {
+        refused(&tar(&[file(CONFIG, b"a"), file(CONFIG, b"b")]), ErrorKind::Unprocessable, "twice");
+        refused(&tar(&[file(CONFIG, b"a"), file("./adapter_config.json", b"b")]), ErrorKind::Unprocessable, "twice");
+        let two = [file("a/adapter_config.json", b"a"), file("b/adapter_config.json", b"b")];
+        refused(&tar(&two), ErrorKind::Unprocessable, "two folders");
+        // The zip library does not write a name twice; the same length lets the second be renamed in the bytes.
+        let mut twice = zip(&[("adapter_config.json", b"a"), ("adapter_configXjson", b"b")]);
+        let at: Vec<usize> = (0..twice.len() - 19).filter(|&i| &twice[i..i + 19] == b"adapter_configXjson").collect();
+        at.iter().for_each(|i| twice[i + 14] = b'.');
+        assert_eq!(at.len(), 2);
+        refused(&twice, ErrorKind::Unprocessable, "twice");
+    }
+
+    #[test]
+    fn too_many_entries_are_refused() {
+        let names: Vec<String> = (0..1000).map(|i| format!("f{i}")).collect();
+        let files: Vec<_> = names.iter().map(|name| file(name, b"")).collect();
+        refused(&tar(&files), ErrorKind::Unprocessable, "more than 64 entries");
+        let folders: Vec<_> = names.iter().map(|name| entry(name, EntryType::Directory, b"")).collect();
+        refused(&gzip(&tar(&folders)), ErrorKind::Unprocessable, "more than 64 entries");
+        let entries: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b""[..])).collect();
+        refused(&zip(&entries), ErrorKind::Unprocessable, "1000 entries");
+    }
+
+    #[test]
+    fn bombs_end_at_the_limit_whatever_is_declared() {
+        let zeros = vec![0; 8 << 20];
+        refused(&gzip(&tar(&[file(WEIGHTS, &zeros)])), ErrorKind::TooLarge, "1048576 bytes");
+        // In an entry that is skipped it costs only time, up to the budget.
+        refused(&gzip(&tar(&[file("skipped", &zeros), file(CONFIG, b"{}")])), ErrorKind::TooLarge, "1048576 bytes");
+        refused(&zip(&[(WEIGHTS, &zeros)]), ErrorKind::TooLarge, "1048576 bytes");
+        // Two files that are small enough each share the limit.
+        let half = vec![0; 600_000];
+        refused(&tar(&[file(WEIGHTS, &half), file(CONFIG, &half)]), ErrorKind::TooLarge, CONFIG);
+        refused(&zip(&[(WEIGHTS, &half), (CONFIG, &half)]), ErrorKind::TooLarge, CONFIG);
+        // Declared as 1 byte in both headers.
+        let mut liar = zip(&[(WEIGHTS, &zeros)]);
+        let size = (8u32 << 20).to_le_bytes();
+        let at: Vec<usize> = (0..liar.len() - 4).filter(|&i| liar[i..i + 4] == size).collect();
+        assert_eq!(at.len(), 2);
+        at.iter().for_each(|&i| liar[i..i + 4].copy_from_slice(&1u32.to_le_bytes()));
+        assert!(unpacked(&liar, 1 << 20).is_err());
+        // Zeros after the end of the archive.
+        let tail = gzip(&[&tar(&[file(CONFIG, b"{}")])[..], &zeros].concat());
+        refused(&tail, ErrorKind::TooLarge, "1048576 bytes");
+    }
+
+    #[test]
+    fn damaged_archives_are_refused() {
+        // Content that does not compress, so that cutting the stream cuts content.
+        let mut state = 1u32;
+        let noise: Vec<u8> = (0..5000)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 24) as u8
+            })
+            .collect();
+        let good = tar(&[file(CONFIG, b"{}"), file(WEIGHTS, &noise)]);
+        refused(&good[..3000], ErrorKind::Unprocessable, "damaged");
+        let zipped = gzip(&good);
+        for length in [100, zipped.len() / 2, zipped.len() - 4] {
+            refused(&zipped[..length], ErrorKind::Unprocessable, "damaged");
+        }
+        let mut flipped = zipped.clone();
+        let last = flipped.len() - 6;
+        flipped[last] ^= 1;
+        refused(&flipped, ErrorKind::Unprocessable, "damaged");
+        let zip = zip(&[(CONFIG, b"{}"), (WEIGHTS, &noise)]);
+        for length in [4, 100, zip.len() - 1] {
+            refused(&zip[..length], ErrorKind::Unprocessable, "");
+        }
+        let mut flipped = zip.clone();
+        flipped[2000] ^= 1;
+        refused(&flipped, ErrorKind::Unprocessable, "damaged");
+    }
+
+    #[test]
+    fn other_things_are_named() {
+        refused(b"", ErrorKind::Unprocessable, "empty");
+        refused(b"hello", ErrorKind::Unprocessable, "unknown format");
+        refused(b"BZh91AY", ErrorKind::Unprocessable, "bzip2");
+        refused(&gzip(b"hello"), ErrorKind::Unprocessable, "damaged");
+        refused(&tar(&[file("x", b"")]), ErrorKind::Unprocessable, "holds none of");
+        refused(&zip(&[]), ErrorKind::Unprocessable, "holds none of");
+        let pickled = [file(CONFIG, b"{}"), file("adapter_model.bin", b"x")];
+        refused(&tar(&pickled), ErrorKind::Unprocessable, "pickle");
+    }
+
+    #[test]
+    fn encrypted_entries_are_refused() {
+        let mut bytes = zip(&[(CONFIG, b"{}")]);
+        // The flag in the local header (offset 6) and in the central directory (offset 8).
+        let central = bytes.windows(4).position(|w| w == b"PK\x01\x02").unwrap();
+        bytes[6] |= 1;
+        bytes[central + 8] |= 1;
+        refused(&bytes, ErrorKind::Unprocessable, "encrypted");
+    }
 }

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use tokio::sync::watch;
+use tokio::sync::oneshot;
 
 use crate::adapter::Generation;
 use crate::{Error, Result};
@@ -26,29 +26,41 @@ struct State<T> {
 }
 
 enum Slot<T> {
-    Loading(Waiter<T>),
-    Ready { value: Arc<T>, bytes: usize, used_at: u64 },
+    /// To whom the outcome goes.
+    Loading(Vec<oneshot::Sender<Outcome<T>>>),
+    Ready {
+        value: Arc<T>,
+        bytes: usize,
+        used_at: u64,
+    },
 }
 
-type Outcome<T> = Option<Result<Arc<T>>>;
+type Outcome<T> = Result<Arc<T>>;
 
-/// Waits for somebody else's load.
-pub(super) struct Waiter<T>(watch::Receiver<Outcome<T>>);
+/// Waits for a load. Every waiter has a channel of its own: one for all would hold the value, and so pin it, for a
+/// moment longer than anybody wants it.
+pub(super) struct Waiter<T>(oneshot::Receiver<Outcome<T>>);
 
 /// What a look-up found.
 pub(super) enum Lookup<T> {
     Ready(Arc<T>),
     Wait(Waiter<T>),
-    /// Nobody loads it: the caller has to.
-    Load(Flight<T>),
+    /// Nobody loads it: the caller has to, and may wait for it like others.
+    Load(Flight<T>, Waiter<T>),
 }
 
-/// The duty to load a generation. Dropped without [`Flight::finish`], it tells the waiters that the load failed.
+/// The duty to load a generation. Dropped without [`Flight::settle`], it tells the waiters that the load failed.
 pub(super) struct Flight<T> {
     cache: Arc<Cache<T>>,
     generation: Generation,
-    sender: watch::Sender<Outcome<T>>,
-    finished: bool,
+    settled: bool,
+}
+
+/// A load that is done and not yet announced.
+#[must_use]
+pub(super) struct Settled<T> {
+    waiters: Vec<oneshot::Sender<Outcome<T>>>,
+    outcome: Outcome<T>,
 }
 
 impl<T> Cache<T> {
@@ -65,12 +77,16 @@ impl<T> Cache<T> {
                 *used_at = now;
                 Lookup::Ready(value.clone())
             }
-            Some(Slot::Loading(waiter)) => Lookup::Wait(waiter.clone()),
+            Some(Slot::Loading(waiters)) => {
+                let (sender, receiver) = oneshot::channel();
+                waiters.push(sender);
+                Lookup::Wait(Waiter(receiver))
+            }
             None => {
-                let (sender, receiver) = watch::channel(None);
-                state.slots.insert(generation.clone(), Slot::Loading(Waiter(receiver)));
-                let (cache, generation) = (self.clone(), generation.clone());
-                Lookup::Load(Flight { cache, generation, sender, finished: false })
+                let (sender, receiver) = oneshot::channel();
+                state.slots.insert(generation.clone(), Slot::Loading(vec![sender]));
+                let flight = Flight { cache: self.clone(), generation: generation.clone(), settled: false };
+                Lookup::Load(flight, Waiter(receiver))
             }
         };
         // What was pinned when the limit was exceeded may be free by now.
@@ -158,56 +174,56 @@ impl<T> State<T> {
 }
 
 impl<T> Flight<T> {
-    /// To wait for the load oneself.
-    pub fn waiter(&self) -> Waiter<T> {
-        Waiter(self.sender.subscribe())
-    }
-
     /// Ends the load: keeps the value under `generation` (which may differ from the one asked for, if the files
-    /// changed) if `keep` says so, and wakes the waiters. `keep` is asked under the lock.
-    pub fn finish(
+    /// changed) if `keep` says so. `keep` is asked under the lock. The waiters hear of it by [`Settled::announce`].
+    pub fn settle(
         mut self,
         outcome: Result<(Generation, Arc<T>, usize)>,
         keep: impl FnOnce(&Generation) -> bool,
-    ) -> Result<Arc<T>> {
-        let outcome = {
-            let mut state = self.cache.state();
-            state.slots.remove(&self.generation);
-            self.finished = true;
-            outcome.map(|(generation, value, bytes)| {
-                if keep(&generation) && !state.slots.contains_key(&generation) {
-                    state.insert(generation, value.clone(), bytes);
-                }
-                state.evict_to(self.cache.limit);
-                value
-            })
+    ) -> Settled<T> {
+        let mut state = self.cache.state();
+        let waiters = match state.slots.remove(&self.generation) {
+            Some(Slot::Loading(waiters)) => waiters,
+            _ => unreachable!("a generation in flight is in no other state"),
         };
-        // No receiver may be left to hear it.
-        self.sender.send_replace(Some(outcome.clone()));
-        outcome
+        let outcome = outcome.map(|(generation, value, bytes)| {
+            if keep(&generation) && !state.slots.contains_key(&generation) {
+                state.insert(generation, value.clone(), bytes);
+            }
+            state.evict_to(self.cache.limit);
+            value
+        });
+        drop(state);
+        self.settled = true;
+        Settled { waiters, outcome }
+    }
+}
+
+impl<T> Settled<T> {
+    /// Wakes the waiters. There may be none left.
+    pub fn announce(mut self) {
+        let last = self.waiters.pop();
+        for waiter in self.waiters {
+            let _ = waiter.send(self.outcome.clone());
+        }
+        // The last one gets it by move, so that nothing is held here when that one goes on.
+        if let Some(waiter) = last {
+            let _ = waiter.send(self.outcome);
+        }
     }
 }
 
 impl<T> Drop for Flight<T> {
     fn drop(&mut self) {
-        if !self.finished {
+        if !self.settled {
             self.cache.state().slots.remove(&self.generation);
         }
     }
 }
 
 impl<T> Waiter<T> {
-    pub async fn wait(mut self) -> Result<Arc<T>> {
-        match self.0.wait_for(Option::is_some).await.as_deref() {
-            Ok(Some(outcome)) => outcome.clone(),
-            _ => Err(Error::internal("the adapter's load was given up")),
-        }
-    }
-}
-
-impl<T> Clone for Waiter<T> {
-    fn clone(&self) -> Self {
-        Waiter(self.0.clone())
+    pub async fn wait(self) -> Result<Arc<T>> {
+        self.0.await.unwrap_or_else(|_| Err(Error::internal("the adapter's load was given up")))
     }
 }
 
@@ -225,7 +241,10 @@ mod tests {
         match cache.get(&generation(i)) {
             Lookup::Ready(value) => value,
             Lookup::Wait(_) => panic!("nobody loads {i}"),
-            Lookup::Load(flight) => flight.finish(Ok((generation(i), Arc::new(i), bytes)), |_| true).unwrap(),
+            Lookup::Load(flight, _) => {
+                let settled = flight.settle(Ok((generation(i), Arc::new(i), bytes)), |_| true);
+                settled.outcome.unwrap()
+            }
         }
     }
 
@@ -280,14 +299,15 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let cache: Arc<Cache<usize>> = Cache::new(20);
-            let Lookup::Load(flight) = cache.get(&generation(1)) else { panic!() };
+            let Lookup::Load(flight, _) = cache.get(&generation(1)) else { panic!() };
             let waiters: Vec<_> = (0..3)
                 .map(|_| match cache.get(&generation(1)) {
                     Lookup::Wait(waiter) => tokio::spawn(waiter.wait()),
                     _ => panic!(),
                 })
                 .collect();
-            let value = flight.finish(Ok((generation(1), Arc::new(7), 10)), |_| true).unwrap();
+            flight.settle(Ok((generation(1), Arc::new(7), 10)), |_| true).announce();
+            let Lookup::Ready(value) = cache.get(&generation(1)) else { panic!() };
             for waiter in waiters {
                 assert!(Arc::ptr_eq(&waiter.await.unwrap().unwrap(), &value));
             }
@@ -299,15 +319,15 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let cache: Arc<Cache<usize>> = Cache::new(20);
-            let Lookup::Load(flight) = cache.get(&generation(1)) else { panic!() };
+            let Lookup::Load(flight, _) = cache.get(&generation(1)) else { panic!() };
             let Lookup::Wait(waiter) = cache.get(&generation(1)) else { panic!() };
-            flight.finish(Err(Error::unprocessable("broken")), |_| true).unwrap_err();
+            flight.settle(Err(Error::unprocessable("broken")), |_| true).announce();
             assert_eq!(waiter.wait().await.unwrap_err().message, "broken");
-            let Lookup::Load(flight) = cache.get(&generation(1)) else { panic!() };
+            let Lookup::Load(flight, _) = cache.get(&generation(1)) else { panic!() };
             let Lookup::Wait(waiter) = cache.get(&generation(1)) else { panic!() };
             drop(flight);
             waiter.wait().await.unwrap_err();
-            assert!(matches!(cache.get(&generation(1)), Lookup::Load(_)));
+            assert!(matches!(cache.get(&generation(1)), Lookup::Load(..)));
         });
     }
 

@@ -62,3 +62,11 @@ pub(super) fn read_optional(directory: &Path, name: &str) -> Result<Option<Vec<u
     }
     Ok(Some(bytes))
 }
+
+/// Keeps messages readable whatever a file holds: at most `length` characters.
+pub(super) fn shorten(text: &str, length: usize) -> String {
+    match text.char_indices().nth(length) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_string(),
+    }
+}

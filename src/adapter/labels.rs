@@ -4,7 +4,11 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
+use crate::adapter::files::shorten;
 use crate::{Error, Result};
+
+/// Longest name, in bytes.
+const MAX_LENGTH: usize = 1000;
 
 pub(super) const LABELS_JSON: &str = "labels.json";
 pub(super) const LABELS_TEXT: &str = "labels.txt";
@@ -30,7 +34,10 @@ pub(super) fn from_text_file(bytes: &[u8]) -> Result<Vec<String>> {
 pub(super) fn from_json(value: &Value) -> Result<Vec<String>> {
     let name = |class: usize, value: &Value| match value {
         Value::String(name) => Ok(name.clone()),
-        other => Err(Error::unprocessable(format!("the name of class {class} is {other}, not a string"))),
+        other => {
+            let shown = shorten(&other.to_string(), 100);
+            Err(Error::unprocessable(format!("the name of class {class} is {shown}, not a string")))
+        }
     };
     let names = match value {
         Value::Array(items) => items.iter().enumerate().map(|(i, v)| name(i, v)).collect::<Result<_>>()?,
@@ -60,6 +67,12 @@ fn checked(names: Vec<String>) -> Result<Vec<String>> {
     for (class, name) in names.iter().enumerate() {
         if name.is_empty() {
             return Err(Error::unprocessable(format!("the name of class {class} is empty")));
+        }
+        if name.len() > MAX_LENGTH {
+            return Err(Error::unprocessable(format!(
+                "the name of class {class} has {} bytes; at most {MAX_LENGTH}",
+                name.len()
+            )));
         }
         if !seen.insert(name.as_str()) {
             return Err(Error::unprocessable(format!("two classes are called {name:?}")));
@@ -95,6 +108,7 @@ mod tests {
             (r#"["a", 3]"#, "class 1 is 3"),
             (r#"["a", ""]"#, "class 1 is empty"),
             (r#"["a", "a"]"#, "\"a\""),
+            (&format!(r#"["a", "{}"]"#, "x".repeat(1001)), "1001 bytes"),
             ("[]", "no names"),
             ("{}", "no names"),
             ("7", "expected a list"),

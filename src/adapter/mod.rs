@@ -3,6 +3,8 @@
 //! Owns everything between bytes from users and an [`Adapter`] whose every number is known to fit the base. Never runs
 //! a model.
 
+// The layer is named after what it is about.
+#[allow(clippy::module_inception)]
 mod adapter;
 mod archive;
 mod cache;

@@ -7,7 +7,7 @@ use safetensors::tensor::TensorInfo;
 use serde::Serialize;
 
 use crate::adapter::config::{HEADS, LoraConfig, Modules, Target};
-use crate::adapter::files::{CONFIG, PICKLE, read_optional};
+use crate::adapter::files::{CONFIG, PICKLE, read_optional, shorten};
 use crate::adapter::generation::GenerationHasher;
 use crate::adapter::labels::{self, LABELS_JSON, LABELS_TEXT};
 use crate::adapter::tensors::{TensorFile, check_dtype};
@@ -38,14 +38,22 @@ pub fn load(directory: &Path, base: &ModelConfig, base_id: &str) -> Result<Loade
     let texts = Texts::read(directory)?;
     let config = LoraConfig::parse(&texts.config)?;
     let file = TensorFile::open(directory)?;
-    load_parts(&texts, &config, file, base)
-        .map_err(|e| explain_base(e, &config, base_id))
-        .map(|(adapter, bytes)| Loaded { adapter, config, bytes })
+    let (adapter, bytes) = load_parts(&texts, &config, file, base, base_id)?;
+    Ok(Loaded { adapter, config, bytes })
 }
 
-fn load_parts(texts: &Texts, config: &LoraConfig, file: TensorFile, base: &ModelConfig) -> Result<(Adapter, u64)> {
-    let targets = config.targets(base)?;
-    let mut slots = plan(config, &targets, file.tensors(), base)?;
+fn load_parts(
+    texts: &Texts,
+    config: &LoraConfig,
+    file: TensorFile,
+    base: &ModelConfig,
+    base_id: &str,
+) -> Result<(Adapter, u64)> {
+    let fitting = config.targets(base).and_then(|targets| {
+        let slots = plan(config, &targets, file.tensors(), base)?;
+        Ok((targets, slots))
+    });
+    let (targets, mut slots) = fitting.map_err(|e| explain_base(e, config, base_id))?;
     let labels = match slots.head_rows {
         Some(rows) => Some(texts.labels(config, rows)?),
         None => {
@@ -332,17 +340,12 @@ fn unknown(name: &str, path: &str) -> Error {
 
 /// Tells of the other base where the adapter names one. Names differ for good reasons, so alone that is no error.
 fn explain_base(error: Error, config: &LoraConfig, base_id: &str) -> Error {
-    match &config.base_model {
-        Some(made_for)
-            if error.kind == crate::ErrorKind::Unprocessable && !base_id.is_empty() && made_for != base_id =>
-        {
-            Error {
-                message: format!("{} (the adapter was made for {made_for:?}; the base is {base_id:?})", error.message),
-                ..error
-            }
-        }
-        _ => error,
-    }
+    let Some(made_for) = config.base_model.as_deref().filter(|name| !base_id.is_empty() && *name != base_id) else {
+        return error;
+    };
+    let made_for = shorten(made_for, 200);
+    let message = format!("{} (the adapter was made for {made_for:?}; the base is {base_id:?})", error.message);
+    Error { message, ..error }
 }
 
 impl Loaded {
@@ -435,4 +438,388 @@ pub fn inspect(directory: &Path, base: Option<&ModelConfig>) -> Result<Inspectio
         parameters,
         tensors,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::Dtype;
+    use serde_json::json;
+
+    use super::*;
+    use crate::ErrorKind;
+    use crate::adapter::files::WEIGHTS;
+    use crate::adapter::testing::{Files, Tensor, adapter, classifier, fixtures, tiny};
+    use crate::adapter::{Adapter, generation_of};
+
+    fn read(files: &Files) -> Result<Loaded> {
+        load(files.folder().path(), &tiny(), "tiny")
+    }
+
+    /// The message of an adapter that must be refused.
+    fn refused(files: &Files) -> String {
+        let error = read(files).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Unprocessable, "{error}");
+        error.message
+    }
+
+    fn name(rest: &str) -> String {
+        format!("base_model.model.model.layers.{rest}")
+    }
+
+    #[test]
+    fn numbers_shapes_and_scale_arrive() {
+        let files = adapter(1);
+        let folder = files.folder();
+        let loaded = load(folder.path(), &tiny(), "tiny").unwrap();
+        let Adapter { generation, pairs, head } = &loaded.adapter;
+        assert_eq!(*generation, generation_of(folder.path()).unwrap());
+        assert!(head.is_none());
+        assert_eq!(
+            pairs.keys().copied().collect::<Vec<_>>(),
+            [(0, Projection::Q), (0, Projection::V), (1, Projection::Q), (1, Projection::V)]
+        );
+        let pair = &pairs[&(1, Projection::V)];
+        assert_eq!((pair.rank, pair.scale, pair.a.len(), pair.b.len()), (2, 2.0, 16, 12));
+        assert_eq!((pair.a[3], pair.b[11]), (1103.0 / 8.0, 1111.0 / 8.0));
+        assert_eq!((loaded.rank(), loaded.target_modules()), (2, vec!["q_proj".to_string(), "v_proj".into()]));
+        let size: u64 = std::fs::read_dir(folder.path()).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
+        assert_eq!(loaded.bytes, size);
+    }
+
+    #[test]
+    fn half_precision_is_widened_and_other_dtypes_are_named() {
+        let key = name("0.self_attn.q_proj.lora_A.weight");
+        for (dtype, one) in [(Dtype::F16, [0x00, 0x3c]), (Dtype::BF16, [0x80, 0x3f])] {
+            let mut files = adapter(1);
+            files.tensors.insert(key.clone(), Tensor { dtype, shape: vec![2, 8], bytes: one.repeat(16) });
+            assert_eq!(read(&files).unwrap().adapter.pairs[&(0, Projection::Q)].a, vec![1.0; 16]);
+        }
+        let mut files = adapter(1);
+        files.tensors.insert(key.clone(), Tensor { dtype: Dtype::F64, shape: vec![2, 8], bytes: vec![0; 128] });
+        let message = refused(&files);
+        assert!(message.contains(&key) && message.contains("F64") && message.contains("BF16"), "{message}");
+    }
+
+    #[test]
+    fn tensors_larger_than_a_piece_are_read_whole() {
+        let base = ModelConfig { hidden_size: 40_000, ..tiny() };
+        let mut files = adapter(1);
+        files.config["target_modules"] = json!(["layers.0.self_attn.q_proj"]);
+        files.tensors.clear();
+        let a = Tensor::f32(&[2, 40_000], |i| i as f32);
+        files.tensors.insert(name("0.self_attn.q_proj.lora_A.weight"), a);
+        files.tensors.insert(name("0.self_attn.q_proj.lora_B.weight"), Tensor::f32(&[12, 2], |_| 1.0));
+        let folder = files.folder();
+        let loaded = load(folder.path(), &base, "tiny").unwrap();
+        let expected: Vec<f32> = (0..80_000).map(|i| i as f32).collect();
+        assert_eq!(loaded.adapter.pairs[&(0, Projection::Q)].a, expected);
+        assert_eq!(loaded.adapter.generation, generation_of(folder.path()).unwrap());
+    }
+
+    #[test]
+    fn ranks_and_alphas_by_pattern_decide_shapes_and_scales() {
+        let mut files = adapter(1);
+        files.config["rank_pattern"] = json!({"v_proj": 3});
+        files.config["alpha_pattern"] = json!({"layers.1.self_attn.v_proj": 6});
+        let message = refused(&files);
+        assert!(message.contains("v_proj.lora_A.weight has shape [2, 8]; expected [3, 8]"), "{message}");
+        for layer in 0..2 {
+            let module = name(&format!("{layer}.self_attn.v_proj"));
+            files.tensors.insert(format!("{module}.lora_A.weight"), Tensor::f32(&[3, 8], |i| i as f32));
+            files.tensors.insert(format!("{module}.lora_B.weight"), Tensor::f32(&[6, 3], |i| i as f32));
+        }
+        let pairs = read(&files).unwrap().adapter.pairs;
+        let found: Vec<(usize, f32)> = pairs.values().map(|p| (p.rank, p.scale)).collect();
+        assert_eq!(found, [(2, 2.0), (3, 4.0 / 3.0), (2, 2.0), (3, 2.0)]);
+    }
+
+    #[test]
+    fn a_head_travels_with_its_labels() {
+        let head = |files: &Files| read(files).unwrap().adapter.head.unwrap();
+        let mut files = classifier(1);
+        let found = head(&files);
+        assert_eq!(found.labels, ["LABEL_0", "LABEL_1", "LABEL_2"]);
+        assert_eq!((found.weight.len(), found.weight[23], found.bias), (24, 23.0, None));
+
+        files.config["id2label"] = json!({"0": "a", "1": "b", "2": "c"});
+        files.tensors.insert("base_model.model.score.bias".into(), Tensor::f32(&[3], |i| i as f32));
+        let found = head(&files);
+        assert_eq!((found.labels, found.bias), (vec!["a".into(), "b".into(), "c".into()], Some(vec![0.0, 1.0, 2.0])));
+
+        let folder = files.folder();
+        std::fs::write(folder.path().join("labels.txt"), "x\ny\nz\n").unwrap();
+        let loaded = load(folder.path(), &tiny(), "tiny").unwrap();
+        assert_eq!(loaded.adapter.head.unwrap().labels, ["x", "y", "z"]);
+        assert_eq!(loaded.adapter.generation, generation_of(folder.path()).unwrap());
+        std::fs::write(folder.path().join("labels.txt"), "x\ny\n").unwrap();
+        let message = load(folder.path(), &tiny(), "tiny").unwrap_err().message;
+        assert!(message.contains("labels.txt names 2 classes but the head has 3 rows"), "{message}");
+        std::fs::write(folder.path().join("labels.json"), "[]").unwrap();
+        let message = load(folder.path(), &tiny(), "tiny").unwrap_err().message;
+        assert!(message.contains("both labels.json and labels.txt"), "{message}");
+    }
+
+    #[test]
+    fn names_of_a_raw_state_dict_and_of_older_versions_are_read() {
+        let mut files = classifier(1);
+        files.config["modules_to_save"] = json!(null);
+        files.tensors = files
+            .tensors
+            .into_iter()
+            .map(|(name, t)| {
+                let name = name.replace("lora_A.weight", "lora_A.default.weight");
+                (name.replace("score.weight", "classifier.modules_to_save.default.weight"), t)
+            })
+            .collect();
+        assert_eq!(read(&files).unwrap().adapter.pairs.len(), 4);
+    }
+
+    #[test]
+    fn heads_that_do_not_fit_are_refused() {
+        let score = "base_model.model.score.weight".to_string();
+        let with = |tensor: Tensor| {
+            let mut files = classifier(1);
+            files.tensors.insert(score.clone(), tensor);
+            refused(&files)
+        };
+        assert!(with(Tensor::f32(&[3, 9], |_| 0.0)).contains("has shape [3, 9]; expected [3, 8]"));
+        assert!(with(Tensor::f32(&[24], |_| 0.0)).contains("has shape [24]; expected [24, 8]"));
+        assert!(with(Tensor::f32(&[0, 8], |_| 0.0)).contains("has shape [0, 8]"));
+        let mut files = classifier(1);
+        files.tensors.insert("base_model.model.score.bias".into(), Tensor::f32(&[2], |_| 0.0));
+        assert!(refused(&files).contains("score.bias has shape [2]; expected [3]"));
+        let head = files.tensors.remove(&score).unwrap();
+        assert!(refused(&files).contains("bias but no weight"));
+        files.tensors.remove("base_model.model.score.bias");
+        assert!(refused(&files).contains("SEQ_CLS"));
+        files.tensors.insert(score.clone(), head.clone());
+        files.tensors.insert("base_model.model.classifier.weight".into(), head.clone());
+        assert!(refused(&files).contains("two classification heads"));
+        let mut files = adapter(1);
+        files.tensors.insert(score, head);
+        assert!(refused(&files).contains("modules_to_save"));
+        let folder = adapter(1).folder();
+        std::fs::write(folder.path().join("labels.json"), r#"["a"]"#).unwrap();
+        assert!(load(folder.path(), &tiny(), "").unwrap_err().message.contains("no classification head"));
+    }
+
+    #[test]
+    fn tensors_that_do_not_belong_are_named() {
+        let tensor = Tensor::f32(&[2, 8], |_| 0.0);
+        for (tensor_name, expected) in [
+            (name("2.self_attn.q_proj.lora_A.weight"), "layer 2, but the base has the layers 0 to 1"),
+            (name("0.self_attn.k_proj.lora_A.weight"), "does not target"),
+            (name("0.self_attn.qkv_proj.lora_A.weight"), "not a linear layer"),
+            ("base_model.model.lm_head.lora_A.weight".into(), "not a linear layer"),
+            (name("0.self_attn.q_proj.lora_magnitude_vector"), "DoRA"),
+            (name("0.self_attn.q_proj.lora_B.bias"), "bias"),
+            ("base_model.model.model.embed_tokens.lora_embedding_A".into(), "embeddings"),
+            ("base_model.model.model.norm.weight".into(), "expected only"),
+            ("model.layers.0.self_attn.q_proj.lora_A.weight".into(), "does not begin with"),
+            (name("0.self_attn.q_proj.lora_A.default.weight"), "under two names"),
+        ] {
+            let mut files = adapter(1);
+            files.tensors.insert(tensor_name.clone(), tensor.clone());
+            let message = refused(&files);
+            assert!(message.contains(&tensor_name) && message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn missing_tensors_and_wrong_ranks_are_named() {
+        let key = name("1.self_attn.v_proj.lora_B.weight");
+        let mut files = adapter(1);
+        files.tensors.remove(&key);
+        assert!(refused(&files).contains(&format!("tensor {key} is missing")));
+        let mut files = adapter(1);
+        files.config["target_modules"] = json!(["q_proj", "v_proj", "k_proj"]);
+        assert!(refused(&files).contains("layers.0.self_attn.k_proj.lora_A.weight is missing"));
+        let mut files = adapter(1);
+        files.config["r"] = json!(4);
+        let message = refused(&files);
+        assert!(message.contains("q_proj.lora_A.weight has shape [2, 8]; expected [4, 8] (rank 4"), "{message}");
+    }
+
+    #[test]
+    fn the_other_base_is_told_when_something_does_not_fit() {
+        let mut files = adapter(1);
+        files.config["base_model_name_or_path"] = json!("big/model");
+        read(&files).unwrap();
+        files.config["r"] = json!(4);
+        let message = refused(&files);
+        assert!(message.contains("made for \"big/model\"") && message.contains("\"tiny\""), "{message}");
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_found() {
+        for (bad, shown) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
+            let mut files = adapter(1);
+            let key = name("0.self_attn.v_proj.lora_B.weight");
+            files.tensors.insert(key.clone(), Tensor::f32(&[6, 2], |i| if i == 7 { bad } else { 0.0 }));
+            let message = refused(&files);
+            assert!(message.contains(&format!("{key}: the value at [3, 1] is {shown}")), "{message}");
+        }
+        let mut files = adapter(1);
+        let bytes = [[0, 0x7c], [0, 0]].concat().repeat(8);
+        files
+            .tensors
+            .insert(name("0.self_attn.q_proj.lora_A.weight"), Tensor { dtype: Dtype::F16, shape: vec![2, 8], bytes });
+        assert!(refused(&files).contains("at [0, 0] is inf"));
+    }
+
+    /// The message for these bytes as the weights of an adapter.
+    fn refused_weights(bytes: &[u8]) -> String {
+        let folder = adapter(1).folder();
+        std::fs::write(folder.path().join(WEIGHTS), bytes).unwrap();
+        let error = load(folder.path(), &tiny(), "tiny").unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Unprocessable, "{error}");
+        assert_eq!(inspect(folder.path(), None).unwrap_err().kind, ErrorKind::Unprocessable);
+        error.message
+    }
+
+    fn with_header(json: &str, data: usize) -> Vec<u8> {
+        [&(json.len() as u64).to_le_bytes()[..], json.as_bytes(), &vec![0; data]].concat()
+    }
+
+    #[test]
+    fn malformed_safetensors_are_refused_with_words() {
+        let good = adapter(1).weights();
+        let tensor = |name: &str, shape: &str, from: usize, to: usize| {
+            format!(r#""{name}":{{"dtype":"F32","shape":{shape},"data_offsets":[{from},{to}]}}"#)
+        };
+        let two = |a: String, b: String| with_header(&format!("{{{a},{b}}}"), 8);
+        let cases: Vec<(Vec<u8>, &str)> = vec![
+            (vec![], "0 bytes"),
+            (good[..5].to_vec(), "5 bytes"),
+            (good[..100].to_vec(), "header claims"),
+            (good[..good.len() - 1].to_vec(), "its header describes"),
+            ([&good[..], b"x"].concat(), "its header describes"),
+            ([&u64::MAX.to_le_bytes()[..], b"{}"].concat(), "at most"),
+            ([&(1u64 << 30).to_le_bytes()[..], b"{}"].concat(), "at most"),
+            (with_header("{", 0), "header is not valid"),
+            (with_header("[]", 0), "header is not valid"),
+            (with_header(&"[".repeat(100_000), 0), "header is not valid"),
+            (with_header(r#"{"x":{"dtype":"F7","shape":[],"data_offsets":[0,1]}}"#, 1), "header is not valid"),
+            (two(tensor("a", "[1]", 0, 4), tensor("b", "[1]", 2, 6)), "offset"),
+            (two(tensor("a", "[1]", 0, 4), tensor("b", "[1]", 0, 4)), "offset"),
+            (two(tensor("a", "[1]", 4, 8), tensor("b", "[1]", 8, 12)), "offset"),
+            (two(tensor("a", "[1]", 0, 4), tensor("b", "[1]", 4, 400)), "shape"),
+            (with_header(&format!("{{{}}}", tensor("a", "[18446744073709551615,9]", 0, 4)), 4), "overflow"),
+            (with_header(&format!("{{{}}}", tensor("a", "[1]", 4, 0)), 4), "offset"),
+            (with_header(&format!("{{{}}}", tensor("a", "[-1]", 0, 4)), 4), "header is not valid"),
+            ([&8u64.to_le_bytes()[..], &[0xff; 8]].concat(), "UTF-8"),
+            (b"PK\x03\x04\x00\x00\x08\x08\x00\x00rest of an archive".to_vec(), "pickle"),
+            (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(), "pickle"),
+            (b"version https://git-lfs.github.com/spec/v1".to_vec(), "Git LFS"),
+            (b"GGUF\x03\x00\x00\x00rest".to_vec(), "GGUF"),
+        ];
+        for (bytes, expected) in cases {
+            let message = refused_weights(&bytes);
+            assert!(message.contains(WEIGHTS) && message.contains(expected), "{expected}: {message}");
+        }
+    }
+
+    #[test]
+    fn every_truncation_of_a_file_is_refused() {
+        let good = adapter(1).weights();
+        for length in (0..good.len()).step_by(97) {
+            refused_weights(&good[..length]);
+        }
+    }
+
+    #[test]
+    fn missing_files_and_pickles_are_told() {
+        let folder = adapter(1).folder();
+        std::fs::remove_file(folder.path().join(WEIGHTS)).unwrap();
+        let message = || load(folder.path(), &tiny(), "").unwrap_err().message;
+        assert_eq!(message(), "adapter_model.safetensors is missing");
+        std::fs::write(folder.path().join(PICKLE), "x").unwrap();
+        assert!(message().contains("adapter_model.bin is a Python pickle"));
+        std::fs::create_dir(folder.path().join(WEIGHTS)).unwrap();
+        assert!(message().contains("not a regular file"));
+        std::fs::remove_file(folder.path().join(CONFIG)).unwrap();
+        assert!(message().contains("adapter_config.json is missing"));
+        std::fs::write(folder.path().join(CONFIG), vec![b' '; 5 << 20]).unwrap();
+        assert!(message().contains("at most"));
+    }
+
+    #[test]
+    fn inspection_needs_no_base() {
+        let folder = classifier(1).folder();
+        let seen = inspect(folder.path(), None).unwrap();
+        assert_eq!(seen.generation, generation_of(folder.path()).unwrap());
+        assert_eq!((seen.tensors.len(), seen.labels.as_ref().map(Vec::len), seen.r), (9, Some(3), 2));
+        let parameters = load(folder.path(), &tiny(), "").unwrap().adapter.parameters();
+        assert_eq!(seen.parameters, parameters);
+        inspect(folder.path(), Some(&tiny())).unwrap();
+        let other = ModelConfig { hidden_size: 16, ..tiny() };
+        assert!(inspect(folder.path(), Some(&other)).unwrap_err().message.contains("expected [2, 16]"));
+    }
+
+    #[test]
+    fn the_reference_adapters_are_accepted_or_refused_by_name() {
+        let directory = fixtures().join("tiny/llama");
+        let config = std::fs::read_to_string(directory.join("base/config.json")).unwrap();
+        let base = ModelConfig::from_json(&config).unwrap();
+        let mut seen = 0;
+        for folder in std::fs::read_dir(&directory).unwrap() {
+            let folder = folder.unwrap();
+            let folder_name = folder.file_name().into_string().unwrap();
+            let Some(variant) = folder_name.strip_prefix("adapter_") else { continue };
+            seen += 1;
+            let result = load(&folder.path(), &base, "tiny-llama");
+            let expected = match variant {
+                "dora_r4" => Err("use_dora"),
+                "lora_bias" => Err("lora_bias"),
+                "embed_and_head" => Err("embed_tokens"),
+                "modules_to_save_norm" => Err("\"norm\""),
+                "qv_r4" => Ok((4, 4, 2.0, 0)),
+                "regex_targets" => Ok((4, 4, 2.0, 0)),
+                "all_linear" => Ok((14, 4, 2.0, 0)),
+                "all_r8" => Ok((14, 8, 2.0, 0)),
+                "rslora_r8" => Ok((14, 8, 16.0 / 8f32.sqrt(), 0)),
+                "exclude_down" => Ok((12, 4, 2.0, 0)),
+                "layers_1_only" => Ok((7, 4, 2.0, 0)),
+                "rank_alpha_pattern" => Ok((14, 16, 4.0 / 16.0, 0)),
+                "seqcls" => Ok((4, 4, 2.0, 3)),
+                other => panic!("unknown variant {other}"),
+            };
+            match (result, expected) {
+                (Ok(loaded), Ok((pairs, rank, scale, labels))) => {
+                    let first = loaded.adapter.pairs.values().next().unwrap();
+                    let classes = loaded.adapter.head.as_ref().map_or(0, |h| h.labels.len());
+                    assert_eq!(
+                        (loaded.adapter.pairs.len(), loaded.rank(), classes),
+                        (pairs, rank, labels),
+                        "{variant}"
+                    );
+                    assert!((first.scale - scale).abs() < 1e-6, "{variant}: {}", first.scale);
+                }
+                (Err(e), Err(field)) => assert!(e.message.contains(field), "{variant}: {e}"),
+                (result, _) => panic!("{variant}: {result:?}"),
+            }
+        }
+        assert_eq!(seen, 13);
+    }
+
+    #[test]
+    fn the_adapters_of_the_default_base_are_accepted() {
+        let base = ModelConfig {
+            hidden_size: 576,
+            intermediate_size: 1536,
+            layers: 30,
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            ..tiny()
+        };
+        for (folder, pairs, rank) in
+            [("adapter_causal_r8", 60, 8), ("adapter_causal_r16", 210, 16), ("adapter_seqcls", 60, 8)]
+        {
+            let loaded = load(&fixtures().join("smollm2").join(folder), &base, "").unwrap();
+            assert_eq!((loaded.adapter.pairs.len(), loaded.rank()), (pairs, rank));
+        }
+        let error = load(&fixtures().join("smollm2/adapter_causal_r8"), &tiny(), "x").unwrap_err();
+        assert!(error.message.contains("layer ") && error.message.contains("SmolLM2"), "{error}");
+    }
 }

@@ -170,7 +170,7 @@ struct Inner {
     names: RwLock<Names>,
     /// Held from the check of a condition until the change is durable and visible.
     changes: Mutex<()>,
-    loads: Semaphore,
+    loads: Arc<Semaphore>,
 }
 
 impl Registry {
@@ -202,7 +202,7 @@ impl Registry {
             store,
             names: RwLock::new(names),
             changes: Mutex::new(()),
-            loads: Semaphore::new(PARALLEL_LOADS),
+            loads: Arc::new(Semaphore::new(PARALLEL_LOADS)),
         };
         inner.update_metrics();
         Ok(Arc::new(Registry { inner: Arc::new(inner) }))
@@ -233,8 +233,7 @@ impl Registry {
             let outcome = match self.inner.cache.get(&entry.generation) {
                 Lookup::Ready(adapter) => return Ok(adapter),
                 Lookup::Wait(waiter) => waiter.wait().await,
-                Lookup::Load(flight) => {
-                    let waiter = flight.waiter();
+                Lookup::Load(flight, waiter) => {
                     // On its own, so that it goes on for the others if this caller is dropped.
                     tokio::spawn(self.inner.clone().load(name.to_string(), entry.clone(), flight));
                     waiter.wait().await
@@ -318,26 +317,27 @@ impl Inner {
 
     async fn load(self: Arc<Self>, name: String, entry: Arc<Entry>, flight: Flight<PackedAdapter>) {
         // The semaphore is never closed, so there is always a permit to be had.
-        let _permit = self.loads.acquire().await;
-        let inner = self.clone();
+        let permit = self.loads.clone().acquire_owned().await;
         let work = tokio::task::spawn_blocking(move || {
-            let _lease = (entry.source == Source::Store).then(|| inner.store.lease(&entry.generation));
+            let lease = (entry.source == Source::Store).then(|| self.store.lease(&entry.generation));
             let start = Instant::now();
-            let outcome = inner.read(&entry).and_then(|loaded| {
-                let packed = Arc::new(inner.pack(&loaded)?);
+            let outcome = self.read(&entry).and_then(|loaded| {
+                let packed = Arc::new(self.pack(&loaded)?);
                 if loaded.adapter.generation != entry.generation {
-                    inner.follow_change(&entry, &loaded)?;
+                    self.follow_change(&entry, &loaded)?;
                 }
                 let bytes = packed.bytes;
                 Ok((loaded.adapter.generation, packed, bytes))
             });
-            inner.metrics.adapter_load_seconds.with_label_values(&["disk"]).observe(start.elapsed().as_secs_f64());
+            self.metrics.adapter_load_seconds.with_label_values(&["disk"]).observe(start.elapsed().as_secs_f64());
             if let Err(e) = &outcome {
                 tracing::warn!("adapter {name:?} could not be loaded: {e}");
             }
-            // A failure reaches whoever waits.
-            let _ = flight.finish(outcome, |generation| inner.is_named(generation));
-            inner.update_metrics();
+            let settled = flight.settle(outcome, |generation| self.is_named(generation));
+            self.update_metrics();
+            // All is released before the waiters go on, so that none of them finds the store still in use.
+            drop((permit, lease, self));
+            settled.announce();
         });
         if let Err(e) = work.await {
             tracing::error!("the load of an adapter panicked: {e}");
@@ -603,4 +603,420 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or_else(|e| Err(Error::internal(format!("a change of adapters panicked: {e}"))))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::ErrorKind;
+    use crate::adapter::testing::{Files, adapter, classifier, tiny};
+
+    struct World {
+        root: TempDir,
+        memory: usize,
+        metrics: Arc<Metrics>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let root = tempfile::tempdir().unwrap();
+            std::fs::create_dir(root.path().join("adapters")).unwrap();
+            World { root, memory: 1 << 20, metrics: Arc::new(Metrics::new()) }
+        }
+
+        /// Puts an adapter into the read-only folder.
+        fn folder(&self, name: &str, files: &Files) -> PathBuf {
+            let path = self.root.path().join("adapters").join(name);
+            files.write(&path);
+            path
+        }
+
+        fn open(&self) -> Arc<Registry> {
+            let options = RegistryOptions {
+                config: tiny(),
+                base: "tiny".into(),
+                device: Device::Cpu,
+                directories: vec![self.root.path().join("adapters")],
+                store: self.root.path().join("store"),
+                memory: self.memory,
+                max_upload: 1 << 20,
+            };
+            Registry::open(options, self.metrics.clone()).unwrap()
+        }
+
+        fn gauge(&self, tier: &str) -> (i64, i64) {
+            let value = |gauges: &prometheus::IntGaugeVec| gauges.with_label_values(&[tier]).get();
+            (value(&self.metrics.adapters), value(&self.metrics.adapter_bytes))
+        }
+    }
+
+    fn upload(registry: &Registry, files: &Files) -> Upload {
+        let upload = registry.upload().unwrap();
+        files.write(upload.path());
+        upload
+    }
+
+    async fn publish(registry: &Registry, name: &str, seed: usize) -> (AdapterInfo, Published) {
+        registry.publish(name, upload(registry, &adapter(seed)), Condition::Always).await.unwrap()
+    }
+
+    fn generation(info: &AdapterInfo) -> Generation {
+        Generation::new(info.generation.as_str())
+    }
+
+    fn names(registry: &Registry) -> Vec<String> {
+        registry.list().into_iter().map(|info| info.name).collect()
+    }
+
+    #[tokio::test]
+    async fn folders_are_served_and_broken_ones_left_out() {
+        let world = World::new();
+        world.folder("b", &adapter(1));
+        world.folder("a", &classifier(2));
+        let broken = world.folder("broken", &adapter(3));
+        std::fs::write(broken.join(WEIGHTS), "x").unwrap();
+        world.folder("-bad-name", &adapter(4));
+        world.folder("tiny", &adapter(4));
+        std::fs::create_dir(world.root.path().join("adapters/empty")).unwrap();
+        let registry = world.open();
+        assert_eq!(names(&registry), ["a", "b"]);
+        let info = registry.get("a").unwrap();
+        assert_eq!((info.source, info.tier, info.rank, info.in_flight), (Source::Directory, Tier::Disk, 2, 0));
+        assert_eq!((info.lora_alpha, info.labels.unwrap().len()), (4.0, 3));
+        assert_eq!(info.target_modules, ["q_proj", "v_proj"]);
+        for name in ["broken", "nobody"] {
+            assert_eq!(registry.get(name).unwrap_err().kind, ErrorKind::NotFound);
+            assert_eq!(registry.acquire(name).await.unwrap_err().kind, ErrorKind::NotFound);
+        }
+        let error = registry.remove("a", Condition::Always).await.unwrap_err();
+        assert!(error.kind == ErrorKind::Conflict && error.message.contains("read-only"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn published_adapters_are_hot_pinned_and_survive_a_restart() {
+        let world = World::new();
+        let registry = world.open();
+        let (info, published) = publish(&registry, "mine", 1).await;
+        assert_eq!(
+            (published, info.source, info.tier, info.in_flight),
+            (Published::Created, Source::Store, Tier::Device, 0)
+        );
+        let held = registry.acquire("mine").await.unwrap();
+        assert_eq!(held.generation.as_str(), info.generation);
+        assert_eq!(registry.get("mine").unwrap().in_flight, 1);
+        assert_eq!(publish(&registry, "mine", 1).await.1, Published::Unchanged);
+        let (second, published) = publish(&registry, "mine", 2).await;
+        assert_eq!(published, Published::Replaced);
+        assert_ne!(second.generation, info.generation);
+        // Who held the old one keeps it; it is in nobody's way.
+        assert_eq!(held.generation.as_str(), info.generation);
+        assert_eq!(registry.acquire("mine").await.unwrap().generation.as_str(), second.generation);
+        assert_eq!(world.gauge("device"), (1, held.bytes as i64));
+        assert_eq!(world.gauge("disk"), (1, second.bytes as i64));
+        drop(registry);
+        let registry = world.open();
+        let again = registry.get("mine").unwrap();
+        assert_eq!((&again.generation, again.created, again.tier), (&second.generation, second.created, Tier::Disk));
+        assert_eq!(registry.acquire("mine").await.unwrap().generation.as_str(), second.generation);
+        assert_eq!(registry.get("mine").unwrap().tier, Tier::Device);
+        let removed = registry.remove("mine", Condition::Always).await.unwrap();
+        assert_eq!(removed.generation, second.generation);
+        assert_eq!((names(&registry).len(), world.gauge("device"), world.gauge("disk")), (0, (0, 0), (0, 0)));
+        assert_eq!(std::fs::read_dir(world.root.path().join("store/objects")).unwrap().count(), 0);
+        assert_eq!(registry.remove("mine", Condition::Always).await.unwrap_err().kind, ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn conditions_are_checked_at_the_swap() {
+        let world = World::new();
+        let registry = world.open();
+        let publish_if = async |name: &str, seed: usize, when: Condition| {
+            registry.publish(name, upload(&registry, &adapter(seed)), when).await
+        };
+        let nothing = Condition::Is(Generation::new("0".repeat(64)));
+        assert_eq!(publish_if("a", 1, nothing.clone()).await.unwrap_err().kind, ErrorKind::Conflict);
+        let (one, _) = publish_if("a", 1, Condition::Absent).await.unwrap();
+        assert_eq!(publish_if("a", 2, Condition::Absent).await.unwrap_err().kind, ErrorKind::Conflict);
+        assert_eq!(publish_if("a", 2, nothing.clone()).await.unwrap_err().kind, ErrorKind::Conflict);
+        assert_eq!(registry.get("a").unwrap().generation, one.generation);
+        let (two, _) = publish_if("a", 2, Condition::Is(generation(&one))).await.unwrap();
+        assert_eq!(registry.remove("a", Condition::Is(generation(&one))).await.unwrap_err().kind, ErrorKind::Conflict);
+        registry.remove("a", Condition::Is(generation(&two))).await.unwrap();
+        // What was refused has left nothing behind.
+        assert_eq!(std::fs::read_dir(world.root.path().join("store/objects")).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(world.root.path().join("store/incoming")).unwrap().count(), 0);
+        assert_eq!(world.gauge("device"), (0, 0));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn of_swaps_that_expect_the_same_one_wins() {
+        let world = World::new();
+        let registry = world.open();
+        let (mut current, _) = publish(&registry, "a", 0).await;
+        for round in 0..5 {
+            let tries: Vec<_> = (0..4)
+                .map(|i| {
+                    let registry = registry.clone();
+                    let when = Condition::Is(generation(&current));
+                    tokio::spawn(async move {
+                        let upload = upload(&registry, &adapter(1 + round * 4 + i));
+                        registry.publish("a", upload, when).await
+                    })
+                })
+                .collect();
+            let mut won = vec![];
+            for attempt in tries {
+                match attempt.await.unwrap() {
+                    Ok((info, _)) => won.push(info),
+                    Err(e) => assert_eq!(e.kind, ErrorKind::Conflict, "{e}"),
+                }
+            }
+            assert_eq!(won.len(), 1);
+            assert_eq!(registry.get("a").unwrap().generation, won[0].generation);
+            current = won.remove(0);
+        }
+        assert_eq!(std::fs::read_dir(world.root.path().join("store/objects")).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_upload_hides_a_folder_until_it_is_removed() {
+        let world = World::new();
+        world.folder("a", &adapter(1));
+        let registry = world.open();
+        let original = registry.get("a").unwrap();
+        let absent = registry.publish("a", upload(&registry, &adapter(2)), Condition::Absent).await;
+        assert_eq!(absent.unwrap_err().kind, ErrorKind::Conflict);
+        let (info, published) = publish(&registry, "a", 2).await;
+        assert_eq!((published, info.source), (Published::Replaced, Source::Store));
+        assert_eq!(names(&registry), ["a"]);
+        drop(registry);
+        let registry = world.open();
+        assert_eq!(registry.get("a").unwrap().generation, info.generation);
+        registry.remove("a", Condition::Always).await.unwrap();
+        assert_eq!(registry.get("a").unwrap().generation, original.generation);
+        assert_eq!(registry.acquire("a").await.unwrap().generation.as_str(), original.generation);
+    }
+
+    #[tokio::test]
+    async fn bad_uploads_are_refused_and_change_nothing() {
+        let world = World::new();
+        let registry = world.open();
+        let mut wrong = adapter(1);
+        wrong.config["r"] = serde_json::json!(4);
+        let mut huge = adapter(1);
+        huge.tensors.insert("x".into(), crate::adapter::testing::Tensor::f32(&[1 << 18], |_| 0.0));
+        for (name, files, kind) in [
+            ("a", &wrong, ErrorKind::Unprocessable),
+            ("a", &huge, ErrorKind::TooLarge),
+            ("a/b", &adapter(1), ErrorKind::BadRequest),
+            ("base", &adapter(1), ErrorKind::BadRequest),
+            ("tiny", &adapter(1), ErrorKind::BadRequest),
+        ] {
+            let error = registry.publish(name, upload(&registry, files), Condition::Always).await.unwrap_err();
+            assert_eq!(error.kind, kind, "{error}");
+        }
+        let empty = registry.publish("a", registry.upload().unwrap(), Condition::Always).await.unwrap_err();
+        assert!(empty.message.contains("adapter_config.json is missing"), "{empty}");
+        assert!(registry.list().is_empty());
+        for folder in ["objects", "names", "incoming"] {
+            assert_eq!(std::fs::read_dir(world.root.path().join("store").join(folder)).unwrap().count(), 0, "{folder}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_local_directory_or_an_archive_can_be_published() {
+        let world = World::new();
+        let registry = world.open();
+        let folder = classifier(1).folder();
+        std::fs::write(folder.path().join("labels.json"), r#"["a", "b", "c"]"#).unwrap();
+        std::fs::write(folder.path().join("optimizer.pt"), vec![0; 2 << 20]).unwrap();
+        let upload = registry.upload_from(folder.path()).unwrap();
+        let (copied, _) = registry.publish("copied", upload, Condition::Always).await.unwrap();
+        assert_eq!(copied.labels.unwrap(), ["a", "b", "c"]);
+        let upload = registry.upload().unwrap();
+        let file = upload.path().join("archive");
+        let mut tar = tar::Builder::new(std::fs::File::create(&file).unwrap());
+        for name in ["adapter_config.json", WEIGHTS, "labels.json"] {
+            tar.append_path_with_name(folder.path().join(name), name).unwrap();
+        }
+        tar.finish().unwrap();
+        upload.unpack(&file).unwrap();
+        assert!(!file.exists());
+        let (unpacked, _) = registry.publish("unpacked", upload, Condition::Always).await.unwrap();
+        assert_eq!(unpacked.generation, copied.generation);
+        // One content under two names: one copy in memory, one on disk.
+        let (a, b) = (registry.acquire("copied").await.unwrap(), registry.acquire("unpacked").await.unwrap());
+        assert!(Arc::ptr_eq(&a, &b));
+        assert_eq!((registry.get("copied").unwrap().in_flight, world.gauge("disk").0), (2, 1));
+        registry.remove("copied", Condition::Always).await.unwrap();
+        assert_eq!(registry.get("unpacked").unwrap().tier, Tier::Device);
+        assert!(registry.upload_from(Path::new("/nowhere")).is_err());
+        let empty = tempfile::tempdir().unwrap();
+        assert_eq!(registry.upload_from(empty.path()).err().unwrap().kind, ErrorKind::Unprocessable);
+    }
+
+    #[tokio::test]
+    async fn more_adapters_than_fit_take_turns() {
+        let mut world = World::new();
+        for i in 0..6 {
+            world.folder(&format!("a{i}"), &adapter(i));
+        }
+        let one = world.open().acquire("a0").await.unwrap().bytes;
+        world.memory = 2 * one;
+        let registry = world.open();
+        for round in 0..3 {
+            for i in 0..6 {
+                let name = format!("a{i}");
+                let adapter = registry.acquire(&name).await.unwrap();
+                assert_eq!(adapter.generation.as_str(), registry.get(&name).unwrap().generation, "{round}");
+                assert!(world.gauge("device").1 <= 2 * one as i64);
+            }
+        }
+        // All in use at once: more than the limit, and nobody is refused.
+        let mut held = vec![];
+        for i in 0..6 {
+            held.push(registry.acquire(&format!("a{i}")).await.unwrap());
+        }
+        assert_eq!(world.gauge("device"), (6, 6 * one as i64));
+        drop(held);
+        registry.acquire("a0").await.unwrap();
+        assert_eq!(registry.list().iter().filter(|info| info.tier == Tier::Device).count(), 2);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn a_cold_adapter_is_read_once_for_all_who_wait() {
+        let world = World::new();
+        world.folder("a", &adapter(1));
+        let registry = world.open();
+        let waiting: Vec<_> = (0..16)
+            .map(|_| {
+                let registry = registry.clone();
+                tokio::spawn(async move { registry.acquire("a").await.unwrap() })
+            })
+            .collect();
+        let mut found = vec![];
+        for one in waiting {
+            found.push(one.await.unwrap());
+        }
+        assert!(found.iter().all(|adapter| Arc::ptr_eq(adapter, &found[0])));
+        assert_eq!(world.metrics.adapter_load_seconds.with_label_values(&["disk"]).get_sample_count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_goes_away_does_not_stop_the_load() {
+        let world = World::new();
+        world.folder("a", &adapter(1));
+        let registry = world.open();
+        let given_up = tokio::time::timeout(Duration::ZERO, registry.acquire("a")).await;
+        assert!(given_up.is_err() || registry.get("a").unwrap().tier == Tier::Device);
+        registry.acquire("a").await.unwrap();
+        assert_eq!(world.metrics.adapter_load_seconds.with_label_values(&["disk"]).get_sample_count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_folder_whose_files_change_is_followed() {
+        let world = World::new();
+        let path = world.folder("a", &adapter(1));
+        let registry = world.open();
+        let before = registry.get("a").unwrap();
+        adapter(2).write(&path);
+        let adapter = registry.acquire("a").await.unwrap();
+        assert_ne!(adapter.generation.as_str(), before.generation);
+        assert_eq!(registry.get("a").unwrap().generation, adapter.generation.as_str());
+        assert_eq!(registry.get("a").unwrap().tier, Tier::Device);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_or_unfit_upload_is_kept_out_but_named() {
+        let world = World::new();
+        let registry = world.open();
+        let (info, _) = publish(&registry, "bad", 1).await;
+        publish(&registry, "good", 2).await;
+        drop(registry);
+        let object = world.root.path().join("store/objects").join(&info.generation);
+        let mut config = adapter(1).config;
+        config["lora_alpha"] = serde_json::json!(8);
+        std::fs::write(object.join(CONFIG), config.to_string()).unwrap();
+        let registry = world.open();
+        assert_eq!(names(&registry), ["good"]);
+        for error in [registry.get("bad").unwrap_err(), registry.acquire("bad").await.unwrap_err()] {
+            assert!(error.message.contains("\"bad\"") && error.message.contains("damaged"), "{error}");
+        }
+        let absent = registry.publish("bad", upload(&registry, &adapter(1)), Condition::Absent).await;
+        assert_eq!(absent.unwrap_err().kind, ErrorKind::Conflict);
+        assert_eq!(publish(&registry, "bad", 1).await.1, Published::Replaced);
+        registry.acquire("bad").await.unwrap();
+        drop(registry);
+        std::fs::remove_dir_all(&object).unwrap();
+        let registry = world.open();
+        assert_eq!(names(&registry), ["good"]);
+        registry.remove("bad", Condition::Always).await.unwrap();
+        assert_eq!(registry.get("bad").unwrap_err().kind, ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn damage_while_running_is_told_not_served() {
+        let mut world = World::new();
+        world.memory = 0;
+        let registry = world.open();
+        let (info, _) = publish(&registry, "a", 1).await;
+        let object = world.root.path().join("store/objects").join(&info.generation);
+        std::fs::write(object.join(WEIGHTS), adapter(2).weights()).unwrap();
+        let error = registry.acquire("a").await.unwrap_err();
+        assert!(error.kind == ErrorKind::Internal && error.message.contains("damaged"), "{error}");
+    }
+
+    /// Readers of several names go on without an error, and without a generation their name never stood for, while
+    /// these are replaced and removed, with a tier too small for all.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn traffic_goes_on_while_adapters_change() {
+        let mut world = World::new();
+        world.memory = 5000;
+        let registry = world.open();
+        let seeds = |name: usize| [name * 10, name * 10 + 1];
+        let mut known = vec![];
+        for name in 0..4 {
+            let mut generations = HashSet::new();
+            for seed in seeds(name) {
+                generations.insert(publish(&registry, &format!("a{name}"), seed).await.0.generation);
+            }
+            known.push(generations);
+        }
+        let known = Arc::new(known);
+        let (done, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let readers: Vec<_> = (0..4)
+            .map(|reader| {
+                let (registry, known, done, served) = (registry.clone(), known.clone(), done.clone(), served.clone());
+                tokio::spawn(async move {
+                    let mut turn = reader;
+                    while !done.load(Ordering::Relaxed) {
+                        let name = turn % 4;
+                        turn += 1;
+                        let adapter = registry.acquire(&format!("a{name}")).await.unwrap();
+                        assert!(known[name].contains(adapter.generation.as_str()));
+                        served.fetch_add(1, Ordering::Relaxed);
+                        tokio::task::yield_now().await;
+                    }
+                })
+            })
+            .collect();
+        for round in 0..24 {
+            publish(&registry, &format!("a{}", round % 4), seeds(round % 4)[round / 4 % 2]).await;
+            publish(&registry, "other", 100 + round % 3).await;
+            registry.remove("other", Condition::Always).await.unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        for reader in readers {
+            reader.await.unwrap();
+        }
+        assert!(served.load(Ordering::Relaxed) > 100);
+        assert_eq!(std::fs::read_dir(world.root.path().join("store/objects")).unwrap().count(), 4);
+        assert!(registry.list().iter().all(|info| info.in_flight == 0));
+        assert!(world.gauge("device").1 <= 5000 + 4 * 4 * 100);
+    }
 }

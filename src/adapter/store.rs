@@ -304,3 +304,244 @@ fn sync_directory(path: &Path) -> Result<()> {
 fn failed(action: &str, path: &Path, error: std::io::Error) -> Error {
     Error::internal(format!("the adapter store could not {action} {}: {error}", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+    use crate::adapter::generation_of;
+
+    /// Publishes files of this content under the name and returns their generation.
+    fn publish(store: &Arc<Store>, name: &str, content: &str) -> Generation {
+        let upload = store.incoming().unwrap();
+        fs::write(upload.path().join(FILES[0]), content).unwrap();
+        fs::write(upload.path().join(FILES[1]), content.repeat(1000)).unwrap();
+        let generation = generation_of(upload.path()).unwrap();
+        let lease = store.lease(&generation);
+        store.add(&lease, upload.path()).unwrap();
+        store.set_name(name, &lease, 1).unwrap();
+        generation
+    }
+
+    fn open(root: &Path) -> Arc<Store> {
+        let (store, damaged) = Store::open(root).unwrap();
+        assert!(damaged.is_empty(), "{damaged:?}");
+        store
+    }
+
+    fn names(store: &Store) -> Vec<(String, Generation)> {
+        let mut names: Vec<_> = store.records().into_iter().map(|(name, record)| (name, record.generation)).collect();
+        names.sort();
+        names
+    }
+
+    fn count(directory: PathBuf) -> usize {
+        fs::read_dir(directory).unwrap().count()
+    }
+
+    #[test]
+    fn names_survive_reopening_and_old_objects_go() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        publish(&store, "a", "one");
+        let two = publish(&store, "a", "two");
+        let three = publish(&store, "b", "three");
+        publish(&store, "c", "three");
+        store.remove_name("b").unwrap();
+        assert_eq!(count(root.path().join("objects")), 2);
+        assert_eq!(count(root.path().join("incoming")), 0);
+        drop(store);
+        let store = open(root.path());
+        assert_eq!(names(&store), [("a".to_string(), two.clone()), ("c".to_string(), three)]);
+        assert_eq!(generation_of(&store.object(&two)).unwrap(), two);
+        assert_eq!(store.records()["a"].created, 1);
+    }
+
+    #[test]
+    fn a_lease_keeps_the_files() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        let one = publish(&store, "a", "one");
+        let (first, second) = (store.lease(&one), store.lease(&one));
+        publish(&store, "a", "two");
+        store.remove_name("a").unwrap();
+        drop(first);
+        assert_eq!(generation_of(&store.object(&one)).unwrap(), one);
+        drop(second);
+        assert_eq!(count(root.path().join("objects")), 0);
+    }
+
+    #[test]
+    fn only_one_process_opens_a_store() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        let error = Store::open(root.path()).map(|_| ()).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Unavailable);
+        assert!(error.message.contains(&std::process::id().to_string()), "{error}");
+        drop(store);
+        open(root.path());
+    }
+
+    /// The states in which a crash can leave a replacement of `one` by `two`, one after each step.
+    #[test]
+    fn every_interruption_leaves_the_old_or_the_new() {
+        let prepare = || {
+            let root = tempfile::tempdir().unwrap();
+            let store = open(root.path());
+            let one = publish(&store, "a", "one");
+            drop(store);
+            (root, one)
+        };
+        let donor = tempfile::tempdir().unwrap();
+        let donated = open(donor.path());
+        let two = publish(&donated, "a", "two");
+        let object = donated.object(&two);
+        let copy = |to: PathBuf, files: &[&str]| {
+            fs::create_dir_all(&to).unwrap();
+            for name in files {
+                fs::copy(object.join(name), to.join(name)).unwrap();
+            }
+        };
+        let (new_name, object_name) = (donor.path().join("names/a"), two.as_str());
+        type Step<'a> = Box<dyn Fn(&Path) + 'a>;
+        let steps: Vec<(bool, Step)> = vec![
+            (false, Box::new(|root| fs::create_dir(root.join("incoming/upload-1")).unwrap())),
+            (false, Box::new(|root| copy(root.join("incoming/upload-1"), &FILES[..1]))),
+            (false, Box::new(|root| copy(root.join("incoming/upload-1"), &FILES[..2]))),
+            (false, Box::new(|root| copy(root.join("objects").join(object_name), &FILES[..2]))),
+            (
+                false,
+                Box::new(|root| {
+                    copy(root.join("objects").join(object_name), &FILES[..2]);
+                    fs::write(root.join("incoming/.tmp1"), "{\"gener").unwrap();
+                }),
+            ),
+            (
+                true,
+                Box::new(|root| {
+                    copy(root.join("objects").join(object_name), &FILES[..2]);
+                    fs::copy(&new_name, root.join("names/a")).unwrap();
+                }),
+            ),
+        ];
+        for (index, (is_new, step)) in steps.iter().enumerate() {
+            let (root, one) = prepare();
+            step(root.path());
+            // After the swap the old object may still be there, or be half removed.
+            let half = root.path().join("incoming/upload-2/object");
+            fs::create_dir_all(&half).unwrap();
+            fs::write(half.join(FILES[0]), "one").unwrap();
+            let store = open(root.path());
+            let expected = if *is_new { two.clone() } else { one };
+            assert_eq!(names(&store), [("a".to_string(), expected.clone())], "step {index}");
+            assert_eq!(generation_of(&store.object(&expected)).unwrap(), expected, "step {index}");
+            assert_eq!(count(root.path().join("objects")), 1, "step {index}");
+            assert_eq!(count(root.path().join("incoming")), 0, "step {index}");
+        }
+    }
+
+    #[test]
+    fn an_unreadable_name_is_told_and_nothing_is_collected() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        publish(&store, "a", "one");
+        drop(store);
+        for content in ["", "{}", "{\"generation\": \"../../x\", \"created\": 1}"] {
+            fs::write(root.path().join("names/a"), content).unwrap();
+            let (store, damaged) = Store::open(root.path()).unwrap();
+            assert!(damaged["a"].message.contains("damaged"), "{damaged:?}");
+            assert!(store.records().is_empty());
+            assert_eq!(count(root.path().join("objects")), 1);
+        }
+    }
+
+    #[test]
+    fn a_damaged_object_is_healed_by_uploading_it_again() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        let one = publish(&store, "a", "one");
+        fs::write(store.object(&one).join(FILES[1]), "damage").unwrap();
+        fs::write(store.object(&one).join(FILES[3]), "more").unwrap();
+        assert_ne!(generation_of(&store.object(&one)).unwrap(), one);
+        assert_eq!(publish(&store, "a", "one"), one);
+        assert_eq!(generation_of(&store.object(&one)).unwrap(), one);
+    }
+
+    #[test]
+    fn equal_uploads_at_once_do_not_collide() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                let store = &store;
+                scope.spawn(move || {
+                    for round in 0..5 {
+                        let upload = store.incoming().unwrap();
+                        fs::write(upload.path().join(FILES[0]), format!("{round}")).unwrap();
+                        let generation = generation_of(upload.path()).unwrap();
+                        let lease = store.lease(&generation);
+                        store.add(&lease, upload.path()).unwrap();
+                        assert_eq!(generation_of(&store.object(&generation)).unwrap(), generation, "{thread}");
+                    }
+                });
+            }
+        });
+        assert_eq!(count(root.path().join("objects")), 0);
+    }
+
+    const CHILD_ROOT: &str = "LORAMUX_TEST_STORE";
+
+    /// Not a test of its own: what [`a_killed_process_leaves_the_old_or_the_new`] runs and kills.
+    #[test]
+    #[ignore = "runs without end; started by another test"]
+    fn child_that_publishes_for_ever() {
+        let Some(root) = std::env::var_os(CHILD_ROOT) else { return };
+        let store = open(Path::new(&root));
+        for i in 0.. {
+            publish(&store, "a", ["one", "two"][i % 2]);
+            publish(&store, "b", ["one", "three"][i % 2]);
+            if i % 3 == 2 {
+                store.remove_name("b").unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_killed_process_leaves_the_old_or_the_new() {
+        let root = tempfile::tempdir().unwrap();
+        let known: Vec<Generation> = {
+            let elsewhere = tempfile::tempdir().unwrap();
+            let store = open(elsewhere.path());
+            ["one", "two", "three"].map(|content| publish(&store, "x", content)).to_vec()
+        };
+        publish(&open(root.path()), "a", "one");
+        for round in 0..8u64 {
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "adapter::store::tests::child_that_publishes_for_ever", "--ignored"])
+                .env(CHILD_ROOT, root.path())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap();
+            // It has begun when it has noted itself in the lock; then it lives for a different time each round.
+            let begun = || fs::read_to_string(root.path().join("lock")).unwrap().trim() == child.id().to_string();
+            let start = std::time::Instant::now();
+            while !begun() {
+                assert!(start.elapsed().as_secs() < 60, "the child did not start");
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            std::thread::sleep(std::time::Duration::from_micros(1_000 + round * 2_777));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            let store = open(root.path());
+            let names = names(&store);
+            assert_eq!(names[0].0, "a");
+            for (name, generation) in &names {
+                assert!(known.contains(generation), "{name} is {generation}");
+                assert_eq!(generation_of(&store.object(generation)).unwrap(), *generation, "{name}");
+            }
+            assert_eq!(count(root.path().join("incoming")), 0);
+            let named: std::collections::HashSet<_> = names.iter().map(|(_, generation)| generation).collect();
+            assert_eq!(count(root.path().join("objects")), named.len());
+        }
+    }
+}

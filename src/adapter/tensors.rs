@@ -10,12 +10,14 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use crate::adapter::files::{PICKLE, WEIGHTS, open_optional, pickle_error};
+use crate::adapter::files::{PICKLE, WEIGHTS, open_optional, pickle_error, shorten};
 use crate::adapter::generation::GenerationHasher;
 use crate::{Error, Result};
 
 /// Longest header. An adapter of 100 layers with 14 tensors each needs about 200 KiB.
 const MAX_HEADER: u64 = 16 << 20;
+/// Longest tensor name, in bytes.
+const MAX_NAME: usize = 512;
 /// Bytes read at once; a multiple of every element's size.
 const CHUNK: usize = 1 << 18;
 
@@ -63,6 +65,10 @@ impl TensorFile {
             return Err(bad(format!("the file has {length} bytes but its header describes {expected}")));
         }
         let names = metadata.offset_keys();
+        if let Some(name) = names.iter().find(|name| name.len() > MAX_NAME || name.contains(char::is_control)) {
+            let shown = shorten(&format!("{name:?}"), MAX_NAME);
+            return Err(bad(format!("the tensor name {shown} is longer than {MAX_NAME} or has control characters")));
+        }
         Ok(TensorFile { file, head, metadata, names })
     }
 
@@ -179,5 +185,5 @@ fn read_full(file: &mut File, buffer: &mut [u8]) -> Result<usize> {
 }
 
 fn bad(what: impl std::fmt::Display) -> Error {
-    Error::unprocessable(format!("{WEIGHTS} is not a valid safetensors file: {what}"))
+    Error::unprocessable(shorten(&format!("{WEIGHTS} is not a valid safetensors file: {what}"), 1000))
 }

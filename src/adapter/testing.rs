@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::base::{ModelConfig, Projection};
 
-/// A decoder of two layers: q is 12×8, k and v are 6×8, o is 8×12, the rest 10.
+/// A decoder of two layers: q is 12×8, k and v are 6×8, o is 8×12, gate and up are 10×8, down is 8×10.
 pub fn tiny() -> ModelConfig {
     ModelConfig {
         family: "llama".into(),

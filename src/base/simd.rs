@@ -104,16 +104,53 @@ fn unpack_body(group: Group, out: &mut [f32; GROUP * LANES]) {
     }
 }
 
+/// The compiler does not make vector code of the loops above, so it is written out.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn unpack_avx2(group: Group, out: &mut [f32; GROUP * LANES]) {
     use std::arch::x86_64::*;
-    let Group::F16(h) = group else { return unpack_body(group, out) };
-    for (o, h) in out.chunks_exact_mut(8).zip(h.chunks_exact(8)) {
-        // SAFETY: both chunks hold 8 values; the unaligned forms are used.
-        unsafe {
-            let v = _mm256_cvtph_ps(_mm_loadu_si128(h.as_ptr().cast()));
-            _mm256_storeu_ps(o.as_mut_ptr(), v);
+    // SAFETY (all loads and stores below): chunks have the length that each access needs; unaligned forms are used.
+    let store = |out: &mut [f32], v: __m256| unsafe { _mm256_storeu_ps(out.as_mut_ptr(), v) };
+    let bytes = |b: *const u8| unsafe { _mm_loadu_si128(b.cast()) };
+    let pair = |v: &[f32; LANES]| unsafe { [_mm256_loadu_ps(v.as_ptr()), _mm256_loadu_ps(v[8..].as_ptr())] };
+    match group {
+        Group::F32(_) => unpack_body(group, out),
+        Group::Bf16(w) => {
+            for (o, w) in out.chunks_exact_mut(8).zip(w.chunks_exact(8)) {
+                let wide = _mm256_cvtepu16_epi32(bytes(w.as_ptr().cast()));
+                store(o, _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)));
+            }
+        }
+        Group::F16(h) => {
+            for (o, h) in out.chunks_exact_mut(8).zip(h.chunks_exact(8)) {
+                store(o, _mm256_cvtph_ps(bytes(h.as_ptr().cast())));
+            }
+        }
+        Group::Q8 { scale, q } => {
+            let scale = pair(scale);
+            for (o, q) in out.chunks_exact_mut(LANES).zip(q.chunks_exact(LANES)) {
+                let q = bytes(q.as_ptr().cast());
+                let low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
+                let high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(q)));
+                store(&mut o[..8], _mm256_mul_ps(low, scale[0]));
+                store(&mut o[8..], _mm256_mul_ps(high, scale[1]));
+            }
+        }
+        Group::Q4 { scale, min, q } => {
+            let (scale, min, mask) = (pair(scale), pair(min), _mm_set1_epi8(15));
+            let (first, second) = out.split_at_mut(GROUP / 2 * LANES);
+            let rows = first.chunks_exact_mut(LANES).zip(second.chunks_exact_mut(LANES)).zip(q.chunks_exact(LANES));
+            for ((first, second), q) in rows {
+                let q = bytes(q.as_ptr());
+                let halves = [_mm_and_si128(q, mask), _mm_and_si128(_mm_srli_epi16::<4>(q), mask)];
+                for (o, q) in [first, second].into_iter().zip(halves) {
+                    let low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(q));
+                    let high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(q)));
+                    // Not fused: the portable form and ggml round the product too.
+                    store(&mut o[..8], _mm256_add_ps(_mm256_mul_ps(low, scale[0]), min[0]));
+                    store(&mut o[8..], _mm256_add_ps(_mm256_mul_ps(high, scale[1]), min[1]));
+                }
+            }
         }
     }
 }

@@ -62,7 +62,7 @@ impl Base {
                 config.eos_tokens.push(end as u32);
             }
         }
-        let tokenizer = Tokenizer::from_file(&directory.join("tokenizer.json"))?;
+        let tokenizer = Tokenizer::from_file(&directory.join("tokenizer.json"))?.with_bos(config.bos_token);
         let settings = json("tokenizer_config.json")?;
         let token = |key: &str| settings[key].as_str().or(settings[key]["content"].as_str());
         let template = match (read("chat_template.jinja")?, &settings["chat_template"]) {
@@ -84,7 +84,7 @@ impl Base {
         let map = map(path)?;
         let gguf = Gguf::read(&map)?;
         let config = ModelConfig::from_gguf(&gguf)?;
-        let tokenizer = Tokenizer::from_gguf(&gguf)?;
+        let tokenizer = Tokenizer::from_gguf(&gguf)?.with_bos(config.bos_token);
         let text = |id: Option<u32>| id.map(|id| tokenizer.decode(&[id], false));
         let (bos, eos) = (text(config.bos_token), text(config.eos_tokens.first().copied()));
         let key = "tokenizer.chat_template";

@@ -13,6 +13,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// By id: the bytes a token stands for, and whether it is special.
     tokens: Vec<(Box<[u8]>, bool)>,
+    bos: Option<u32>,
 }
 
 /// Far more than any vocabulary has; keeps a lying id from asking for a table of billions.
@@ -100,7 +101,7 @@ impl Tokenizer {
             (bytes.into_boxed_slice(), false)
         };
         let tokens = (0..size).map(token).collect();
-        Ok(Tokenizer { inner, tokens })
+        Ok(Tokenizer { inner, tokens, bos: None })
     }
 
     /// From GGUF metadata: the byte-level BPE of `tokenizer.ggml.model = gpt2`, cut into words as `tokenizer.ggml.pre` says.
@@ -213,6 +214,23 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, special);
         Ok(encoding.map_err(|e| Error::bad_request(format!("the text cannot be tokenized: {e}")))?.get_ids().to_vec())
+    }
+
+    /// Names the token that starts a sequence.
+    pub(super) fn with_bos(mut self, bos: Option<u32>) -> Self {
+        self.bos = bos;
+        self
+    }
+
+    /// Token ids of a text for a classification head: as for a prompt, but always with the model's BOS token in front.
+    /// Heads are trained on whole sequences, and there the first token is BOS even where the tokenizer adds none to a
+    /// prompt (SmolLM2's does not).
+    pub fn encode_for_head(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, true)?;
+        if let Some(bos) = self.bos.filter(|bos| ids.first() != Some(bos)) {
+            ids.insert(0, bos);
+        }
+        Ok(ids)
     }
 
     /// Text of `ids`, special tokens left out if `skip_special`; bytes that are no UTF-8 become U+FFFD.

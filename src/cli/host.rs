@@ -33,6 +33,8 @@ pub struct Host {
     pub metrics: Arc<Metrics>,
     /// What the weights are held in, for people.
     pub dtype: String,
+    /// `cpu` or `cuda`.
+    pub device: &'static str,
 }
 
 impl Host {
@@ -46,7 +48,8 @@ impl Host {
         let kernels = Kernels::for_device(&device);
         let (format, dtype) = formats(args, &device)?;
         let metrics = Arc::new(Metrics::new());
-        tracing::info!("loading {} on {}", base.id, if device.is_cpu() { "the CPU" } else { "the GPU" });
+        let device_name = if device.is_cpu() { "cpu" } else { "cuda" };
+        tracing::info!("loading {} on {}", base.id, device_name);
         let options = DecoderOptions { device: device.clone(), kernels, format, dtype };
         let decoder = Decoder::load(&base.config, &base.weights, options)?;
         metrics.base_bytes.set(decoder.bytes() as i64);
@@ -85,6 +88,7 @@ impl Host {
             engine,
             metrics,
             dtype: described,
+            device: device_name,
         })
     }
 }

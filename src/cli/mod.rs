@@ -23,23 +23,26 @@ pub fn run() -> Result<()> {
         .with_target(false)
         .init();
     let Cli { command } = config::parse()?;
-    if let Command::Fetch { model } = &command {
-        println!("{}", crate::base::fetch(model)?.display());
-        return Ok(());
-    }
+    let command = match command {
+        Command::Serve(args) => return serve(args),
+        Command::Fetch { model } => {
+            println!("{}", crate::base::fetch(&model)?.display());
+            return Ok(());
+        }
+        other => other,
+    };
     tokio::runtime::Runtime::new()?.block_on(async {
         match command {
-            Command::Serve(args) => serve(args).await,
             Command::Generate(args) => oneshot::generate(args).await,
             Command::Classify(args) => oneshot::classify(args).await,
             Command::Adapters(command) => adapters::run(command).await,
             Command::Bench(BenchCommand::Serve(args)) => bench::serve(args).await,
-            Command::Fetch { .. } => unreachable!("answered above"),
+            Command::Serve(_) | Command::Fetch { .. } => unreachable!("answered above"),
         }
     })
 }
 
-async fn serve(args: ServeArgs) -> Result<()> {
+fn serve(args: ServeArgs) -> Result<()> {
     let store = args.store.map_or_else(host::default_store, Ok)?;
     let limits = Limits {
         store,
@@ -49,5 +52,18 @@ async fn serve(args: ServeArgs) -> Result<()> {
         max_upload: args.max_upload.0,
     };
     let host = Host::start(&args.model, limits)?;
-    todo!("server state from {} at {} ({})", host.base_id, args.listen, args.allow_local_paths)
+    let state = server::State {
+        context: host.config.context,
+        device: host.device,
+        engine: host.engine,
+        registry: host.registry,
+        tokenizer: host.tokenizer,
+        chat: host.chat,
+        metrics: host.metrics,
+        base_id: host.base_id,
+        dtype: host.dtype,
+        allow_local_paths: args.allow_local_paths,
+        draining: false.into(),
+    };
+    server::serve(state, &args.listen)
 }

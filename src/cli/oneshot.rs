@@ -21,7 +21,7 @@ async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<
         store: store.path().join("store"),
         max_sequences: 32,
         max_batch_tokens: 512,
-        max_queue: usize::MAX,
+        max_queue: 1 << 20,
         max_upload: u64::MAX,
     };
     let host = Host::start(args, limits)?;
@@ -97,7 +97,7 @@ pub async fn classify(args: ClassifyArgs) -> Result<()> {
         false => args.inputs,
     };
     let submit = |text: &String| {
-        let prompt = host.tokenizer.encode(text, true)?;
+        let prompt = host.tokenizer.encode_for_head(text)?;
         host.engine.submit(Request { adapter: adapter.clone(), prompt, task: Task::Classify })
     };
     let answers = inputs.iter().map(submit).collect::<Result<Vec<_>>>()?;

@@ -1,13 +1,20 @@
 //! The handle that the server holds, and the thread behind it that steps the model.
 
-use std::sync::Arc;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
-use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::Notify;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use crate::Result;
-use crate::base::Tokenizer;
-use crate::engine::{Event, Model, Request};
+use crate::engine::limits::Limits;
+use crate::engine::reply::Reply;
+use crate::engine::stepper::{Stepper, Submitted};
+use crate::engine::{Choice, Event, FinishReason, Model, Request, Task, Usage, Vocabulary};
 use crate::metrics::Metrics;
+use crate::{Error, ErrorKind, Result};
 
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
@@ -21,32 +28,179 @@ pub struct EngineOptions {
     pub eos_tokens: Vec<u32>,
 }
 
-/// Cheap to clone. The engine stops when `shutdown` is called or the last handle is dropped.
+/// What the handles and the thread both see.
+#[derive(Default)]
+pub(super) struct Shared {
+    max_queue: usize,
+    /// Requests that have not started to run.
+    queued: AtomicUsize,
+    /// Sequences that run.
+    pub running: AtomicUsize,
+    /// Requests not yet answered.
+    in_flight: AtomicUsize,
+    draining: AtomicBool,
+    seeds_drawn: AtomicUsize,
+    /// Told when `in_flight` becomes 0.
+    idle: Notify,
+}
+
+impl Shared {
+    pub fn queued(&self) -> usize {
+        self.queued.load(Ordering::SeqCst)
+    }
+}
+
+/// A place in the queue, given back when dropped.
+pub(super) struct QueueSlot(Arc<Shared>);
+
+impl QueueSlot {
+    fn take(shared: &Arc<Shared>) -> Result<Self> {
+        let max = shared.max_queue;
+        let more = |queued| (queued < max).then_some(queued + 1);
+        match shared.queued.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more) {
+            Ok(_) => Ok(QueueSlot(shared.clone())),
+            Err(_) => Err(Error::new(ErrorKind::QueueFull, format!("{max} requests wait already; try again later"))),
+        }
+    }
+}
+
+impl Drop for QueueSlot {
+    fn drop(&mut self) {
+        self.0.queued.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A request not yet answered, until dropped.
+pub(super) struct InFlight(Arc<Shared>);
+
+impl InFlight {
+    fn enter(shared: &Arc<Shared>) -> Result<Self> {
+        shared.in_flight.fetch_add(1, Ordering::SeqCst);
+        let guard = InFlight(shared.clone());
+        // Looked at after the count went up: `drain` either sees this request or is seen by it.
+        match shared.draining.load(Ordering::SeqCst) {
+            false => Ok(guard),
+            true => Err(Error::unavailable("the server is shutting down and takes no new requests")),
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if self.0.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.idle.notify_waiters();
+        }
+    }
+}
+
+/// Cheap to clone. The engine stops when the last handle is dropped: requests in flight then fail with `Unavailable`.
 #[derive(Clone)]
-pub struct Engine {}
+pub struct Engine {
+    inbox: mpsc::Sender<Submitted>,
+    shared: Arc<Shared>,
+    limits: Limits,
+    /// For requests without a seed.
+    seeds: RandomState,
+}
 
 impl Engine {
+    /// Starts the thread that owns `model`.
+    ///
+    /// Errors: `BadRequest` for limits of 0 in `options` or a model with an empty KV cache.
     pub fn start(
-        _model: Box<dyn Model>,
-        _tokenizer: Arc<Tokenizer>,
-        _options: EngineOptions,
-        _metrics: Arc<Metrics>,
+        model: Box<dyn Model>,
+        vocabulary: Arc<dyn Vocabulary>,
+        options: EngineOptions,
+        metrics: Arc<Metrics>,
     ) -> Result<Self> {
-        todo!()
+        let sizes = [
+            ("max_sequences", options.max_sequences),
+            ("max_batch_tokens", options.max_batch_tokens),
+            ("max_queue", options.max_queue),
+            ("the vocabulary's size", model.vocab_size()),
+            ("the model's context", model.context()),
+            ("the KV cache's block size", model.block_size()),
+            ("the KV cache's number of blocks", model.blocks()),
+        ];
+        for (name, size) in sizes {
+            if size == 0 || size >= u32::MAX as usize {
+                return Err(Error::bad_request(format!("{name} is {size}; it must be 1 to {}", u32::MAX - 1)));
+            }
+        }
+        let limits = Limits {
+            vocab_size: model.vocab_size(),
+            context: model.context(),
+            cache: model.blocks().saturating_mul(model.block_size()),
+        };
+        let shared = Arc::new(Shared { max_queue: options.max_queue, ..Shared::default() });
+        let (inbox, outbox) = mpsc::channel();
+        let stepper = Stepper::new(model, vocabulary, options, metrics, shared.clone(), limits.tokens());
+        std::thread::Builder::new().name("engine".into()).spawn(move || stepper.run(outbox))?;
+        Ok(Engine { inbox, shared, limits, seeds: RandomState::new() })
     }
+
     /// Queues a request. Dropping the receiver cancels it at the next step.
     ///
     /// Errors: `BadRequest` for an empty prompt, one longer than the context or than the KV cache holds, values out of
     /// range; `QueueFull`; `Unavailable` while draining.
-    pub fn submit(&self, _request: Request) -> Result<UnboundedReceiver<Event>> {
-        todo!()
+    pub fn submit(&self, request: Request) -> Result<UnboundedReceiver<Event>> {
+        self.limits.check(&request)?;
+        let in_flight = InFlight::enter(&self.shared)?;
+        let (sender, receiver) = unbounded_channel();
+        let mut reply = Reply::new(sender);
+        if answer_at_once(&request, &mut reply) {
+            return Ok(receiver);
+        }
+        let slot = QueueSlot::take(&self.shared)?;
+        let arrived = Instant::now();
+        let seed = match &request.task {
+            Task::Generate(generate) => generate.sampling.seed,
+            _ => None,
+        }
+        .unwrap_or_else(|| self.seeds.hash_one(self.shared.seeds_drawn.fetch_add(1, Ordering::Relaxed)));
+        self.inbox
+            .send(Submitted { request, reply, seed, arrived, slot, in_flight })
+            .map_err(|_| Error::unavailable("the engine has stopped"))?;
+        Ok(receiver)
     }
+
     /// Requests that wait and sequences that run.
     pub fn load(&self) -> (usize, usize) {
-        todo!()
+        (self.shared.queued(), self.shared.running.load(Ordering::SeqCst))
     }
+
     /// Refuses new requests, finishes those in flight, then returns.
     pub async fn drain(&self) {
-        todo!()
+        self.shared.draining.store(true, Ordering::SeqCst);
+        loop {
+            let idle = self.shared.idle.notified();
+            tokio::pin!(idle);
+            // Listens before looking, so that the last one's end is not missed in between.
+            idle.as_mut().enable();
+            if self.shared.in_flight.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+}
+
+/// Answers a request that needs nothing computed.
+fn answer_at_once(request: &Request, reply: &mut Reply) -> bool {
+    let usage = Usage { prompt_tokens: request.prompt.len(), ..Usage::default() };
+    match &request.task {
+        Task::Generate(generate) if generate.max_tokens == 0 => {
+            for index in 0..generate.n {
+                let finish = Some(FinishReason::Length);
+                reply.send(Event::Progress(Choice { index, finish, ..Choice::default() }));
+            }
+            reply.send(Event::Done(usage));
+            true
+        }
+        Task::Score { from } if *from == request.prompt.len() => {
+            reply.send(Event::Scored { logprobs: vec![], usage });
+            true
+        }
+        _ => false,
     }
 }

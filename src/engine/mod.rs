@@ -1,10 +1,23 @@
 //! The engine: a queue of requests, a scheduler that packs them into steps, a sampler. One thread owns the model.
 
+mod blocks;
+mod continuation;
+mod detokenizer;
+#[allow(clippy::module_inception)]
 mod engine;
+mod limits;
 mod model;
+mod reply;
 mod request;
 mod runner;
+mod sampler;
+mod scheduler;
+mod stepper;
+mod stop;
+#[cfg(test)]
+mod tests;
 
+pub use detokenizer::{Detokenizer, Vocabulary};
 pub use engine::{Engine, EngineOptions};
 pub use model::{Model, Output, Work};
 pub use request::{Choice, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};

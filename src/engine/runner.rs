@@ -45,6 +45,13 @@ impl Model for Runner {
     }
 
     fn step(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>> {
+        // On a thread of the pool: its parallel regions then start without waking another thread for each.
+        rayon::scope(|_| self.compute(work))
+    }
+}
+
+impl Runner {
+    fn compute(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>> {
         let (vocab, hidden) = (self.vocab_size(), self.decoder.config().hidden_size);
         // Rows of one adapter side by side, so that they are one segment of the delta.
         let mut order: Vec<usize> = (0..work.len()).collect();

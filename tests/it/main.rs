@@ -1,5 +1,9 @@
 //! Tests against reference outputs, real weights and real clients. One program, so that it links once.
 
+mod bad_input;
+mod churn;
+mod clients;
 mod common;
+mod host;
 mod llama;
 mod smollm2;

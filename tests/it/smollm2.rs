@@ -58,7 +58,7 @@ fn cases(base: &Base, kernels: Kernels) -> Vec<Case> {
     cases.push(Case { name: "chat".into(), prompt, adapter: None, task: generate(chat), want: chat.clone() });
     let head = load("seqcls");
     for text in e["classify"].as_array().unwrap() {
-        let prompt = base.tokenizer.encode(text["text"].as_str().unwrap(), true).unwrap();
+        let prompt = base.tokenizer.encode_for_head(text["text"].as_str().unwrap()).unwrap();
         let name = text["text"].to_string();
         cases.push(Case { name, prompt, adapter: Some(head.clone()), task: Task::Classify, want: text.clone() });
     }

@@ -1,0 +1,73 @@
+//! Decode steps of the default model's shapes with random weights: base alone, and a different adapter for each row.
+//!
+//!     cargo bench --bench decode
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Device};
+use loramux::adapter::{Adapter, Generation, LoraPair};
+use loramux::base::{BLOCK, Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels};
+use loramux::engine::{Model, Output, Runner, Work};
+use loramux::lora::PackedAdapter;
+
+const STEPS: usize = 15;
+const RANK: usize = 16;
+
+fn main() {
+    let base = Base::open(DEFAULT_MODEL).expect("the default model");
+    let kernels = Kernels::for_device(&Device::Cpu);
+    let options = DecoderOptions { device: Device::Cpu, kernels, format: None, dtype: DType::F32 };
+    let decoder = Decoder::load(&base.config, &base.weights, options).expect("weights");
+    let mut runner = Runner::new(decoder, 256 << 20).expect("cache");
+    let adapter = |i: usize| {
+        let weight = |j: usize| half::bf16::from_f32(((i * 31 + j) % 17) as f32 / 1e3).to_f32();
+        let pair = |n: usize, k: usize| LoraPair {
+            rank: RANK,
+            scale: 1.0,
+            a: (0..RANK * k).map(weight).collect(),
+            b: (0..RANK * n).map(weight).collect(),
+        };
+        let modules = base.config.target_modules();
+        let pairs: BTreeMap<_, _> =
+            modules.iter().map(|m| ((m.layer, m.projection), pair(m.out_features, m.in_features))).collect();
+        let adapter = Adapter { generation: Generation::new(i.to_string()), pairs, head: None };
+        Arc::new(PackedAdapter::new(&adapter, &base.config, &Device::Cpu).expect("packed"))
+    };
+    let adapters: Vec<_> = (0..32).map(adapter).collect();
+    println!("rows  start  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
+    for rows in [1usize, 2, 4, 8, 16, 32] {
+        let mut time = |with: bool| {
+            let work: Vec<Work> = (0..rows)
+                .map(|i| Work {
+                    tokens: vec![100 + i as u32],
+                    start: 100,
+                    blocks: (0..8).map(|b| (i * 8 + b) as u32).collect(),
+                    adapter: with.then(|| adapters[i].clone()),
+                    output: Output::LastLogits,
+                })
+                .collect();
+            assert!(rows * 8 <= runner.blocks() && 101 <= 8 * BLOCK);
+            let mut times: Vec<f64> = (0..STEPS)
+                .map(|_| {
+                    let start = Instant::now();
+                    runner.step(&work).expect("step");
+                    start.elapsed().as_secs_f64()
+                })
+                .collect();
+            times.sort_by(f64::total_cmp);
+            times[STEPS / 2]
+        };
+        let (base, lora) = (time(false), time(true));
+        let rate = |t: f64| rows as f64 / t;
+        println!(
+            "{rows:4}    100  {:7.1}  {:5.0}  | {:7.1}  {:5.0}  {:.2}",
+            base * 1e3,
+            rate(base),
+            lora * 1e3,
+            rate(lora),
+            base / lora
+        );
+    }
+}

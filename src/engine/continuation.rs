@@ -1,0 +1,93 @@
+//! One choice of a generation: from logits to tokens and text, until it ends.
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::engine::detokenizer::{Detokenizer, Vocabulary};
+use crate::engine::sampler::{Sampler, likeliest, log_sum_exp};
+use crate::engine::stop::StopMatcher;
+use crate::engine::{Choice, FinishReason, Generate, TokenLogprob};
+
+/// Everything of a choice that goes on from step to step, but its tokens. It does not change when the sequence is
+/// preempted and computed again, so neither does what comes out.
+#[derive(Debug)]
+pub struct Continuation {
+    index: usize,
+    generate: Arc<Generate>,
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+    /// Tokens drawn, an end token included.
+    drawn: usize,
+}
+
+impl Continuation {
+    /// Choice `index` draws with `seed + index`.
+    pub fn new(index: usize, generate: Arc<Generate>, prompt: &[u32], seed: u64) -> Self {
+        let seed = seed.wrapping_add(index as u64);
+        Continuation {
+            index,
+            sampler: Sampler::new(generate.sampling.clone(), prompt, seed),
+            detokenizer: Detokenizer::default(),
+            stop: StopMatcher::new(&generate.stop, generate.include_stop),
+            generate,
+            drawn: 0,
+        }
+    }
+
+    /// Draws a token from `logits`, `[vocab_size]`, which it overwrites. `room` is how many tokens the sequence can grow
+    /// by, this one included.
+    ///
+    /// Errors: `Internal` if the logits are not numbers.
+    pub fn advance(
+        &mut self,
+        logits: &mut [f32],
+        room: usize,
+        vocabulary: &dyn Vocabulary,
+        eos_tokens: &[u32],
+    ) -> Result<(u32, Choice)> {
+        let raw = self.generate.logprobs.map(|_| logits.to_vec());
+        let token = self.sampler.sample(logits)?;
+        self.drawn += 1;
+        let mut choice = Choice { index: self.index, ..Choice::default() };
+        let end = !self.generate.ignore_eos && eos_tokens.contains(&token);
+        if end || self.generate.stop_tokens.contains(&token) {
+            if !end {
+                choice.matched_stop = Some(token.to_string());
+            }
+            self.finish(FinishReason::Stop, &mut choice);
+            return Ok((token, choice));
+        }
+        choice.tokens.push(token);
+        if let (Some(raw), Some(count)) = (raw, self.generate.logprobs) {
+            // Of the logits as the model gave them, as vLLM does: neither penalties nor temperature are in.
+            let lse = log_sum_exp(&raw)?;
+            let logprob = raw[token as usize] - lse;
+            let top = likeliest(&raw, count).into_iter().map(|(token, logit)| (token, logit - lse)).collect();
+            choice.logprobs.push(TokenLogprob { token, logprob, top });
+        }
+        if !vocabulary.is_special(token) {
+            let mut piece = String::new();
+            self.detokenizer.push(vocabulary.token_bytes(token), &mut piece);
+            choice.matched_stop = self.stop.push(&piece, &mut choice.text);
+        }
+        if choice.matched_stop.is_some() {
+            choice.finish = Some(FinishReason::Stop);
+        } else if self.drawn >= self.generate.max_tokens || room <= 1 {
+            self.finish(FinishReason::Length, &mut choice);
+        }
+        Ok((token, choice))
+    }
+
+    /// Lets out the text that waited.
+    fn finish(&mut self, reason: FinishReason, choice: &mut Choice) {
+        choice.finish = Some(reason);
+        let mut piece = String::new();
+        self.detokenizer.finish(&mut piece);
+        if let Some(stop) = self.stop.push(&piece, &mut choice.text) {
+            choice.finish = Some(FinishReason::Stop);
+            choice.matched_stop = Some(stop);
+        }
+        self.stop.finish(&mut choice.text);
+    }
+}

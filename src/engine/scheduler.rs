@@ -1,0 +1,565 @@
+//! Which sequences run, and what part of each the next step computes.
+//!
+//! Every step takes first one token of each sequence that is decoding, then chunks of prompts. Half of what remains of
+//! the step goes to the oldest prompt, so that it always advances; the other half to the prompts with the least left to
+//! do, so that a short prompt does not wait for a long one.
+//!
+//! The scheduler never sees logits or text; what belongs to them travels in [`Sequence::payload`].
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::engine::blocks::{BlockCounts, BlockPool, Key};
+use crate::engine::{Output, Work};
+use crate::lora::PackedAdapter;
+
+/// Place in the order of arrival: the request's number, then the choice's.
+pub type Order = (u64, usize);
+
+/// For which positions of a sequence the caller needs the model's output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// The logits of the last token.
+    Last,
+    /// The classification head's logits of the last token.
+    Head,
+    /// The logits of every position from this one to the last but one. The last token itself is not computed.
+    From(usize),
+}
+
+/// One list of tokens on its way through the model.
+#[derive(Debug)]
+pub struct Sequence<P> {
+    pub order: Order,
+    /// Prompt and drawn tokens.
+    pub tokens: Vec<u32>,
+    pub adapter: Option<Arc<PackedAdapter>>,
+    pub rows: Rows,
+    /// Tokens found in the cache when the sequence ran first.
+    pub cached: usize,
+    pub payload: P,
+    /// Leading tokens whose keys and values are in `table`.
+    computed: usize,
+    table: Vec<u32>,
+    root: Key,
+    /// Keys of the leading full blocks, as far as they were needed.
+    keys: Vec<Key>,
+    /// Leading blocks of `table` that others can find.
+    published: usize,
+    preempted: bool,
+}
+
+impl<P> Sequence<P> {
+    pub fn new(order: Order, tokens: Vec<u32>, adapter: Option<Arc<PackedAdapter>>, rows: Rows, payload: P) -> Self {
+        Sequence {
+            order,
+            root: Key::root(adapter.as_ref().map(|a| &a.generation)),
+            tokens,
+            adapter,
+            rows,
+            cached: 0,
+            payload,
+            computed: 0,
+            table: vec![],
+            keys: vec![],
+            published: 0,
+            preempted: false,
+        }
+    }
+
+    /// Leading tokens to compute before the caller has all it needs for now.
+    fn target(&self) -> usize {
+        match self.rows {
+            Rows::Last | Rows::Head => self.tokens.len(),
+            Rows::From(_) => self.tokens.len() - 1,
+        }
+    }
+
+    fn remaining(&self) -> usize {
+        self.target() - self.computed
+    }
+
+    /// Leading tokens that may come from the cache: rows the caller needs must be computed.
+    fn reusable(&self) -> usize {
+        match self.rows {
+            Rows::Last | Rows::Head => self.tokens.len() - 1,
+            Rows::From(first) => first,
+        }
+    }
+
+    fn key(&mut self, block: usize, block_size: usize) -> Key {
+        while self.keys.len() <= block {
+            let i = self.keys.len();
+            let parent = self.keys.last().unwrap_or(&self.root);
+            self.keys.push(parent.child(&self.tokens[i * block_size..(i + 1) * block_size]));
+        }
+        self.keys[block]
+    }
+
+    /// What the model is asked for when the next `count` tokens are computed.
+    fn output(&self, count: usize) -> Output {
+        let end = self.computed + count;
+        match self.rows {
+            Rows::Last if end == self.target() => Output::LastLogits,
+            Rows::Head if end == self.target() => Output::Head,
+            Rows::From(first) if end > first => Output::Logits(end - first.max(self.computed)),
+            _ => Output::None,
+        }
+    }
+}
+
+/// A running sequence's part of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Index into [`Scheduler::running`].
+    pub index: usize,
+    pub tokens: usize,
+    pub output: Output,
+}
+
+#[derive(Debug, Clone)]
+pub struct SchedulerOptions {
+    /// Sequences that run at most.
+    pub max_sequences: usize,
+    /// Tokens in a step at most.
+    pub max_batch_tokens: usize,
+    /// Rows of logits that [`Rows::From`] sequences may ask for in a step, all together.
+    pub max_rows: usize,
+    pub block_size: usize,
+    /// Blocks in the pool.
+    pub blocks: usize,
+}
+
+pub struct Scheduler<P> {
+    options: SchedulerOptions,
+    pool: BlockPool,
+    /// In order of arrival.
+    running: Vec<Sequence<P>>,
+    waiting: BTreeMap<Order, Sequence<P>>,
+    preemptions: u64,
+}
+
+impl<P> Scheduler<P> {
+    /// All options must be at least 1. Every sequence must fit the pool alone: at most `blocks * block_size` tokens.
+    pub fn new(mut options: SchedulerOptions) -> Self {
+        // Each running sequence can then have a token in every step.
+        options.max_sequences = options.max_sequences.min(options.max_batch_tokens);
+        let pool = BlockPool::new(options.blocks);
+        Scheduler { options, pool, running: vec![], waiting: BTreeMap::new(), preemptions: 0 }
+    }
+
+    /// Queues a sequence by its place in the order of arrival. It must have tokens to compute.
+    pub fn add(&mut self, sequence: Sequence<P>) {
+        debug_assert!(sequence.target() > 0);
+        self.waiting.insert(sequence.order, sequence);
+    }
+
+    pub fn running(&self) -> &[Sequence<P>] {
+        &self.running
+    }
+    pub fn running_mut(&mut self) -> &mut [Sequence<P>] {
+        &mut self.running
+    }
+    pub fn waiting(&self) -> impl Iterator<Item = &Sequence<P>> {
+        self.waiting.values()
+    }
+    pub fn block_counts(&self) -> BlockCounts {
+        self.pool.counts()
+    }
+    /// Sequences put back into the queue for want of blocks, since the start.
+    pub fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+
+    /// Forgets the sequences of which `gone` says so, and frees their blocks.
+    pub fn remove(&mut self, gone: impl Fn(&Sequence<P>) -> bool) {
+        // Those that wait hold no blocks.
+        self.waiting.retain(|_, sequence| !gone(sequence));
+        self.remove_running(gone);
+    }
+
+    /// [`remove`](Self::remove) for sequences known to run.
+    pub fn remove_running(&mut self, gone: impl Fn(&Sequence<P>) -> bool) {
+        let pool = &mut self.pool;
+        self.running.retain_mut(|sequence| {
+            let gone = gone(sequence);
+            if gone {
+                pool.release(&mut sequence.table);
+            }
+            !gone
+        });
+    }
+
+    /// Decides the next step and allocates its blocks. It is empty only if there are no sequences.
+    pub fn schedule(&mut self) -> Vec<Part> {
+        self.admit();
+        let mut step = vec![];
+        let mut i = 0;
+        while i < self.running.len() {
+            if self.decoding(i) {
+                while self.take(i, 1, 0) == 0 {
+                    self.preempt_last();
+                    if i == self.running.len() {
+                        break; // It was the last one itself.
+                    }
+                }
+                if let Some(sequence) = self.running.get(i) {
+                    step.push(Part { index: i, tokens: 1, output: sequence.output(1) });
+                }
+            }
+            i += 1;
+        }
+        let budget = self.options.max_batch_tokens - step.len();
+        self.prefill(budget, &mut step);
+        while step.is_empty() && !self.running.is_empty() {
+            // Prompts alone fill the pool and none can go on.
+            self.preempt_last();
+            self.prefill(budget, &mut step);
+        }
+        step.sort_unstable_by_key(|part| part.index);
+        step
+    }
+
+    /// The model's input for a part of the step.
+    pub fn work(&self, part: &Part) -> Work {
+        let sequence = &self.running[part.index];
+        let start = sequence.computed;
+        Work {
+            tokens: sequence.tokens[start..start + part.tokens].to_vec(),
+            start,
+            blocks: sequence.table.clone(),
+            adapter: sequence.adapter.clone(),
+            output: part.output,
+        }
+    }
+
+    /// Takes note that the step has been computed. Blocks that it filled can be shared from now on.
+    pub fn complete(&mut self, step: &[Part]) {
+        let size = self.options.block_size;
+        for part in step {
+            let sequence = &mut self.running[part.index];
+            sequence.computed += part.tokens;
+            for block in sequence.published..sequence.computed / size {
+                let key = sequence.key(block, size);
+                self.pool.publish(sequence.table[block], key);
+                sequence.published = block + 1;
+            }
+        }
+    }
+
+    /// All it still has to compute is the token drawn last.
+    fn decoding(&self, i: usize) -> bool {
+        let sequence = &self.running[i];
+        sequence.remaining() == 1 && sequence.rows == Rows::Last
+    }
+
+    /// Lets waiting sequences run, first come first served, as far as they would not take the blocks that those running
+    /// need soon.
+    fn admit(&mut self) {
+        let size = self.options.block_size;
+        let lacking = |s: &Sequence<P>| s.target().div_ceil(size) - s.table.len();
+        let mut promised: usize = self.running.iter().map(lacking).sum();
+        while self.running.len() < self.options.max_sequences {
+            // Each running sequence will go on to its next block before long.
+            let reserve = promised + self.running.len();
+            if self.pool.available() <= reserve {
+                return;
+            }
+            let Some((order, mut sequence)) = self.waiting.pop_first() else { return };
+            Self::reuse(&mut self.pool, &mut sequence, size);
+            if self.pool.available() < reserve + lacking(&sequence) {
+                self.put_back(order, sequence);
+                return;
+            }
+            promised += lacking(&sequence);
+            let at = self.running.partition_point(|s| s.order < order);
+            self.running.insert(at, sequence);
+        }
+    }
+
+    /// Adds chunks of prompts to the step, `budget` tokens at most.
+    fn prefill(&mut self, mut budget: usize, step: &mut Vec<Part>) {
+        let mut prompts: Vec<usize> = (0..self.running.len()).filter(|&i| !self.decoding(i)).collect();
+        let Some(&oldest) = prompts.first() else { return };
+        let mut given = vec![0; prompts.len()];
+        if prompts.len() > 1 {
+            given[0] = self.running[oldest].remaining().min(budget.div_ceil(2));
+            budget -= given[0];
+        }
+        let mut by_remaining: Vec<usize> = (0..prompts.len()).collect();
+        by_remaining.sort_by_key(|&p| self.running[prompts[p]].remaining());
+        for p in by_remaining {
+            let more = (self.running[prompts[p]].remaining() - given[p]).min(budget);
+            given[p] += more;
+            budget -= more;
+        }
+        // Blocks and rows are dealt out in order of arrival, again so that the oldest advances.
+        let mut rows = self.options.max_rows;
+        for (p, index) in prompts.drain(..).enumerate() {
+            let tokens = self.take(index, given[p], rows);
+            if tokens == 0 {
+                continue;
+            }
+            let output = self.running[index].output(tokens);
+            if let Output::Logits(n) = output {
+                rows -= n;
+            }
+            step.push(Part { index, tokens, output });
+        }
+    }
+
+    /// Makes room for up to `count` more tokens of a running sequence that ask for up to `rows` rows of
+    /// [`Output::Logits`]; returns for how many there was room.
+    fn take(&mut self, index: usize, mut count: usize, rows: usize) -> usize {
+        let size = self.options.block_size;
+        let sequence = &mut self.running[index];
+        if count > 0 {
+            // Others may have computed the same prefix meanwhile.
+            Self::reuse(&mut self.pool, sequence, size);
+        }
+        let start = sequence.computed;
+        count = count.min(sequence.remaining());
+        if let Rows::From(first) = sequence.rows {
+            count = count.min(first.max(start) + rows - start);
+        }
+        count = count.min((sequence.table.len() + self.pool.available()) * size - start);
+        while sequence.table.len() * size < start + count {
+            let Some(block) = self.pool.allocate() else { break };
+            sequence.table.push(block);
+        }
+        count
+    }
+
+    /// Replaces computing by blocks of the cache, where a sequence stands at the end of a block.
+    fn reuse(pool: &mut BlockPool, sequence: &mut Sequence<P>, size: usize) {
+        while sequence.computed == sequence.table.len() * size && sequence.computed + size <= sequence.reusable() {
+            let key = sequence.key(sequence.table.len(), size);
+            let Some(block) = pool.acquire(&key) else { return };
+            sequence.table.push(block);
+            sequence.published = sequence.table.len();
+            sequence.computed += size;
+            if !sequence.preempted {
+                sequence.cached += size;
+            }
+        }
+    }
+
+    /// Puts the running sequence that arrived last back into the queue. Its tokens are computed again later.
+    fn preempt_last(&mut self) {
+        if let Some(mut sequence) = self.running.pop() {
+            self.preemptions += 1;
+            sequence.preempted = true;
+            self.put_back(sequence.order, sequence);
+        }
+    }
+
+    fn put_back(&mut self, order: Order, mut sequence: Sequence<P>) {
+        self.pool.release(&mut sequence.table);
+        (sequence.computed, sequence.published) = (0, 0);
+        if !sequence.preempted {
+            sequence.cached = 0;
+        }
+        self.waiting.insert(order, sequence);
+    }
+
+    #[cfg(test)]
+    pub fn check(&self) {
+        self.pool.check(self.running.iter().map(|s| s.table.as_slice()));
+        assert!(self.waiting.values().all(|s| s.table.is_empty()));
+        assert!(self.running.len() <= self.options.max_sequences);
+        assert!(self.running.is_sorted_by_key(|s| s.order));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::engine::tests::adapter;
+
+    fn scheduler(max_sequences: usize, max_batch_tokens: usize, block_size: usize, blocks: usize) -> Scheduler<()> {
+        Scheduler::new(SchedulerOptions { max_sequences, max_batch_tokens, max_rows: 5, block_size, blocks })
+    }
+
+    fn prompt(number: u64, length: usize) -> Sequence<()> {
+        let tokens = (0..length as u32).map(|t| t + 1000 * number as u32).collect();
+        Sequence::new((number, 0), tokens, None, Rows::Last, ())
+    }
+
+    /// Computes the step, draws a token where there are logits, and says which sequences advanced by how much.
+    fn run(scheduler: &mut Scheduler<()>) -> Vec<(u64, usize)> {
+        let step = scheduler.schedule();
+        scheduler.complete(&step);
+        for part in &step {
+            if part.output == Output::LastLogits {
+                scheduler.running_mut()[part.index].tokens.push(7);
+            }
+        }
+        scheduler.check();
+        step.iter().map(|p| (scheduler.running()[p.index].order.0, p.tokens)).collect()
+    }
+
+    #[test]
+    fn a_long_prompt_stalls_neither_decoding_nor_short_prompts() {
+        let mut scheduler = scheduler(8, 20, 4, 1000);
+        scheduler.add(prompt(0, 3));
+        assert_eq!(run(&mut scheduler), [(0, 3)]);
+        scheduler.add(prompt(1, 500));
+        scheduler.add(prompt(2, 400));
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 10), (2, 9)]);
+        scheduler.add(prompt(3, 6));
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 10), (2, 3), (3, 6)]);
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 9), (2, 9), (3, 1)]);
+    }
+
+    #[test]
+    fn a_prefix_is_shared_but_the_last_token_is_computed() {
+        let mut scheduler = scheduler(8, 100, 4, 10);
+        scheduler.add(prompt(0, 8));
+        run(&mut scheduler);
+        scheduler.add(Sequence { order: (1, 0), ..prompt(0, 8) });
+        scheduler.add(Sequence { order: (2, 0), ..prompt(0, 9) });
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 4), (2, 1)]);
+        assert_eq!(scheduler.running().iter().map(|s| s.cached).collect::<Vec<_>>(), [0, 4, 8]);
+        assert_eq!(scheduler.block_counts().used, 3 + 1 + 1);
+    }
+
+    #[test]
+    fn the_latest_gives_way_when_blocks_run_out() {
+        let mut scheduler = scheduler(8, 100, 2, 5);
+        scheduler.add(prompt(0, 4));
+        run(&mut scheduler);
+        scheduler.add(prompt(1, 2));
+        // One block is left for it and none for its next token, which the older one needs too.
+        let mut seen = vec![];
+        for _ in 0..6 {
+            seen.push(run(&mut scheduler));
+        }
+        assert!(seen.iter().all(|step| step.first() == Some(&(0, 1))), "the oldest goes on: {seen:?}");
+    }
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        Add { adapter: usize, length: usize, fork: usize, rows: u8 },
+        Step,
+        Cancel(usize),
+        Preempt,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        prop_oneof![
+            3 => (0usize..3, 1usize..24, 0usize..24, 0u8..4)
+                .prop_map(|(adapter, length, fork, rows)| Op::Add { adapter, length, fork, rows }),
+            8 => Just(Op::Step),
+            1 => (0usize..8).prop_map(Op::Cancel),
+            1 => Just(Op::Preempt),
+        ]
+    }
+
+    proptest! {
+        /// Each slot of the cache remembers what was written: the adapter and all tokens up to there. Every sequence must
+        /// find in its blocks what it would have written itself.
+        #[test]
+        fn every_sequence_finds_its_own_prefix_in_its_blocks(
+            ops in prop::collection::vec(op(), 1..120),
+            max_sequences in 1usize..6,
+            max_batch_tokens in 1usize..20,
+            block_size in 1usize..5,
+            spare in 0usize..12,
+        ) {
+            // The longest sequence fits alone: 24 tokens of a prompt and 8 drawn.
+            let blocks = 32usize.div_ceil(block_size) + spare;
+            let mut scheduler = scheduler(max_sequences, max_batch_tokens, block_size, blocks);
+            let adapters = [None, Some(adapter("a", 0)), Some(adapter("b", 0))];
+            let mut memory: Vec<(usize, Vec<u32>)> = vec![(9, vec![]); blocks * block_size];
+            let which = |s: &Sequence<()>| adapters.iter().position(|a| {
+                a.as_ref().map(|a| &a.generation) == s.adapter.as_ref().map(|a| &a.generation)
+            }).unwrap();
+            let (mut next, mut added, mut ended) = (0, 0, 0);
+            let step = |scheduler: &mut Scheduler<()>, memory: &mut Vec<(usize, Vec<u32>)>| {
+                let step = scheduler.schedule();
+                scheduler.check();
+                assert!(step.iter().map(|p| p.tokens).sum::<usize>() <= max_batch_tokens);
+                for part in &step {
+                    let work = scheduler.work(part);
+                    let sequence = &scheduler.running()[part.index];
+                    for p in work.start..work.start + part.tokens {
+                        let slot = work.blocks[p / block_size] as usize * block_size + p % block_size;
+                        memory[slot] = (which(sequence), sequence.tokens[..=p].to_vec());
+                    }
+                }
+                scheduler.complete(&step);
+                for s in scheduler.running() {
+                    for p in 0..s.computed {
+                        let slot = s.table[p / block_size] as usize * block_size + p % block_size;
+                        assert_eq!(&memory[slot], &(which(s), s.tokens[..=p].to_vec()), "position {p} of {:?}", s.order);
+                    }
+                }
+                let mut done = vec![];
+                for part in &step {
+                    let s = &mut scheduler.running_mut()[part.index];
+                    match (s.rows, part.output) {
+                        (Rows::Last, Output::LastLogits) => {
+                            let drawn = s.tokens.len() as u32 % 3;
+                            s.tokens.push(drawn);
+                            if s.tokens.len() >= 32 || (s.order.0 + s.tokens.len() as u64).is_multiple_of(9) {
+                                done.push(s.order);
+                            }
+                        }
+                        (Rows::Head, Output::Head) => done.push(s.order),
+                        (Rows::From(first), Output::Logits(n)) => {
+                            assert_eq!(first + n, s.computed);
+                            s.rows = Rows::From(first + n);
+                            if first + n == s.tokens.len() - 1 {
+                                done.push(s.order);
+                            }
+                        }
+                        (_, Output::None) => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+                scheduler.remove_running(|s| done.contains(&s.order));
+                scheduler.check();
+                (step.len(), done.len())
+            };
+            for op in ops {
+                match op {
+                    Op::Add { adapter, length, fork, rows } => {
+                        // Equal beginnings are common.
+                        let tokens: Vec<u32> = (0..length).map(|i| if i < fork { i as u32 % 3 } else { 3 }).collect();
+                        let rows = match rows {
+                            0 => Rows::Head,
+                            1 if length > 1 => Rows::From(fork % (length - 1)),
+                            _ => Rows::Last,
+                        };
+                        scheduler.add(Sequence::new((next, 0), tokens, adapters[adapter].clone(), rows, ()));
+                        next += 1;
+                        added += 1;
+                    }
+                    Op::Step => ended += step(&mut scheduler, &mut memory).1,
+                    Op::Cancel(n) => {
+                        let orders: Vec<Order> = scheduler.running().iter().chain(scheduler.waiting()).map(|s| s.order).collect();
+                        if let Some(&gone) = orders.get(n) {
+                            scheduler.remove(|s| s.order == gone);
+                            added -= 1;
+                        }
+                    }
+                    Op::Preempt => scheduler.preempt_last(),
+                }
+                scheduler.check();
+            }
+            // Whatever is left comes to its end.
+            for _ in 0..100_000 {
+                if added == ended {
+                    break;
+                }
+                let (parts, done) = step(&mut scheduler, &mut memory);
+                assert!(parts > 0, "a step must advance something");
+                ended += done;
+            }
+            assert_eq!(added, ended);
+            assert_eq!(scheduler.block_counts().used, 0);
+        }
+    }
+}

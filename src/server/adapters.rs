@@ -1,0 +1,187 @@
+//! `/v1/adapters`: list, look, upload, replace, remove.
+
+use std::path::PathBuf;
+
+use actix_multipart::Multipart;
+use actix_web::http::StatusCode;
+use actix_web::http::header::{self, HeaderMap};
+use actix_web::{FromRequest, HttpRequest, HttpResponse, web};
+use futures::StreamExt;
+use serde_json::json;
+use tokio::io::AsyncWriteExt;
+
+use super::Shared;
+use super::error::ApiError;
+use super::fields::{BODY_PAUSE, next_piece};
+use crate::adapter::{AdapterInfo, Condition, Generation, Published, Upload};
+use crate::{Error, Result};
+
+/// Longest value of the form's text field.
+const MAX_NAME: usize = 1024;
+/// Where an archive lies until it is unpacked.
+const ARCHIVE: &str = ".archive";
+
+pub async fn list(state: Shared) -> HttpResponse {
+    HttpResponse::Ok().json(json!({ "base": state.base_id, "adapters": state.registry.list() }))
+}
+
+fn info_response(status: StatusCode, info: &AdapterInfo) -> HttpResponse {
+    HttpResponse::build(status).insert_header((header::ETAG, format!("\"{}\"", info.generation))).json(info)
+}
+
+pub async fn get(state: Shared, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    Ok(info_response(StatusCode::OK, &state.registry.get(&name)?))
+}
+
+/// What `If-Match` and `If-None-Match` ask for.
+fn condition(headers: &HeaderMap) -> Result<Option<Condition>> {
+    let text = |name| headers.get(name).map(|v| v.to_str().unwrap_or("").trim().to_string());
+    let wrong = |name: &str, value: &str| {
+        Err(Error::bad_request(format!("{name} is {value:?}; supported: a generation, or *")))
+    };
+    match (text(header::IF_MATCH), text(header::IF_NONE_MATCH)) {
+        (None, None) => Ok(None),
+        (None, Some(value)) if value == "*" => Ok(Some(Condition::Absent)),
+        (None, Some(value)) => wrong("If-None-Match", &value),
+        (Some(value), None) => {
+            let generation = value.trim_matches('"');
+            match !generation.is_empty() && generation.chars().all(|c| c.is_ascii_alphanumeric()) {
+                true => Ok(Some(Condition::Is(Generation::new(generation)))),
+                false => wrong("If-Match", &value),
+            }
+        }
+        (Some(_), Some(_)) => Err(Error::bad_request("If-Match and If-None-Match exclude each other")),
+    }
+}
+
+/// The body's files in a private folder, and the form's `name`.
+async fn receive(
+    state: &Shared,
+    http: &HttpRequest,
+    payload: web::Payload,
+) -> Result<(Upload, Option<String>), ApiError> {
+    let limit = state.registry.max_upload();
+    let too_large = || Error::too_large(format!("the upload is larger than {limit} bytes"));
+    let announced = http.headers().get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse::<u64>().ok());
+    // Room for the form's own lines.
+    if announced.is_some_and(|n| n > limit.saturating_add(1 << 16)) {
+        return Err(too_large().into());
+    }
+    let upload = state.registry.upload()?;
+    let mut left = limit;
+    let mut name = None;
+    let content_type = http.headers().get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok()).unwrap_or("");
+    if !content_type.starts_with("multipart/form-data") {
+        let mut payload = payload;
+        let path = upload.path().join(ARCHIVE);
+        let mut file = tokio::fs::File::create_new(&path).await.map_err(Error::from)?;
+        while let Some(piece) = next_piece(&mut payload).await? {
+            left = left.checked_sub(piece.len() as u64).ok_or_else(too_large)?;
+            file.write_all(&piece).await.map_err(Error::from)?;
+        }
+        file.flush().await.map_err(Error::from)?;
+        return Ok((unpacked(upload, path).await?, None));
+    }
+    let mut inner = payload.into_inner();
+    let mut form =
+        Multipart::from_request(http, &mut inner).await.map_err(|e| Error::bad_request(format!("the form: {e}")))?;
+    let mut archive = None;
+    let late = || ApiError::with_status(StatusCode::REQUEST_TIMEOUT, "the upload does not go on; it was given up");
+    while let Some(field) = tokio::time::timeout(BODY_PAUSE, form.next()).await.map_err(|_| late())? {
+        let broken = |e: actix_multipart::MultipartError| Error::bad_request(format!("the form: {e}"));
+        let mut field = field.map_err(broken)?;
+        let disposition = field.content_disposition();
+        let key = disposition.and_then(|d| d.get_name()).unwrap_or("").to_string();
+        let file_name = disposition.and_then(|d| d.get_filename()).unwrap_or("");
+        let target = match key.as_str() {
+            "name" => None,
+            "config" => Some("adapter_config.json"),
+            "weights" => Some("adapter_model.safetensors"),
+            "labels" if file_name.ends_with(".txt") => Some("labels.txt"),
+            "labels" => Some("labels.json"),
+            "archive" => Some(ARCHIVE),
+            other => {
+                let what = "expected name, config, weights, labels or archive";
+                return Err(Error::bad_request(format!("the form has a field {other:?}; {what}")).into());
+            }
+        };
+        let mut file = match target {
+            None => None,
+            Some(target) => {
+                let path = upload.path().join(target);
+                let file = tokio::fs::File::create_new(&path).await;
+                if target == ARCHIVE {
+                    archive = Some(path);
+                }
+                Some(file.map_err(|_| Error::bad_request(format!("the form has the field {key} twice")))?)
+            }
+        };
+        let mut text = Vec::new();
+        while let Some(piece) = tokio::time::timeout(BODY_PAUSE, field.next()).await.map_err(|_| late())? {
+            let piece = piece.map_err(broken)?;
+            left = left.checked_sub(piece.len() as u64).ok_or_else(too_large)?;
+            match &mut file {
+                Some(file) => file.write_all(&piece).await.map_err(Error::from)?,
+                None if text.len() + piece.len() > MAX_NAME => {
+                    return Err(Error::bad_request(format!("name is longer than {MAX_NAME} bytes"))
+                        .param("name")
+                        .into());
+                }
+                None => text.extend_from_slice(&piece),
+            }
+        }
+        match file {
+            Some(mut file) => file.flush().await.map_err(Error::from)?,
+            None => {
+                let text =
+                    String::from_utf8(text).map_err(|_| Error::bad_request("name is not UTF-8").param("name"))?;
+                name = Some(text);
+            }
+        }
+    }
+    match archive {
+        Some(path) => Ok((unpacked(upload, path).await?, name)),
+        None => Ok((upload, name)),
+    }
+}
+
+async fn unpacked(upload: Upload, archive: PathBuf) -> Result<Upload> {
+    let unpack = web::block(move || upload.unpack(&archive).map(|()| upload));
+    unpack.await.map_err(|e| Error::unavailable(e.to_string()))?
+}
+
+async fn publish(state: &Shared, name: &str, upload: Upload, when: Condition) -> Result<HttpResponse, ApiError> {
+    let (info, published) = state.registry.publish(name, upload, when).await?;
+    let status = if published == Published::Created { StatusCode::CREATED } else { StatusCode::OK };
+    Ok(info_response(status, &info))
+}
+
+/// `POST /v1/adapters`: a new name.
+pub async fn post(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+    let when = condition(http.headers())?;
+    let (upload, name) = receive(&state, &http, payload).await?;
+    let name = name.ok_or_else(|| Error::bad_request("the form has no field name").param("name"))?;
+    publish(&state, &name, upload, when.unwrap_or(Condition::Absent)).await
+}
+
+/// `PUT /v1/adapters/{name}`: new or replaced.
+pub async fn put(
+    state: Shared,
+    http: HttpRequest,
+    name: web::Path<String>,
+    payload: web::Payload,
+) -> Result<HttpResponse, ApiError> {
+    let when = condition(http.headers())?;
+    crate::adapter::check_name(&name)?;
+    let (upload, form_name) = receive(&state, &http, payload).await?;
+    if let Some(other) = form_name.filter(|n| *n != *name) {
+        let what = format!("name is {other:?} in the form and {:?} in the path", name.as_str());
+        return Err(Error::bad_request(what).param("name").into());
+    }
+    publish(&state, &name, upload, when.unwrap_or(Condition::Always)).await
+}
+
+pub async fn delete(state: Shared, http: HttpRequest, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    let when = condition(http.headers())?.unwrap_or(Condition::Always);
+    Ok(HttpResponse::Ok().json(state.registry.remove(&name, when).await?))
+}

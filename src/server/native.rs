@@ -1,0 +1,204 @@
+//! `/v1/generate` and `/v1/classify`.
+
+use std::collections::HashMap;
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::{Map, Value, json};
+
+use super::error::ApiError;
+use super::fields::Fields;
+use super::run::{self, Target};
+use super::{Shared, State};
+use crate::engine::{Event, Task, Usage};
+use crate::{Error, Result};
+
+/// Tokens a generation has where the request does not say.
+const MAX_TOKENS: usize = 128;
+
+pub type Query = web::Query<HashMap<String, String>>;
+
+/// The adapter that body and query name.
+fn adapter_name(f: &Fields, query: &Query) -> Result<Option<String>> {
+    let (body, query) = (f.text("adapter")?, query.get("adapter").cloned());
+    match (body, query) {
+        (Some(a), Some(b)) if a != b => Err(f.wrong("adapter", format!("is {a:?} in the body and {b:?} in the query"))),
+        (a, b) => Ok(a.or(b)),
+    }
+}
+
+pub async fn generate(
+    state: Shared,
+    http: HttpRequest,
+    query: Query,
+    payload: web::Payload,
+) -> Result<HttpResponse, ApiError> {
+    let f = Fields::read(payload).await?;
+    let name = adapter_name(&f, &query)?;
+    let mut task = run::generation(&f, 0.0, f.count("max_tokens")?.unwrap_or(MAX_TOKENS))?;
+    task.logprobs = f.count("logprobs")?;
+    if task.n != 1 {
+        return Err(f.wrong("n", format!("is {}; this route gives 1", task.n)).into());
+    }
+    let prompt = match (f.text("prompt")?, f.list("messages")?) {
+        (Some(prompt), None) => state.tokenizer.encode(&prompt, true)?,
+        (None, Some(messages)) => state.chat_prompt(messages)?,
+        (None, None) => return Err(f.wrong("prompt", "or messages is needed").into()),
+        (Some(_), Some(_)) => return Err(f.wrong("prompt", "and messages exclude each other").into()),
+    };
+    let stream = f.flag("stream")?.unwrap_or(false);
+    let target = state.target(&http, name.as_deref()).await?;
+    let logprobs = task.logprobs;
+    let events = state.engine.submit(target.request(prompt, Task::Generate(task)))?;
+    let head = move |target: &Target| {
+        let mut map = Map::new();
+        map.insert("adapter".into(), json!(target.name()));
+        map.insert("generation".into(), json!(target.generation()));
+        map
+    };
+    let entries = move |state: &State, list: &[crate::engine::TokenLogprob]| -> Value {
+        list.iter().map(|l| run::logprob_json(state, l, logprobs.unwrap_or(0))).collect()
+    };
+    if stream {
+        let mut finish = None;
+        let each = move |_: usize, event| match event {
+            Event::Progress(choice) => {
+                finish = choice.finish.or(finish);
+                let mut chunk = json!({ "text": choice.text });
+                if logprobs.is_some() && !choice.logprobs.is_empty() {
+                    chunk["logprobs"] = entries(&state, &choice.logprobs);
+                }
+                run::sse(&chunk)
+            }
+            Event::Done(usage) => {
+                let mut last = head(&target);
+                last.insert("text".into(), json!(""));
+                last.insert("finish_reason".into(), json!(run::finish_text(finish)));
+                last.insert("usage".into(), run::usage_json(&usage));
+                run::sse(&Value::Object(last))
+            }
+            _ => String::new(),
+        };
+        return Ok(run::stream(vec![events], String::new(), each, || "data: [DONE]\n\n".into()));
+    }
+    let all = run::collect(events, 1).await?;
+    let choice = &all.choices[0];
+    let mut answer = head(&target);
+    answer.insert("text".into(), json!(choice.text));
+    answer.insert("finish_reason".into(), json!(run::finish_text(choice.finish)));
+    answer.insert("usage".into(), run::usage_json(&all.usage));
+    if logprobs.is_some() {
+        answer.insert("logprobs".into(), entries(&state, &choice.logprobs));
+    }
+    Ok(HttpResponse::Ok().json(answer))
+}
+
+fn softmax(logits: &[f32]) -> Vec<f32> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f32> = logits.iter().map(|l| (l - max).exp()).collect();
+    let sum: f32 = weights.iter().sum();
+    weights.iter().map(|w| w / sum).collect()
+}
+
+/// One input's answer: the likeliest label first, at most `top_k` in `scores`.
+fn verdict(labels: &[String], logits: &[f32], top_k: usize) -> Value {
+    let scores = softmax(logits);
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    let kept: Map<String, Value> = order.iter().take(top_k).map(|&i| (labels[i].clone(), json!(scores[i]))).collect();
+    json!({ "label": labels[order[0]], "score": scores[order[0]], "scores": kept })
+}
+
+pub async fn classify(
+    state: Shared,
+    http: HttpRequest,
+    query: Query,
+    payload: web::Payload,
+) -> Result<HttpResponse, ApiError> {
+    let f = Fields::read(payload).await?;
+    let name = adapter_name(&f, &query)?;
+    let inputs = f.texts("input")?.ok_or_else(|| f.wrong("input", "is needed: a text or a list of texts"))?;
+    if inputs.is_empty() {
+        return Err(f.wrong("input", "is an empty list").into());
+    }
+    let top_k = f.count("top_k")?.unwrap_or(usize::MAX);
+    if top_k == 0 {
+        return Err(f.wrong("top_k", "is 0; expected 1 or more").into());
+    }
+    let asked = f.texts("labels")?;
+    let target = state.target(&http, name.as_deref()).await?;
+    let head = target.adapter.as_ref().and_then(|(_, a)| a.labels.clone());
+    let mut usage = Usage::default();
+    let mut results = Vec::with_capacity(inputs.len());
+    match (head, asked) {
+        (Some(_), Some(_)) => {
+            return Err(f
+                .wrong("labels", "is for adapters without a classification head; this one's head has its own")
+                .into());
+        }
+        (Some(labels), None) => {
+            let submit = |text: &String| {
+                let prompt = state.tokenizer.encode_for_head(text)?;
+                state.engine.submit(target.request(prompt, Task::Classify))
+            };
+            let answers = inputs.iter().map(submit).collect::<Result<Vec<_>>>()?;
+            for events in answers {
+                let (logits, used) = run::numbers(events).await?;
+                run::add(&mut usage, &used);
+                results.push(verdict(&labels, &logits, top_k));
+            }
+        }
+        (None, Some(labels)) => {
+            if labels.len() < 2 || labels.iter().any(String::is_empty) {
+                return Err(f.wrong("labels", "needs two or more texts, none empty").into());
+            }
+            let submit = |text: &String, label: &String| {
+                let prompt = state.tokenizer.encode(text, true)?;
+                let from = prompt.len();
+                if from == 0 {
+                    return Err(f.wrong("input", "is an empty text, which no label can continue"));
+                }
+                let label = state.tokenizer.encode(&format!(" {label}"), false)?;
+                let request = target.request([prompt, label].concat(), Task::Score { from });
+                state.engine.submit(request)
+            };
+            let pairs = inputs.iter().flat_map(|text| labels.iter().map(move |label| (text, label)));
+            let mut answers = pairs.map(|(text, label)| submit(text, label)).collect::<Result<Vec<_>>>()?.into_iter();
+            for _ in &inputs {
+                let mut logits = Vec::with_capacity(labels.len());
+                for events in answers.by_ref().take(labels.len()) {
+                    let (logprobs, used) = run::numbers(events).await?;
+                    run::add(&mut usage, &used);
+                    // The mean, so that a label of many tokens is not less likely for its length alone.
+                    logits.push(logprobs.iter().sum::<f32>() / logprobs.len().max(1) as f32);
+                }
+                results.push(verdict(&labels, &logits, top_k));
+            }
+        }
+        (None, None) => {
+            let who = target.name().map_or("the base model".to_string(), |n| format!("adapter {n:?}"));
+            let what =
+                format!("{who} has no classification head; send labels: [text, ...] to score texts as continuations");
+            return Err(Error::bad_request(what).param("labels").into());
+        }
+    }
+    Ok(HttpResponse::Ok().json(json!({
+        "adapter": target.name(),
+        "generation": target.generation(),
+        "results": results,
+        "usage": run::usage_json(&usage),
+    })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_verdict_is_the_likeliest_label() {
+        let labels = ["a", "b", "c"].map(String::from);
+        let v = verdict(&labels, &[1.0, 3.0, 3.0], 2);
+        assert_eq!(v["label"], "b");
+        assert_eq!(v["scores"].as_object().unwrap().len(), 2);
+        assert!((v["score"].as_f64().unwrap() - 0.4683).abs() < 1e-3, "{v}");
+    }
+}

@@ -1,0 +1,149 @@
+//! The OpenAPI document.
+
+use serde_json::{Map, Value, json};
+
+fn text() -> Value {
+    json!({ "type": "string" })
+}
+
+fn object(fields: &[(&str, Value)], required: &[&str]) -> Value {
+    let properties: Map<String, Value> =
+        fields.iter().map(|(name, schema)| (name.to_string(), schema.clone())).collect();
+    json!({ "type": "object", "properties": properties, "required": required })
+}
+
+fn with(base: &[(&'static str, Value)], more: &[(&'static str, Value)]) -> Vec<(&'static str, Value)> {
+    base.iter().chain(more).cloned().collect()
+}
+
+/// OpenAPI 3.1 for every route.
+pub fn document() -> Value {
+    let (number, whole, flag) =
+        (json!({ "type": "number" }), json!({ "type": "integer" }), json!({ "type": "boolean" }));
+    let one_or_more = json!({ "oneOf": [text(), { "type": "array", "items": text() }] });
+    let messages = json!({ "type": "array", "items": object(&[("role", text()), ("content", json!({}))], &["role"]) });
+    let sampling = [
+        ("max_tokens", whole.clone()),
+        ("temperature", number.clone()),
+        ("top_p", number.clone()),
+        ("top_k", whole.clone()),
+        ("min_p", number.clone()),
+        ("repetition_penalty", number.clone()),
+        ("frequency_penalty", number.clone()),
+        ("presence_penalty", number.clone()),
+        ("seed", whole.clone()),
+        ("stop", one_or_more.clone()),
+        ("stop_token_ids", json!({ "type": "array", "items": whole.clone() })),
+        ("ignore_eos", flag.clone()),
+        ("stream", flag.clone()),
+    ];
+    let adapter = ("adapter", text());
+    let generate = object(
+        &with(
+            &sampling,
+            &[adapter.clone(), ("prompt", text()), ("messages", messages.clone()), ("logprobs", whole.clone())],
+        ),
+        &[],
+    );
+    let labels = ("labels", json!({ "type": "array", "items": text() }));
+    let classify = object(&[adapter, ("input", one_or_more), ("top_k", whole.clone()), labels], &["input"]);
+    let openai =
+        with(&sampling, &[("model", text()), ("n", whole.clone()), ("stream_options", json!({ "type": "object" }))]);
+    let completion = object(
+        &with(&openai, &[("prompt", json!({})), ("logprobs", whole.clone()), ("echo", flag.clone())]),
+        &["prompt"],
+    );
+    let chat = object(
+        &with(
+            &openai,
+            &[
+                ("messages", messages.clone()),
+                ("logprobs", flag.clone()),
+                ("top_logprobs", whole.clone()),
+                ("max_completion_tokens", whole.clone()),
+            ],
+        ),
+        &["messages"],
+    );
+    let lorax = object(&[("inputs", text()), ("parameters", json!({ "type": "object" }))], &["inputs"]);
+    let file = json!({ "type": "string", "format": "binary" });
+    let upload = object(
+        &[
+            ("name", text()),
+            ("config", file.clone()),
+            ("weights", file.clone()),
+            ("labels", file.clone()),
+            ("archive", file),
+        ],
+        &[],
+    );
+    let load =
+        object(&[("lora_name", text()), ("lora_path", text()), ("load_inplace", flag)], &["lora_name", "lora_path"]);
+    let unload = object(&[("lora_name", text())], &["lora_name"]);
+    let tokenize = object(&[("model", text()), ("prompt", text()), ("messages", messages)], &[]);
+    let detokenize = object(&[("tokens", json!({ "type": "array", "items": whole }))], &["tokens"]);
+
+    let error = json!({ "description": "What was found and what was expected",
+        "content": { "application/json": { "schema": { "$ref": "#/components/schemas/Error" } } } });
+    let operation = |summary: &str, body: Option<(&str, Value)>, parameters: Vec<Value>| {
+        let mut operation = json!({ "summary": summary, "parameters": parameters,
+            "responses": { "200": { "description": "OK" }, "default": error.clone() } });
+        if let Some((kind, schema)) = body {
+            let mut content = Map::new();
+            content.insert(kind.into(), json!({ "schema": schema }));
+            operation["requestBody"] = json!({ "required": true, "content": content });
+        }
+        operation
+    };
+    let json_body = |summary: &str, schema: Value| operation(summary, Some(("application/json", schema)), vec![]);
+    let plain = |summary: &str| operation(summary, None, vec![]);
+    let name = json!({ "name": "name", "in": "path", "required": true, "schema": text() });
+    let id = json!({ "name": "id", "in": "path", "required": true, "schema": text() });
+    let header = |name: &str| json!({ "name": name, "in": "header", "required": false, "schema": text() });
+    let query = json!({ "name": "adapter", "in": "query", "required": false, "schema": text() });
+    let form =
+        |summary: &str, parameters| operation(summary, Some(("multipart/form-data", upload.clone())), parameters);
+    let mut native_generate = json_body("Continue a prompt or a chat", generate);
+    native_generate["parameters"] = json!([query]);
+    let mut native_classify = json_body("Classify texts", classify);
+    native_classify["parameters"] = json!([query]);
+    json!({
+        "openapi": "3.1.0",
+        "info": { "title": "loramux", "version": env!("CARGO_PKG_VERSION"),
+            "description": "One base model, many LoRA adapters, every batch shared." },
+        "paths": {
+            "/v1/generate": { "post": native_generate },
+            "/v1/classify": { "post": native_classify },
+            "/v1/adapters": { "get": plain("List adapters"), "post": form("Upload a new adapter", vec![]) },
+            "/v1/adapters/{name}": {
+                "get": operation("One adapter", None, vec![name.clone()]),
+                "put": form("Upload or replace an adapter", vec![name.clone(), header("If-Match"), header("If-None-Match")]),
+                "delete": operation("Remove an uploaded adapter", None, vec![name, header("If-Match")]),
+            },
+            "/v1/models": { "get": plain("The base and the adapters as OpenAI's models") },
+            "/v1/models/{id}": { "get": operation("One model", None, vec![id]) },
+            "/v1/completions": { "post": json_body("OpenAI's completions", completion) },
+            "/v1/chat/completions": { "post": json_body("OpenAI's chat completions", chat) },
+            "/v1/load_lora_adapter": { "post": json_body("vLLM: load an adapter from a local directory", load) },
+            "/v1/unload_lora_adapter": { "post": json_body("vLLM: unload an adapter", unload) },
+            "/tokenize": { "post": json_body("vLLM: token ids of a text", tokenize) },
+            "/detokenize": { "post": json_body("vLLM: text of token ids", detokenize) },
+            "/version": { "get": plain("Version") },
+            "/generate": { "post": json_body("LoRAX and TGI: continue a prompt", lorax.clone()) },
+            "/generate_stream": { "post": json_body("LoRAX and TGI: continue a prompt, as events", lorax.clone()) },
+            "/": { "get": plain("The web page"), "post": json_body("LoRAX and TGI: either of the two", lorax) },
+            "/info": { "get": plain("LoRAX and TGI: about the model") },
+            "/metrics": { "get": plain("Prometheus metrics") },
+            "/health": { "get": plain("As /health/ready") },
+            "/ping": { "get": plain("As /health/ready") },
+            "/health/live": { "get": plain("The process is alive") },
+            "/health/ready": { "get": plain("The server takes requests") },
+            "/openapi.json": { "get": plain("This document") },
+        },
+        "components": { "schemas": { "Error": object(&[("error", object(
+            &[("message", text()), ("type", text()), ("param", json!({ "type": ["string", "null"] })),
+                ("code", json!({ "type": ["string", "null"] }))],
+            &["message", "type"],
+        ))], &["error"]) } },
+    })
+}

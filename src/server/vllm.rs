@@ -1,0 +1,71 @@
+//! vLLM's own calls: adapters by server-local path, tokens of a text and back.
+
+use std::path::Path;
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::json;
+
+use super::error::ApiError;
+use super::fields::Fields;
+use super::{Shared, State};
+use crate::adapter::Condition;
+use crate::{Error, ErrorKind, Result};
+
+fn needed(f: &Fields, name: &str) -> Result<String> {
+    f.text(name)?.filter(|t| !t.is_empty()).ok_or_else(|| f.wrong(name, "is needed"))
+}
+
+fn check_allowed(state: &State) -> Result<()> {
+    match state.allow_local_paths {
+        true => Ok(()),
+        false => {
+            let what = "this server takes no paths of its own machine; start it with --allow-local-paths, or upload";
+            Err(Error::new(ErrorKind::Forbidden, what))
+        }
+    }
+}
+
+/// `POST /v1/load_lora_adapter`: publishes a copy of a directory.
+pub async fn load(state: Shared, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+    let f = Fields::read(payload).await?;
+    check_allowed(&state)?;
+    let (name, path) = (needed(&f, "lora_name")?, needed(&f, "lora_path")?);
+    let when = if f.flag("load_inplace")?.unwrap_or(false) { Condition::Always } else { Condition::Absent };
+    let registry = state.registry.clone();
+    let upload = web::block(move || registry.upload_from(Path::new(&path)));
+    let upload = upload.await.map_err(|e| Error::unavailable(e.to_string()))??;
+    state.registry.publish(&name, upload, when).await?;
+    Ok(HttpResponse::Ok().body(format!("Success: LoRA adapter '{name}' added successfully.")))
+}
+
+/// `POST /v1/unload_lora_adapter`.
+pub async fn unload(state: Shared, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+    let f = Fields::read(payload).await?;
+    let name = needed(&f, "lora_name")?;
+    state.registry.remove(&name, Condition::Always).await?;
+    Ok(HttpResponse::Ok().body(format!("Success: LoRA adapter '{name}' removed successfully.")))
+}
+
+pub async fn tokenize(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+    let f = Fields::read(payload).await?;
+    state.target(&http, f.text("model")?.as_deref()).await?;
+    let tokens = match (f.text("prompt")?, f.list("messages")?) {
+        (Some(prompt), None) => state.tokenizer.encode(&prompt, f.flag("add_special_tokens")?.unwrap_or(true))?,
+        (None, Some(messages)) => state.chat_prompt(messages)?,
+        _ => return Err(f.wrong("prompt", "or messages is needed").into()),
+    };
+    let texts = f.flag("return_token_strs")?.unwrap_or(false);
+    let texts = texts.then(|| tokens.iter().map(|&t| super::run::token_text(&state, t)).collect::<Vec<_>>());
+    Ok(HttpResponse::Ok().json(json!({ "count": tokens.len(), "max_model_len": state.context, "tokens": tokens,
+        "token_strs": texts })))
+}
+
+pub async fn detokenize(state: Shared, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+    let f = Fields::read(payload).await?;
+    let tokens = f.tokens("tokens")?.ok_or_else(|| f.wrong("tokens", "is needed"))?;
+    Ok(HttpResponse::Ok().json(json!({ "prompt": state.tokenizer.decode(&tokens, false) })))
+}
+
+pub async fn version() -> HttpResponse {
+    HttpResponse::Ok().json(json!({ "version": env!("CARGO_PKG_VERSION") }))
+}

@@ -1,0 +1,39 @@
+"""The LoRAX client against a running server: generate, stream, adapter_id, errors."""
+
+import sys
+
+from lorax import Client
+from lorax.errors import NotFoundError
+
+URL, ADAPTER = sys.argv[1:3]
+client = Client(URL, timeout=120)
+prompt = "The capital of France is"
+
+base = client.generate(prompt, max_new_tokens=12)
+assert base.details.generated_tokens == 12 and base.details.finish_reason == "length", base
+assert "".join(t.text for t in base.details.tokens) == base.generated_text
+adapted = client.generate(prompt, adapter_id=ADAPTER, max_new_tokens=12)
+assert adapted.generated_text != base.generated_text, "the adapter changes nothing"
+
+streamed, last = "", None
+for response in client.generate_stream(prompt, adapter_id=ADAPTER, max_new_tokens=12):
+    if not response.token.special:
+        streamed += response.token.text
+    last = response
+assert streamed == adapted.generated_text == last.generated_text, (streamed, adapted.generated_text)
+assert last.details.generated_tokens == 12
+
+sampled = [client.generate(prompt, do_sample=True, temperature=0.9, seed=3, max_new_tokens=8) for _ in range(2)]
+assert sampled[0].generated_text == sampled[1].generated_text
+full = client.generate(prompt, max_new_tokens=4, return_full_text=True)
+assert full.generated_text.startswith(prompt)
+stop = base.generated_text[3:6]
+stopped = client.generate(prompt, max_new_tokens=12, stop_sequences=[stop])
+assert stopped.details.finish_reason == "stop_sequence", stopped
+
+try:
+    client.generate(prompt, adapter_id="no-such")
+    raise AssertionError("an unknown adapter was answered")
+except NotFoundError as e:
+    assert "no-such" in str(e), e
+print("ok")
