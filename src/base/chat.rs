@@ -1,13 +1,16 @@
 //! Chat messages to a prompt, by the model's own Jinja template.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, Error as JinjaError, ErrorKind, Value as JinjaValue, context};
+use minijinja::{Environment, Value as JinjaValue, context};
 use serde_json::Value;
 
+use super::jinja;
 use crate::{Error, Result};
 
 /// Instructions a template may take: a few a message and character are needed, a loop without end is stopped.
 const FUEL: u64 = 5_000_000;
+/// Bytes a rendered prompt may have: more than any context holds, for fuel does not count what each instruction writes.
+const LONGEST: usize = 64 << 20;
 
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -22,12 +25,9 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(Error::internal)?);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<String, JinjaError> {
-            Err(JinjaError::new(ErrorKind::InvalidOperation, message))
-        });
+        jinja::extend(&mut environment);
         environment
-            .add_template_owned("chat", template.to_string())
+            .add_template_owned("chat", jinja::without_generation_blocks(template))
             .map_err(|e| Error::unprocessable(format!("the chat template does not compile: {e:#}")))?;
         let text = |t: Option<&str>| t.unwrap_or_default().to_string();
         Ok(ChatTemplate { environment, bos: text(bos), eos: text(eos) })
@@ -38,14 +38,51 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
         let messages = messages.iter().enumerate().map(|(i, m)| plain(i, m)).collect::<Result<Vec<JinjaValue>>>()?;
         let template = self.environment.get_template("chat").map_err(Error::internal)?;
-        let rendered = template.render(context! {
-            messages,
-            add_generation_prompt,
-            bos_token => self.bos.as_str(),
-            eos_token => self.eos.as_str(),
-        });
-        rendered
-            .map_err(|e| Error::bad_request(format!("the chat template refuses the messages: {e:#}")).param("messages"))
+        // transformers passes what is absent as none, and templates ask `is not none`.
+        let mut out = Bounded { text: Vec::new(), full: false };
+        let rendered = template.render_captured_to(
+            context! {
+                messages,
+                add_generation_prompt,
+                bos_token => self.bos.as_str(),
+                eos_token => self.eos.as_str(),
+                tools => JinjaValue::from(()),
+                documents => JinjaValue::from(()),
+            },
+            &mut out,
+        );
+        match rendered {
+            Ok(_) => String::from_utf8(out.text).map_err(Error::internal),
+            Err(_) if out.full => {
+                let what = format!("the messages make a prompt of more than {LONGEST} bytes");
+                Err(Error::bad_request(what).param("messages"))
+            }
+            Err(e) => {
+                let what = format!("the chat template refuses the messages: {e:#}");
+                Err(Error::bad_request(what).param("messages"))
+            }
+        }
+    }
+}
+
+/// Text up to [`LONGEST`] bytes.
+struct Bounded {
+    text: Vec<u8>,
+    /// Whether more was written than fits.
+    full: bool,
+}
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.text.len() + bytes.len() > LONGEST {
+            self.full = true;
+            return Err(std::io::Error::other("full"));
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -73,21 +110,7 @@ fn plain(i: usize, message: &Value) -> Result<JinjaValue> {
         Some(other) => return Err(wrong(format!(".content is {other}; expected a text or a list of text parts"))),
     };
     fields.insert("content".into(), content.into());
-    Ok(jinja(&Value::Object(fields)))
-}
-
-fn jinja(value: &Value) -> JinjaValue {
-    match value {
-        Value::Null => JinjaValue::from(()),
-        Value::Bool(b) => JinjaValue::from(*b),
-        Value::Number(n) => match (n.as_i64(), n.as_f64()) {
-            (Some(i), _) => JinjaValue::from(i),
-            (None, x) => JinjaValue::from(x.unwrap_or(f64::NAN)),
-        },
-        Value::String(s) => JinjaValue::from(s.as_str()),
-        Value::Array(list) => list.iter().map(jinja).collect(),
-        Value::Object(fields) => JinjaValue::from_pairs(fields.iter().map(|(k, v)| (k.as_str(), jinja(v)))),
-    }
+    Ok(jinja::value(&Value::Object(fields)))
 }
 
 #[cfg(test)]
@@ -120,6 +143,37 @@ mod tests {
     fn a_template_without_end_is_stopped() {
         let template = "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}";
         let chat = ChatTemplate::new(template, None, None).unwrap();
-        assert!(chat.render(&[], true).is_err());
+        let error = chat.render(&[], true).unwrap_err();
+        assert!(error.message.contains("fuel"), "{error}");
+    }
+
+    #[test]
+    fn a_prompt_without_end_is_stopped() {
+        let template = "{% for a in range(1000) %}{{ messages[0].content }}{% endfor %}";
+        let chat = ChatTemplate::new(template, None, None).unwrap();
+        let message = json!({ "role": "user", "content": "x".repeat(1 << 20) });
+        let error = chat.render(&[message], true).unwrap_err();
+        assert!(error.message.contains("more than 67108864 bytes"), "{error}");
+    }
+
+    #[test]
+    fn tools_and_documents_are_none() {
+        let template = "{% if tools is not none %}tools{% endif %}{% if documents %}documents{% endif %}\
+            {{ messages[0] | tojson }}{% for m in messages %}{% continue %}{% endfor %}";
+        let chat = ChatTemplate::new(template, None, None).unwrap();
+        let message = json!({ "role": "user", "content": "<a>" });
+        assert_eq!(chat.render(&[message], true).unwrap(), r#"{"role": "user", "content": "<a>"}"#);
+    }
+
+    #[test]
+    fn the_default_models_chat_is_as_transformers_renders_it() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/smollm2/expected.json");
+        let expected: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let base = crate::base::Base::open(crate::base::DEFAULT_MODEL).unwrap();
+        let (chat, case) = (base.chat.unwrap(), &expected["chat"]);
+        let text = chat.render(case["messages"].as_array().unwrap(), true).unwrap();
+        assert_eq!(text, case["rendered"].as_str().unwrap());
+        let ids: Vec<u64> = base.tokenizer.encode(&text, false).unwrap().into_iter().map(u64::from).collect();
+        assert_eq!(json!(ids), case["ids"]);
     }
 }

@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::gguf::{Gguf, Meta};
+use super::gguf::Gguf;
 use crate::{Error, Result};
 
 /// The linear layers of a decoder block. LoRA adapters target these.
@@ -53,6 +53,9 @@ pub struct TargetModule {
     pub out_features: usize,
     pub in_features: usize,
 }
+
+/// Far more than any model has; keeps a lying configuration from asking for lists of millions of modules.
+const MAX_LAYERS: usize = 1 << 12;
 
 /// A decoder's dimensions and constants.
 #[derive(Debug, Clone, PartialEq)]
@@ -169,10 +172,25 @@ impl ModelConfig {
             )));
         }
         let number = |key: &str| gguf.number(&format!("{family}.{key}"));
-        let real = |key: &str| gguf.meta.get(&format!("{family}.{key}")).and_then(Meta::as_f64);
-        let scaling = gguf.meta.get(&format!("{family}.rope.scaling.type")).and_then(Meta::as_str);
-        if let Some(kind) = scaling.filter(|k| *k != "none") {
-            return Err(Error::unprocessable(format!("GGUF: rope scaling {kind:?} is not supported; supported: none")));
+        let optional = |key: &str| gguf.optional_number(&format!("{family}.{key}"));
+        let present = |key: &str| gguf.meta.get(&format!("{family}.{key}"));
+        let unsupported = |what: String| Err(Error::unprocessable(format!("GGUF: {what}")));
+        if let Some(kind) = present("rope.scaling.type").filter(|k| k.as_str() != Some("none")) {
+            return unsupported(format!("{family}.rope.scaling.type is {kind}; supported: none"));
+        }
+        // The older spelling of linear scaling. A factor of 0 or 1 means none.
+        let factors = ["rope.scale_linear", "rope.scaling.factor"];
+        for (key, factor) in factors.iter().filter_map(|key| Some((key, present(key)?))) {
+            // With the type `none` a factor is not used.
+            if present("rope.scaling.type").is_none() && !matches!(factor.as_f64(), Some(0.0 | 1.0)) {
+                return unsupported(format!("{family}.{key} is {factor}; supported: 1"));
+            }
+        }
+        if let Some(experts) = optional("expert_count")?.filter(|&n| n > 0) {
+            return unsupported(format!("{family}.expert_count is {experts}; supported: models without experts"));
+        }
+        if let Some(parts) = gguf.optional_number("split.count")?.filter(|&n| n > 1) {
+            return unsupported(format!("the model is split into {parts} files; supported: one file"));
         }
         if gguf.tensors.contains_key("rope_freqs.weight") {
             return Err(Error::unprocessable("GGUF: scaled rope (rope_freqs.weight) is not supported"));
@@ -181,17 +199,24 @@ impl ModelConfig {
             return Err(Error::unprocessable(format!("GGUF: {bias}: layers with a bias are not supported")));
         }
         let (heads, hidden_size) = (number("attention.head_count")?, number("embedding_length")?);
-        let head_dim = number("attention.key_length").unwrap_or(hidden_size / heads.max(1));
-        let rotated = number("rope.dimension_count").unwrap_or(head_dim);
+        let head_dim = optional("attention.key_length")?.unwrap_or(hidden_size / heads.max(1));
+        let value_dim = optional("attention.value_length")?.unwrap_or(head_dim);
+        if value_dim != head_dim {
+            return unsupported(format!(
+                "values of {value_dim} numbers a head and keys of {head_dim}; supported: equal"
+            ));
+        }
+        let rotated = optional("rope.dimension_count")?.unwrap_or(head_dim);
         if rotated != head_dim {
             return Err(Error::unprocessable(format!(
                 "GGUF: rope turns {rotated} of {head_dim} numbers of a head; supported: all"
             )));
         }
-        let token = |key: &str| gguf.number(&format!("tokenizer.ggml.{key}")).ok().map(|id| id as u32);
-        let mut eos_tokens: Vec<u32> =
-            ["eos_token_id", "eot_token_id", "eom_token_id"].into_iter().filter_map(token).collect();
-        eos_tokens.dedup();
+        let token = |key: &str| gguf.token(&format!("tokenizer.ggml.{key}"));
+        let mut eos_tokens = vec![];
+        for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+            eos_tokens.extend(token(key)?.filter(|id| !eos_tokens.contains(id)));
+        }
         ModelConfig {
             family: family.into(),
             vocab_size: gguf.texts("tokenizer.ggml.tokens")?.len(),
@@ -199,13 +224,14 @@ impl ModelConfig {
             intermediate_size: number("feed_forward_length")?,
             layers: number("block_count")?,
             heads,
-            kv_heads: number("attention.head_count_kv").unwrap_or(heads),
+            kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
-            rms_norm_eps: real("attention.layer_norm_rms_epsilon").unwrap_or(1e-5),
-            rope_theta: real("rope.freq_base").unwrap_or(10_000.0),
+            rms_norm_eps: gguf.real(&format!("{family}.attention.layer_norm_rms_epsilon"))?,
+            rope_theta: present("rope.freq_base")
+                .map_or(Ok(10_000.0), |_| gguf.real(&format!("{family}.rope.freq_base")))?,
             context: number("context_length")?,
             tie_word_embeddings: !gguf.tensors.contains_key("output.weight"),
-            bos_token: token("bos_token_id"),
+            bos_token: token("bos_token_id")?,
             eos_tokens,
         }
         .checked()
@@ -221,17 +247,27 @@ impl ModelConfig {
             ("num_attention_heads", self.heads),
             ("num_key_value_heads", self.kv_heads),
             ("max_position_embeddings", self.context),
+            ("head_dim", self.head_dim),
         ];
         for (name, value) in positive {
             if value == 0 || value > 1 << 24 {
                 return Err(Error::unprocessable(format!("model config: {name} is {value}")));
             }
         }
-        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
+        if self.layers > MAX_LAYERS {
+            let what = format!("model config: num_hidden_layers is {}; at most {MAX_LAYERS} are possible", self.layers);
+            return Err(Error::unprocessable(what));
+        }
+        if !self.head_dim.is_multiple_of(2) {
             return Err(Error::unprocessable(format!(
-                "model config: head_dim is {}, not a positive even number",
+                "model config: head_dim is {}, not an even number",
                 self.head_dim
             )));
+        }
+        let (eps, theta) = (self.rms_norm_eps, self.rope_theta);
+        if !(eps.is_finite() && eps >= 0.0 && theta.is_finite() && theta > 0.0) {
+            let what = format!("model config: rms_norm_eps is {eps} and rope_theta {theta}, not finite and positive");
+            return Err(Error::unprocessable(what));
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(Error::unprocessable(format!(
@@ -265,5 +301,99 @@ impl ModelConfig {
                 })
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gguf::Meta;
+    use super::super::gguf::tests::write;
+    use super::*;
+
+    /// The metadata of a small model, with `changes` on top; `None` takes a key out.
+    fn read(changes: &[(&str, Option<Meta>)]) -> Result<ModelConfig> {
+        let number = Meta::Unsigned;
+        let tokens = ["a", "b", "c"].map(|t| Meta::Text(t.into()));
+        let mut meta = vec![
+            ("general.architecture", Meta::Text("llama".into())),
+            ("llama.embedding_length", number(64)),
+            ("llama.feed_forward_length", number(160)),
+            ("llama.block_count", number(2)),
+            ("llama.attention.head_count", number(4)),
+            ("llama.attention.head_count_kv", number(2)),
+            ("llama.attention.layer_norm_rms_epsilon", Meta::Float(1e-6)),
+            ("llama.context_length", number(256)),
+            ("tokenizer.ggml.tokens", Meta::List(tokens.into())),
+            ("tokenizer.ggml.eos_token_id", number(2)),
+            ("tokenizer.ggml.eot_token_id", number(1)),
+            ("tokenizer.ggml.eom_token_id", number(2)),
+        ];
+        for (key, value) in changes {
+            meta.retain(|(k, _)| k != key);
+            meta.extend(value.clone().map(|v| (*key, v)));
+        }
+        ModelConfig::from_gguf(&Gguf::read(&write(&meta, &[])).unwrap())
+    }
+
+    #[test]
+    fn gguf_metadata_becomes_a_config() {
+        let config = read(&[]).unwrap();
+        assert_eq!((config.vocab_size, config.head_dim, config.kv_heads), (3, 16, 2));
+        assert_eq!((config.rope_theta, config.rms_norm_eps), (10_000.0, 1e-6));
+        assert_eq!(config.eos_tokens, [2, 1]);
+        assert!(config.tie_word_embeddings && config.bos_token.is_none());
+    }
+
+    #[test]
+    fn what_gguf_metadata_asks_for_and_the_decoder_lacks_is_named() {
+        let (text, number) = (|t: &str| Some(Meta::Text(t.into())), |n| Some(Meta::Unsigned(n)));
+        for (key, value) in [
+            ("general.architecture", text("falcon")),
+            ("llama.rope.scaling.type", text("yarn")),
+            ("llama.rope.scaling.type", number(1)),
+            ("llama.rope.scaling.factor", Some(Meta::Float(4.0))),
+            ("llama.rope.scale_linear", Some(Meta::Float(2.0))),
+            ("llama.expert_count", number(8)),
+            ("split.count", number(2)),
+            ("llama.attention.head_count_kv", Some(Meta::List(vec![Meta::Unsigned(2)]))),
+            ("llama.attention.layer_norm_rms_epsilon", None),
+            ("llama.block_count", None),
+            ("tokenizer.ggml.eos_token_id", number(1 << 40)),
+        ] {
+            let error = read(&[(key, value)]).unwrap_err().message;
+            let word = if key == "split.count" { "split into 2 files" } else { key };
+            assert!(error.contains(word), "{key}: {error}");
+        }
+        read(&[("llama.rope.scaling.type", text("none"))]).unwrap();
+        read(&[("llama.rope.scaling.factor", Some(Meta::Float(1.0)))]).unwrap();
+    }
+
+    #[test]
+    fn absurd_dimensions_are_refused() {
+        for (key, value) in [
+            ("llama.attention.key_length", Meta::Unsigned(u64::MAX)),
+            ("llama.attention.key_length", Meta::Unsigned(15)),
+            ("llama.attention.head_count", Meta::Unsigned(0)),
+            ("llama.attention.head_count_kv", Meta::Unsigned(3)),
+            ("llama.embedding_length", Meta::Unsigned(1 << 40)),
+            ("llama.block_count", Meta::Unsigned(1 << 20)),
+            ("llama.rope.freq_base", Meta::Float(f64::NAN)),
+            ("llama.attention.layer_norm_rms_epsilon", Meta::Float(f64::INFINITY)),
+        ] {
+            assert!(read(&[(key, Some(value))]).is_err(), "{key}");
+        }
+    }
+
+    #[test]
+    fn quantised_checkpoints_are_refused_by_method() {
+        let config = |method: &str| {
+            serde_json::json!({ "model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
+                "num_hidden_layers": 1, "num_attention_heads": 1, "rms_norm_eps": 1e-6, "max_position_embeddings": 8,
+                "quantization_config": { "quant_method": method } })
+        };
+        for method in ["bitsandbytes", "gptq", "awq"] {
+            let error = ModelConfig::from_json(&config(method).to_string()).unwrap_err().message;
+            assert!(error.contains(method), "{error}");
+        }
     }
 }

@@ -45,6 +45,20 @@ impl Meta {
     }
 }
 
+/// For messages. A list is shown by its length.
+impl std::fmt::Display for Meta {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Meta::Unsigned(n) => write!(f, "{n}"),
+            Meta::Signed(n) => write!(f, "{n}"),
+            Meta::Float(x) => write!(f, "{x}"),
+            Meta::Bool(b) => write!(f, "{b}"),
+            Meta::Text(s) => write!(f, "{s:?}"),
+            Meta::List(l) => write!(f, "a list of {}", l.len()),
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct TensorPlace {
     /// Outermost dimension first.
@@ -64,9 +78,15 @@ fn wrong(what: impl std::fmt::Display) -> Error {
     Error::unprocessable(format!("GGUF: {what}"))
 }
 
+/// Most metadata values in one file, elements of lists counted. A value in memory is larger than in the file, so the
+/// file's size alone does not bound them; the largest vocabularies need a few million.
+const MAX_VALUES: u64 = 1 << 24;
+
 struct Reader<'a> {
     data: &'a [u8],
     at: usize,
+    /// Values that may still be read.
+    values: u64,
 }
 
 impl<'a> Reader<'a> {
@@ -110,6 +130,9 @@ impl<'a> Reader<'a> {
                 if count > (self.data.len() - self.at) as u64 {
                     return Err(wrong(format!("a list of {count} values does not fit the rest of the file")));
                 }
+                self.values = self.values.checked_sub(count).ok_or_else(|| {
+                    wrong(format!("a list of {count} values: with it the metadata exceeds {MAX_VALUES} values"))
+                })?;
                 Meta::List((0..count).map(|_| self.value(kind, depth + 1)).collect::<Result<_>>()?)
             }
             10 => Meta::Unsigned(self.u64()?),
@@ -143,7 +166,7 @@ fn dtype(code: u32) -> Option<GgmlDType> {
 impl Gguf {
     /// Reads the header of a whole file.
     pub fn read(data: &[u8]) -> Result<Self> {
-        let mut r = Reader { data, at: 0 };
+        let mut r = Reader { data, at: 0, values: MAX_VALUES };
         if r.take(4).ok() != Some(b"GGUF") {
             return Err(wrong("the file does not start with \"GGUF\""));
         }
@@ -157,6 +180,9 @@ impl Gguf {
             let key = r.text()?;
             let kind = r.u32()?;
             let value = r.value(kind, 0).map_err(|e| e.context(&key))?;
+            if gguf.meta.contains_key(&key) {
+                return Err(wrong(format!("the metadata holds {key} twice")));
+            }
             gguf.meta.insert(key, value);
         }
         let mut places = Vec::new();
@@ -170,10 +196,14 @@ impl Gguf {
             shape.reverse();
             let (code, offset) = (r.u32()?, r.u64()?);
             let dtype = dtype(code).ok_or_else(|| wrong(format!("{name} has the unsupported ggml type {code}")))?;
+            if shape.contains(&0) {
+                return Err(wrong(format!("{name} of shape {shape:?} is empty")));
+            }
             places.push((name, shape, dtype, offset));
         }
         let alignment = gguf.meta.get("general.alignment").and_then(Meta::as_u64).unwrap_or(32).clamp(1, 1 << 20);
         let start = (r.at as u64).next_multiple_of(alignment);
+        let mut taken = Vec::with_capacity(places.len());
         for (name, shape, dtype, offset) in places {
             let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
             let block = dtype.block_size() as u64;
@@ -188,7 +218,19 @@ impl Gguf {
                 )));
             };
             let shape = shape.into_iter().map(|d| d as usize).collect();
-            gguf.tensors.insert(name, TensorPlace { shape, dtype, bytes: from as usize..to as usize });
+            taken.push((from, to, name.clone()));
+            let place = TensorPlace { shape, dtype, bytes: from as usize..to as usize };
+            if gguf.tensors.insert(name.clone(), place).is_some() {
+                return Err(wrong(format!("it holds the tensor {name} twice")));
+            }
+        }
+        taken.sort();
+        if let Some(pair) = taken.windows(2).find(|pair| pair[1].0 < pair[0].1) {
+            let [a, b] = [&pair[0], &pair[1]];
+            return Err(wrong(format!(
+                "the tensors {} (bytes {} to {}) and {} (bytes {} to {}) overlap",
+                a.2, a.0, a.1, b.2, b.0, b.1
+            )));
         }
         Ok(gguf)
     }
@@ -202,8 +244,24 @@ impl Gguf {
     }
 
     pub fn number(&self, key: &str) -> Result<usize> {
-        let value = self.get(key)?.as_u64();
-        value.map(|v| v as usize).ok_or_else(|| wrong(format!("{key} is not a whole number")))
+        let value = self.get(key)?.as_u64().and_then(|v| usize::try_from(v).ok());
+        value.ok_or_else(|| wrong(format!("{key} is not a whole number")))
+    }
+
+    /// As [`Self::number`], `None` where the metadata lacks `key`. A value that is there and no number is an error.
+    pub fn optional_number(&self, key: &str) -> Result<Option<usize>> {
+        self.meta.contains_key(key).then(|| self.number(key)).transpose()
+    }
+
+    /// A number with a fraction.
+    pub fn real(&self, key: &str) -> Result<f64> {
+        self.get(key)?.as_f64().ok_or_else(|| wrong(format!("{key} is not a number")))
+    }
+
+    /// The id of a token, e.g. under `tokenizer.ggml.bos_token_id`.
+    pub fn token(&self, key: &str) -> Result<Option<u32>> {
+        let id = self.optional_number(key)?;
+        id.map(|id| u32::try_from(id).map_err(|_| wrong(format!("{key} is {id}, which is no token")))).transpose()
     }
 
     /// The list of texts under `key`.
@@ -282,6 +340,38 @@ pub(super) mod tests {
         assert_eq!(gguf.tensors["t"].shape, [2, 3]);
         assert_eq!(file[gguf.tensors["t"].bytes.clone()].len(), 24);
         assert!(gguf.text("y").unwrap_err().message.contains('y'));
+    }
+
+    #[test]
+    fn tensors_that_overlap_repeat_or_are_empty_are_refused() {
+        let one = || vec![1.0; 8];
+        let file = write(&[], &[("a", vec![8], one()), ("b", vec![8], one())]);
+        // The offset of b is the last field before the data: 0 puts it on a.
+        let at = file.len() - 64 - (file.len() - 64) % 32;
+        let offset = (0..at).rev().find(|&i| file[i..i + 8] == 32u64.to_le_bytes()).unwrap();
+        let mut lying = file.clone();
+        lying[offset..offset + 8].fill(0);
+        let error = Gguf::read(&lying).unwrap_err().message;
+        assert!(error.contains("overlap") && error.contains("a (") && error.contains("b ("), "{error}");
+
+        let twice = write(&[], &[("a", vec![8], one()), ("a", vec![8], one())]);
+        assert!(Gguf::read(&twice).unwrap_err().message.contains("a twice"));
+        let keys = write(&[("k", Meta::Bool(true)), ("k", Meta::Bool(false))], &[]);
+        assert!(Gguf::read(&keys).unwrap_err().message.contains("k twice"));
+        let empty = write(&[], &[("a", vec![8, 0], vec![])]);
+        assert!(Gguf::read(&empty).unwrap_err().message.contains("a of shape [8, 0] is empty"));
+    }
+
+    #[test]
+    fn metadata_cannot_take_much_more_memory_than_the_file() {
+        let mut file = write(&[("k", Meta::List(vec![Meta::Bool(true)]))], &[]);
+        let count = MAX_VALUES + 1;
+        // The file ends with the list's count and its one element.
+        let at = file.len() - 9;
+        file[at..at + 8].copy_from_slice(&count.to_le_bytes());
+        file.resize(file.len() + count as usize, 1);
+        let error = Gguf::read(&file).unwrap_err().message;
+        assert!(error.contains("exceeds"), "{error}");
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod config;
 mod decoder;
 mod fetch;
 mod gguf;
+mod jinja;
 mod kv;
 pub mod matmul;
 pub mod simd;

@@ -76,6 +76,7 @@ impl Base {
         };
         let chat = template.map(|t| ChatTemplate::new(&t, token("bos_token"), token("eos_token"))).transpose()?;
         let weights = Weights::open_directory(directory)?;
+        weights.check(&config)?;
         Ok(Base { id: id.into(), config, weights, tokenizer: Arc::new(tokenizer), chat: chat.map(Arc::new) })
     }
 
@@ -86,9 +87,179 @@ impl Base {
         let tokenizer = Tokenizer::from_gguf(&gguf)?.with_bos(config.bos_token);
         let text = |id: Option<u32>| id.map(|id| tokenizer.decode(&[id], false));
         let (bos, eos) = (text(config.bos_token), text(config.eos_tokens.first().copied()));
-        let template = gguf.text("tokenizer.chat_template").ok();
+        let key = "tokenizer.chat_template";
+        let template = gguf.meta.contains_key(key).then(|| gguf.text(key)).transpose()?;
         let chat = template.map(|t| ChatTemplate::new(t, bos.as_deref(), eos.as_deref())).transpose()?;
         let weights = Weights::from_gguf(map, &gguf, config.heads, config.kv_heads);
+        weights.check(&config)?;
         Ok(Base { id: id.into(), config, weights, tokenizer: Arc::new(tokenizer), chat: chat.map(Arc::new) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::gguf::Meta;
+    use super::super::gguf::tests::write;
+    use super::*;
+
+    /// A copy of the small model to break.
+    fn copy() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for file in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny/llama/base")).unwrap() {
+            let file = file.unwrap();
+            fs::write(folder.path().join(file.file_name()), fs::read(file.path()).unwrap()).unwrap();
+        }
+        folder
+    }
+
+    fn open(folder: &Path) -> Result<Base> {
+        Base::open(&folder.to_string_lossy())
+    }
+
+    #[test]
+    fn a_directory_is_called_by_its_name_and_its_settings_are_joined() {
+        let folder = copy();
+        let put = |name: &str, text: String| fs::write(folder.path().join(name), text).unwrap();
+        let plain = open(folder.path()).unwrap();
+        assert_eq!(plain.id, folder.path().file_name().unwrap().to_string_lossy());
+        assert_eq!(plain.config.eos_tokens, [2]);
+        assert!(plain.chat.is_none());
+
+        put("generation_config.json", json!({ "eos_token_id": [2, 7] }).to_string());
+        let list =
+            json!([{ "name": "tool_use", "template": "no" }, { "name": "default", "template": "{{ bos_token }}" }]);
+        let settings = json!({ "bos_token": { "content": "t1" }, "chat_template": list });
+        put("tokenizer_config.json", settings.to_string());
+        let base = open(folder.path()).unwrap();
+        assert_eq!(base.config.eos_tokens, [2, 7]);
+        assert_eq!(base.chat.unwrap().render(&[], true).unwrap(), "t1");
+
+        put("chat_template.jinja", "file {{ bos_token }}".into());
+        assert_eq!(open(folder.path()).unwrap().chat.unwrap().render(&[], true).unwrap(), "file t1");
+        put("chat_template.jinja", "{% for %}".into());
+        assert!(open(folder.path()).err().unwrap().message.contains("chat template"));
+    }
+
+    #[test]
+    fn what_a_directory_lacks_or_gets_wrong_is_named() {
+        for (name, text, word) in [
+            ("config.json", None, "config.json"),
+            ("config.json", Some("{"), "config.json"),
+            ("tokenizer.json", None, "tokenizer.json"),
+            ("tokenizer_config.json", Some("["), "tokenizer_config.json"),
+            ("generation_config.json", Some("x"), "generation_config.json"),
+            ("model.safetensors", None, "model.safetensors"),
+        ] {
+            let folder = copy();
+            let path = folder.path().join(name);
+            match text {
+                None => fs::remove_file(path).unwrap(),
+                Some(text) => fs::write(path, text).unwrap(),
+            }
+            let error = open(folder.path()).err().unwrap().message;
+            assert!(error.contains(word) && error.contains("base model"), "{name}: {error}");
+        }
+        let folder = copy();
+        let path = folder.path().join("config.json");
+        let text = fs::read_to_string(&path).unwrap().replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 4");
+        fs::write(path, text).unwrap();
+        assert!(open(folder.path()).err().unwrap().message.contains("model.layers.2"));
+    }
+
+    #[test]
+    fn the_default_model_keeps_its_hub_name() {
+        let base = Base::open(DEFAULT_MODEL).unwrap();
+        assert_eq!(base.id, DEFAULT_MODEL);
+        assert_eq!((base.config.layers, base.config.vocab_size, base.config.context), (30, 49_152, 8_192));
+        let name = "model.layers.29.self_attn.k_proj.weight";
+        let raw = base.weights.get(name).unwrap();
+        assert_eq!(raw.shape, [192, 576]);
+        assert!(raw.to_f32().unwrap().iter().all(|x| x.is_finite()));
+    }
+
+    /// A whole GGUF model of one layer, and where its tensors' bytes begin.
+    fn small_gguf() -> (Vec<u8>, usize) {
+        let (number, text) = (Meta::Unsigned, |t: &str| Meta::Text(t.into()));
+        let meta = [
+            ("general.architecture", text("llama")),
+            ("llama.embedding_length", number(4)),
+            ("llama.feed_forward_length", number(4)),
+            ("llama.block_count", number(1)),
+            ("llama.attention.head_count", number(2)),
+            ("llama.attention.layer_norm_rms_epsilon", Meta::Float(1e-6)),
+            ("llama.context_length", number(16)),
+            ("tokenizer.ggml.model", text("gpt2")),
+            ("tokenizer.ggml.pre", text("smollm")),
+            ("tokenizer.ggml.tokens", Meta::List(["a", "b", "ab", "<s>"].map(text).into())),
+            ("tokenizer.ggml.merges", Meta::List(vec![text("a b")])),
+            ("tokenizer.ggml.token_type", Meta::List([1, 1, 1, 3].map(number).into())),
+            ("tokenizer.ggml.bos_token_id", number(3)),
+            ("tokenizer.ggml.add_bos_token", Meta::Bool(true)),
+            ("tokenizer.chat_template", text("{{ bos_token }}{{ messages[0].content }}")),
+        ];
+        let matrices = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+        let names: Vec<String> = ["token_embd.weight".into(), "output_norm.weight".into()]
+            .into_iter()
+            .chain(["attn_norm", "ffn_norm"].iter().chain(&matrices).map(|n| format!("blk.0.{n}.weight")))
+            .collect();
+        let tensors: Vec<_> = names
+            .iter()
+            .map(|name| match name.contains("norm") {
+                true => (name.as_str(), vec![4], vec![1.0; 4]),
+                false => (name.as_str(), vec![4, 4], (0..16).map(|i| i as f32).collect()),
+            })
+            .collect();
+        let file = write(&meta, &tensors);
+        let gguf = Gguf::read(&file).unwrap();
+        let start = gguf.tensors.values().map(|place| place.bytes.start).min().unwrap();
+        (file, start)
+    }
+
+    #[test]
+    fn a_gguf_file_brings_everything() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("small.gguf");
+        fs::write(&path, small_gguf().0).unwrap();
+        let base = Base::open(&path.to_string_lossy()).unwrap();
+        assert_eq!(base.id, "small");
+        assert_eq!(base.tokenizer.encode("ab", true).unwrap(), [3, 2]);
+        assert_eq!(base.chat.unwrap().render(&[json!({ "role": "user", "content": "b" })], true).unwrap(), "<s>b");
+        // Heads of two rows are the same in either order of rope.
+        let raw = base.weights.get("model.layers.0.self_attn.q_proj.weight").unwrap();
+        assert_eq!(raw.to_f32().unwrap(), (0..16).map(|i| i as f32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn no_lie_in_a_gguf_file_is_more_than_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lying.gguf");
+        let (file, start) = small_gguf();
+        let mut refused = 0;
+        for at in 0..start {
+            for byte in [0, 1, 0x7f, 0xff] {
+                let mut file = file.clone();
+                file[at] = byte;
+                // A new file each time: cutting one that is mapped would be a fault of the test.
+                fs::remove_file(&path).ok();
+                fs::write(&path, file).unwrap();
+                match Base::open(&path.to_string_lossy()) {
+                    Err(_) => refused += 1,
+                    Ok(base) => base.weights.names().iter().for_each(|n| drop(base.weights.get(n).unwrap().to_f32())),
+                }
+            }
+        }
+        assert!(refused > start, "only {refused} of {} were refused", 4 * start);
+    }
+
+    #[test]
+    fn a_gguf_file_that_is_none_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.gguf");
+        for bytes in [&b""[..], b"GGUF", b"not a model at all"] {
+            fs::write(&path, bytes).unwrap();
+            assert!(Base::open(&path.to_string_lossy()).err().unwrap().message.contains("x.gguf"));
+        }
     }
 }

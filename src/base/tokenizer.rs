@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::gguf::Gguf;
@@ -13,6 +14,16 @@ pub struct Tokenizer {
     /// By id: the bytes a token stands for, and whether it is special.
     tokens: Vec<(Box<[u8]>, bool)>,
     bos: Option<u32>,
+}
+
+/// Far more than any vocabulary has; keeps a lying id from asking for a table of billions.
+const MAX_VOCABULARY: usize = 1 << 22;
+
+/// What is read of `tokenizer.json` here; the rest is for the tokenizers crate.
+#[derive(Deserialize)]
+struct Parts {
+    #[serde(default)]
+    decoder: Value,
 }
 
 /// How the vocabulary spells bytes.
@@ -47,11 +58,12 @@ impl Tokenizer {
     fn from_json(bytes: &[u8]) -> Result<Self> {
         let inner =
             tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
-        let json: Value = serde_json::from_slice(bytes).map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
-        Ok(Self::new(inner, &json["decoder"]))
+        let parts: Parts =
+            serde_json::from_slice(bytes).map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
+        Self::new(inner, &parts.decoder)
     }
 
-    fn new(mut inner: tokenizers::Tokenizer, decoder: &Value) -> Self {
+    fn new(mut inner: tokenizers::Tokenizer, decoder: &Value) -> Result<Self> {
         // Prompts are never cut or padded in silence.
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
@@ -63,6 +75,10 @@ impl Tokenizer {
         };
         let added = inner.get_added_tokens_decoder();
         let size = inner.get_vocab(true).values().map(|&id| id as usize + 1).max().unwrap_or(0);
+        if size > MAX_VOCABULARY {
+            let what = format!("tokenizer: it has the token id {}; at most {MAX_VOCABULARY} tokens", size - 1);
+            return Err(Error::unprocessable(what));
+        }
         let token = |id: usize| {
             let Some(text) = inner.id_to_token(id as u32) else { return (Box::default(), false) };
             if let Some(token) = added.get(&(id as u32)) {
@@ -85,7 +101,7 @@ impl Tokenizer {
             (bytes.into_boxed_slice(), false)
         };
         let tokens = (0..size).map(token).collect();
-        Tokenizer { inner, tokens, bos: None }
+        Ok(Tokenizer { inner, tokens, bos: None })
     }
 
     /// From GGUF metadata: the byte-level BPE of `tokenizer.ggml.model = gpt2`, cut into words as `tokenizer.ggml.pre` says.
@@ -111,14 +127,19 @@ impl Tokenizer {
                 r"{contractions}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
             )
         };
-        let pre = gguf.text("tokenizer.ggml.pre").unwrap_or("default");
+        let pre =
+            if gguf.meta.contains_key("tokenizer.ggml.pre") { gguf.text("tokenizer.ggml.pre")? } else { "default" };
+        if pre == "default" {
+            tracing::warn!("the GGUF does not say how text is cut into words (tokenizer.ggml.pre); taking GPT-2's way");
+        }
+        let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
         let pre_tokenizer = match pre {
             "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" => {
                 let digits = json!({ "type": "Digits", "individual_digits": true });
                 json!({ "type": "Sequence", "pretokenizers": [digits, gpt2] })
             }
             "gpt-2" | "gpt2" | "default" | "olmo" | "jais" | "phi-2" => gpt2,
-            "llama-bpe" | "llama3" | "llama-v3" => after_regex(&words("{1,3}")),
+            _ if llama3 => after_regex(&words("{1,3}")),
             "qwen2" | "qwen" | "deepseek-r1-qwen" => after_regex(&words("")),
             other => {
                 let what = "supported: smollm, starcoder, gpt-2, default, llama-bpe, qwen2 and their kin";
@@ -127,8 +148,15 @@ impl Tokenizer {
         };
         let tokens = gguf.texts("tokenizer.ggml.tokens")?;
         let types = gguf.get("tokenizer.ggml.token_type").ok().and_then(|t| t.as_list()).unwrap_or_default();
-        // 3 is a control token, 4 one that a user added.
-        let kind = |id: usize| types.get(id).and_then(|t| t.as_u64()).unwrap_or(1);
+        let mut ends = vec![];
+        for key in ["bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"] {
+            ends.extend(gguf.token(&format!("tokenizer.ggml.{key}"))?.map(|id| id as usize));
+        }
+        // 1 is a normal token, 3 a control token, 4 one that a user added. Some files call an end of text normal.
+        let kind = |id: usize| match types.get(id).and_then(|t| t.as_u64()).unwrap_or(1) {
+            1 if ends.contains(&id) => 3,
+            kind => kind,
+        };
         let added: Vec<Value> = tokens
             .iter()
             .enumerate()
@@ -150,8 +178,22 @@ impl Tokenizer {
                 }
             })
             .collect::<Result<_>>()?;
-        let bos = gguf.get("tokenizer.ggml.add_bos_token").ok().and_then(|b| b.as_bool()) == Some(true);
-        let bos = if bos { tokens.get(gguf.number("tokenizer.ggml.bos_token_id")?) } else { None };
+        // Files of the Llama 3 family often leave the key out; their tokenizer always begins with BOS.
+        let bos = match gguf.meta.get("tokenizer.ggml.add_bos_token") {
+            None => llama3 && gguf.meta.contains_key("tokenizer.ggml.bos_token_id"),
+            Some(flag) => flag.as_bool().ok_or_else(|| {
+                Error::unprocessable(format!("GGUF: tokenizer.ggml.add_bos_token is {flag}, expected true or false"))
+            })?,
+        };
+        let bos = match bos {
+            false => None,
+            true => {
+                let id = gguf.number("tokenizer.ggml.bos_token_id")?;
+                let missing = || format!("GGUF: the BOS token {id} is not among the {} tokens", tokens.len());
+                Some(tokens.get(id).ok_or_else(|| Error::unprocessable(missing()))?)
+            }
+        };
+        let normalizer = if pre == "qwen2" { json!({ "type": "NFC" }) } else { Value::Null };
         let post_processor = bos.map(|bos| {
             let token = json!({ "SpecialToken": { "id": bos, "type_id": 0 } });
             let text = |id: &str| json!({ "Sequence": { "id": id, "type_id": 0 } });
@@ -159,10 +201,10 @@ impl Tokenizer {
                 "special_tokens": { *bos: { "id": bos, "ids": [vocab[*bos]], "tokens": [bos] } } })
         });
         let json = json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": normalizer,
             "pre_tokenizer": pre_tokenizer, "post_processor": post_processor,
             "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
-            "model": { "type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": pre.starts_with("llama") },
+            "model": { "type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": llama3 },
         });
         Self::from_json(json.to_string().as_bytes())
     }
@@ -213,6 +255,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// Bytes of the longest token.
+    pub fn longest_token(&self) -> usize {
+        self.tokens.iter().map(|(bytes, _)| bytes.len()).max().unwrap_or(0)
+    }
+
     pub fn vocab_size(&self) -> usize {
         self.tokens.len()
     }
@@ -220,6 +267,8 @@ impl Tokenizer {
 
 #[cfg(test)]
 mod tests {
+    use super::super::gguf::Meta;
+    use super::super::gguf::tests::write;
     use super::*;
 
     #[test]
@@ -249,7 +298,110 @@ mod tests {
         assert_eq!(t.encode("a<|im_end|>", false).unwrap().last(), Some(&end));
         assert!(t.is_special(end) && t.decode(&[end], true).is_empty());
         assert_eq!(t.decode(&[end, u32::MAX], false), "<|im_end|>");
-        let long = "word 12 ".repeat(100_000);
-        assert!(t.encode(&long, true).unwrap().len() > 300_000);
+    }
+
+    #[test]
+    fn a_megabyte_of_anything_is_tokenized_in_time() {
+        let base = crate::base::Base::open(crate::base::DEFAULT_MODEL).unwrap();
+        for piece in ["word 12 ", "a", " ", "7", "京", "\0", "<|im_"] {
+            let long = piece.repeat((1 << 20) / piece.len());
+            let start = std::time::Instant::now();
+            let ids = base.tokenizer.encode(&long, true).unwrap();
+            assert_eq!(base.tokenizer.decode(&ids, false), long);
+            // A second or so; quadratic time would take hours.
+            assert!(start.elapsed().as_secs() < 60, "{piece:?} took {:?}", start.elapsed());
+        }
+    }
+
+    #[test]
+    fn the_reference_texts_have_the_reference_ids() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/smollm2/expected.json");
+        let expected: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let base = crate::base::Base::open(crate::base::DEFAULT_MODEL).unwrap();
+        let prompts = expected["prompts"].as_array().unwrap();
+        assert!(!prompts.is_empty());
+        for prompt in prompts {
+            let text = prompt["text"].as_str().unwrap();
+            assert_eq!(json!(base.tokenizer.encode(text, true).unwrap()), prompt["ids"], "{text:?}");
+        }
+    }
+
+    /// A GGUF tokenizer whose vocabulary is the 256 bytes, the pair "ab", and two end tokens.
+    fn tiny(changes: &[(&str, Meta)]) -> Result<Tokenizer> {
+        let spelling = |b: u8| (0..0x200).filter_map(char::from_u32).find(|&c| byte_of(c) == Some(b)).unwrap();
+        let mut tokens: Vec<String> = (0..=255).map(|b| spelling(b).to_string()).collect();
+        tokens.extend(["ab", "<s>", "</s>"].map(String::from));
+        let list = |texts: &[String]| Meta::List(texts.iter().map(|t| Meta::Text(t.clone())).collect());
+        let mut meta = vec![
+            ("tokenizer.ggml.model", Meta::Text("gpt2".into())),
+            ("tokenizer.ggml.pre", Meta::Text("gpt-2".into())),
+            ("tokenizer.ggml.tokens", list(&tokens)),
+            ("tokenizer.ggml.merges", list(&["a b".into()])),
+            ("tokenizer.ggml.bos_token_id", Meta::Unsigned(257)),
+            ("tokenizer.ggml.eos_token_id", Meta::Unsigned(258)),
+        ];
+        for (key, value) in changes {
+            meta.retain(|(k, _)| k != key);
+            meta.push((*key, value.clone()));
+        }
+        Tokenizer::from_gguf(&Gguf::read(&write(&meta, &[])).unwrap())
+    }
+
+    #[test]
+    fn a_gguf_says_whether_a_text_begins_with_bos() {
+        let (pre, add) = ("tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token");
+        let text = |t: &str| Meta::Text(t.into());
+        let first = |changes: &[(&str, Meta)]| tiny(changes).unwrap().encode("ab</s>", true).unwrap();
+        assert_eq!(first(&[]), [256, 258]);
+        assert_eq!(first(&[(add, Meta::Bool(true))]), [257, 256, 258]);
+        assert_eq!(first(&[(pre, text("llama-bpe"))]), [257, 256, 258]);
+        assert_eq!(first(&[(pre, text("llama-bpe")), (add, Meta::Bool(false))]), [256, 258]);
+        assert!(tiny(&[(add, text("yes"))]).err().unwrap().message.contains(add));
+        let far = tiny(&[(add, Meta::Bool(true)), ("tokenizer.ggml.bos_token_id", Meta::Unsigned(999))]);
+        assert!(far.err().unwrap().message.contains("999"));
+    }
+
+    #[test]
+    fn words_are_cut_as_the_gguf_says() {
+        let cut = |pre: &str, text: &str| {
+            let t = tiny(&[("tokenizer.ggml.pre", Meta::Text(pre.into()))]).unwrap();
+            let mut words = tokenizers::PreTokenizedString::from(text);
+            tokenizers::PreTokenizer::pre_tokenize(t.inner.get_pre_tokenizer().unwrap(), &mut words).unwrap();
+            let splits = words.get_splits(tokenizers::OffsetReferential::Original, tokenizers::OffsetType::Byte);
+            splits.into_iter().map(|(_, (from, to), _)| text[from..to].to_string()).collect::<Vec<_>>()
+        };
+        let text = "It's 1234 x\n\n y";
+        assert_eq!(cut("gpt-2", text), ["It", "'s", " 1234", " x", "\n\n", " y"]);
+        assert_eq!(cut("smollm", text), ["It", "'s", " ", "1", "2", "3", "4", " x", "\n\n", " y"]);
+        assert_eq!(cut("llama-bpe", text), ["It", "'s", " ", "123", "4", " x", "\n\n", " y"]);
+        assert_eq!(cut("qwen2", text), ["It", "'s", " ", "1", "2", "3", "4", " x", "\n\n", " y"]);
+        let error = tiny(&[("tokenizer.ggml.pre", Meta::Text("tekken".into()))]).err().unwrap().message;
+        assert!(error.contains("\"tekken\""), "{error}");
+        let error = tiny(&[("tokenizer.ggml.model", Meta::Text("llama".into()))]).err().unwrap().message;
+        assert!(error.contains("\"llama\""), "{error}");
+    }
+
+    #[test]
+    fn malformed_vocabularies_are_refused() {
+        let merges = Meta::List(vec![Meta::Text("ab".into())]);
+        assert!(tiny(&[("tokenizer.ggml.merges", merges)]).err().unwrap().message.contains("\"ab\""));
+        let merges = Meta::List(vec![Meta::Text("q z".into())]);
+        assert!(tiny(&[("tokenizer.ggml.merges", merges)]).is_err());
+        let huge = r#"{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel","vocab":{"a":4294967295},"unk_token":"a"}}"#;
+        assert!(Tokenizer::from_json(huge.as_bytes()).err().unwrap().message.contains("4294967295"));
+        assert!(Tokenizer::from_json(b"{").is_err());
+    }
+
+    #[test]
+    fn sentencepiece_spellings_are_undone() {
+        let json = json!({ "version": "1.0", "added_tokens": [
+                { "id": 0, "content": "<s>", "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+                  "normalized": false }],
+            "decoder": { "type": "Sequence", "decoders": [
+                { "type": "Replace", "pattern": { "String": "▁" }, "content": " " }, { "type": "ByteFallback" } ] },
+            "model": { "type": "BPE", "vocab": { "<s>": 0, "▁a": 1, "<0xC3>": 2, "<0xA9>": 3, "<0xZZ>": 4 }, "merges": [] } });
+        let t = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+        assert_eq!(t.decode(&[0, 1, 2, 3], true), " aé");
+        assert_eq!(t.decode(&[0, 4, 2], false), "<s><0xZZ>\u{fffd}");
     }
 }

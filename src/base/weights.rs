@@ -13,6 +13,7 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
+use super::config::{ModelConfig, Projection};
 use super::gguf::Gguf;
 use crate::{Error, Result};
 
@@ -26,6 +27,20 @@ pub enum Stored {
     Ggml(GgmlDType),
 }
 
+impl Stored {
+    /// Bytes that a tensor of `shape` takes; `None` where its rows are not whole blocks, or for an absurd shape.
+    fn bytes(self, shape: &[usize]) -> Option<usize> {
+        let (block, size) = match self {
+            Stored::F32 => (1, 4),
+            Stored::F16 | Stored::Bf16 => (1, 2),
+            Stored::Ggml(dtype) => (dtype.block_size(), dtype.type_size()),
+        };
+        let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
+        let whole = shape.last().is_none_or(|row| row % block == 0);
+        (elements / block).checked_mul(size).filter(|_| whole)
+    }
+}
+
 /// A tensor as it lies in the file.
 pub struct RawTensor<'a> {
     /// Row-major, outermost first: `[out_features, in_features]` for a linear layer.
@@ -36,9 +51,13 @@ pub struct RawTensor<'a> {
 }
 
 impl RawTensor<'_> {
-    /// All numbers as f32, row-major.
+    /// All numbers as f32, row-major. An error if the bytes are not as many as the shape needs.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let b = &self.bytes;
+        if self.stored.bytes(&self.shape) != Some(b.len()) {
+            let what = format!("{} bytes do not hold shape {:?} stored as {:?}", b.len(), self.shape, self.stored);
+            return Err(Error::unprocessable(what));
+        }
         Ok(match self.stored {
             Stored::F32 => b.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             Stored::F16 => b.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
@@ -84,11 +103,13 @@ impl Weights {
         let index = directory.join("model.safetensors.index.json");
         let single = directory.join("model.safetensors");
         let mut names = vec!["model.safetensors".to_string()];
+        let mut listed = vec![];
         if !single.exists() && index.exists() {
             let wrong = |what: String| Error::unprocessable(format!("{}: {what}", index.display()));
             let text = std::fs::read(&index).map_err(|e| wrong(e.to_string()))?;
             let json: Value = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
             let map = json["weight_map"].as_object().ok_or_else(|| wrong("it has no weight_map".into()))?;
+            listed = map.keys().cloned().collect();
             names = map.values().filter_map(Value::as_str).map(str::to_string).collect();
             names.sort();
             names.dedup();
@@ -100,6 +121,10 @@ impl Weights {
         for name in names {
             let path = directory.join(&name);
             weights.add_safetensors(&path).map_err(|e| e.context(path.display()))?;
+        }
+        if let Some(name) = listed.iter().find(|n| !weights.contains(n)) {
+            let what = format!("{}: no shard holds {name}, which it lists", index.display());
+            return Err(Error::unprocessable(what));
         }
         Ok(weights)
     }
@@ -125,7 +150,9 @@ impl Weights {
                 bytes: start..start + view.data().len(),
                 interleaved_heads: None,
             };
-            self.places.insert(name.to_string(), place);
+            if self.places.insert(name.to_string(), place).is_some() {
+                return Err(wrong(format!("{name} is in another shard too")));
+            }
         }
         self.files.push(map);
         Ok(())
@@ -163,6 +190,32 @@ impl Weights {
         self.places.contains_key(name)
     }
 
+    /// Checks that every tensor the decoder needs is there in the shape that `config` gives it, without reading it.
+    pub fn check(&self, config: &ModelConfig) -> Result<()> {
+        let expect = |name: &str, expected: &[usize]| match self.places.get(name) {
+            None => Err(Error::unprocessable(format!("base weights: the file has no tensor {name}"))),
+            Some(place) if place.shape != expected => Err(Error::unprocessable(format!(
+                "base weights: {name} has shape {:?}, the configuration says {expected:?}",
+                place.shape
+            ))),
+            Some(_) => Ok(()),
+        };
+        let hidden = config.hidden_size;
+        expect("model.embed_tokens.weight", &[config.vocab_size, hidden])?;
+        for layer in 0..config.layers {
+            for norm in ["input_layernorm", "post_attention_layernorm"] {
+                expect(&format!("model.layers.{layer}.{norm}.weight"), &[hidden])?;
+            }
+            for projection in Projection::ALL {
+                let (out_features, in_features) = config.shape(projection);
+                let name = format!("model.layers.{layer}.{}.weight", projection.path());
+                expect(&name, &[out_features, in_features])?;
+            }
+        }
+        expect("model.norm.weight", &[hidden])?;
+        if config.tie_word_embeddings { Ok(()) } else { expect("lm_head.weight", &[config.vocab_size, hidden]) }
+    }
+
     /// Errors name the tensor.
     pub fn get(&self, name: &str) -> Result<RawTensor<'_>> {
         let missing = || Error::unprocessable(format!("base weights: the file has no tensor {name}"));
@@ -172,9 +225,9 @@ impl Weights {
             None => Cow::Borrowed(bytes),
             Some(heads) => {
                 let rows = place.shape.first().copied().unwrap_or(0);
-                if rows == 0 || rows % (2 * heads) != 0 {
+                if place.shape.len() != 2 || rows == 0 || rows % (2 * heads) != 0 {
                     let what =
-                        format!("base weights: {name} has {rows} rows, which are not {heads} heads of even width");
+                        format!("base weights: {name} of shape {:?} is not {heads} heads of even width", place.shape);
                     return Err(Error::unprocessable(what));
                 }
                 Cow::Owned(split_halves(bytes, rows, heads))
@@ -312,6 +365,85 @@ mod tests {
                 assert_eq!((a.shape.clone(), a.to_f32().unwrap()), (b.shape.clone(), b.to_f32().unwrap()), "{name}");
             }
         }
+    }
+
+    #[test]
+    fn tensors_that_are_missing_or_of_another_shape_are_named() {
+        let text = std::fs::read_to_string(tiny().join("config.json")).unwrap();
+        let config = ModelConfig::from_json(&text).unwrap();
+        let weights = Weights::open_directory(&tiny()).unwrap();
+        weights.check(&config).unwrap();
+        for (wrong, name) in [
+            (ModelConfig { layers: 3, ..config.clone() }, "no tensor model.layers.2.input_layernorm.weight"),
+            (ModelConfig { vocab_size: 257, ..config.clone() }, "model.embed_tokens.weight has shape [256, 64]"),
+            (
+                ModelConfig { kv_heads: 4, ..config.clone() },
+                "model.layers.0.self_attn.k_proj.weight has shape [32, 64]",
+            ),
+            (ModelConfig { tie_word_embeddings: false, ..config.clone() }, "no tensor lm_head.weight"),
+        ] {
+            let error = weights.check(&wrong).unwrap_err().message;
+            assert!(error.contains(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_block_format_gives_back_what_was_quantised() {
+        let values: Vec<f32> = (0..512).map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0).collect();
+        let tensor = candle_core::Tensor::from_slice(&values, (2, 256), &Device::Cpu).unwrap();
+        use GgmlDType::*;
+        let bits = [
+            (Q4_0, 4),
+            (Q4_1, 4),
+            (Q5_0, 5),
+            (Q5_1, 5),
+            (Q8_0, 8),
+            (Q2K, 2),
+            (Q3K, 3),
+            (Q4K, 4),
+            (Q5K, 5),
+            (Q6K, 6),
+            (Q8K, 8),
+        ];
+        for (dtype, bits) in bits {
+            let quantised = QTensor::quantize(&tensor, dtype).unwrap();
+            let raw = |bytes: &[u8]| RawTensor {
+                shape: vec![2, 256],
+                stored: Stored::Ggml(dtype),
+                bytes: Cow::Owned(bytes.to_vec()),
+            };
+            let bytes = quantised.data().unwrap().into_owned();
+            let error = raw(&bytes[1..]).to_f32().unwrap_err().message;
+            assert!(error.contains("[2, 256]"), "{error}");
+            let got = raw(&bytes).to_f32().unwrap();
+            let worst = got.iter().zip(&values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            // The range is -1 to 1. Formats without an offset clip one end by up to a step.
+            let step = 2.0 / ((1 << bits) - 1) as f32;
+            assert!(got.len() == 512 && worst < 1.1 * step, "{dtype:?}: {worst}, step {step}");
+        }
+    }
+
+    #[test]
+    fn shards_that_lack_or_repeat_a_tensor_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let shard = |file: &str, name: &str| {
+            let view = safetensors::tensor::TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
+            std::fs::write(folder.path().join(file), safetensors::serialize([(name, view)], None).unwrap()).unwrap();
+        };
+        let refusal = |map: Value| {
+            let index = serde_json::json!({ "weight_map": map }).to_string();
+            std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+            Weights::open_directory(folder.path()).err().unwrap().message
+        };
+        shard("1.safetensors", "a");
+        shard("2.safetensors", "a");
+        let map = serde_json::json!({ "a": "1.safetensors", "b": "1.safetensors" });
+        assert!(refusal(map).contains("no shard holds b"));
+        let map = serde_json::json!({ "a": "1.safetensors", "b": "2.safetensors" });
+        assert!(refusal(map).contains("a is in another shard too"));
+        let map = serde_json::json!({ "a": "../1.safetensors" });
+        assert!(refusal(map).contains("../1.safetensors"));
+        assert!(refusal(serde_json::json!({ "a": "3.safetensors" })).contains("3.safetensors"));
     }
 
     #[test]

@@ -36,18 +36,18 @@ pub async fn get(state: Shared, name: web::Path<String>) -> Result<HttpResponse,
 /// What `If-Match` and `If-None-Match` ask for.
 fn condition(headers: &HeaderMap) -> Result<Option<Condition>> {
     let text = |name| headers.get(name).map(|v| v.to_str().unwrap_or("").trim().to_string());
-    let wrong = |name: &str, value: &str| {
-        Err(Error::bad_request(format!("{name} is {value:?}; supported: a generation, or *")))
+    let wrong = |name: &str, value: &str, expected: &str| {
+        Err(Error::bad_request(format!("{name} is {value:?}; expected {expected}")))
     };
     match (text(header::IF_MATCH), text(header::IF_NONE_MATCH)) {
         (None, None) => Ok(None),
         (None, Some(value)) if value == "*" => Ok(Some(Condition::Absent)),
-        (None, Some(value)) => wrong("If-None-Match", &value),
+        (None, Some(value)) => wrong("If-None-Match", &value, "*"),
         (Some(value), None) => {
             let generation = value.trim_matches('"');
             match !generation.is_empty() && generation.chars().all(|c| c.is_ascii_alphanumeric()) {
                 true => Ok(Some(Condition::Is(Generation::new(generation)))),
-                false => wrong("If-Match", &value),
+                false => wrong("If-Match", &value, "a generation"),
             }
         }
         (Some(_), Some(_)) => Err(Error::bad_request("If-Match and If-None-Match exclude each other")),

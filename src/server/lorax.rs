@@ -44,16 +44,17 @@ async fn read(state: &State, http: &HttpRequest, f: &Fields) -> Result<Asked> {
         return Err(p.wrong("adapter_source", format!("is {source:?}; supported: \"local\"")));
     }
     let mut sampling = run::sampling(&p, 1.0)?;
-    // As in the original, nothing is sampled unless do_sample or one of its parameters asks for it.
-    let asks = ["temperature", "top_k", "top_p", "seed"].iter().any(|name| p.get(name).is_some());
-    if p.flag("do_sample")?.unwrap_or(asks) {
+    // As in the original, nothing is sampled unless do_sample or one of its parameters asks for it. LoRAX's client sends
+    // `do_sample: false` whatever else it asks for.
+    let asks = ["temperature", "top_k", "top_p"].iter().any(|name| p.get(name).is_some());
+    if p.flag("do_sample")?.unwrap_or(false) || asks {
         if sampling.temperature == 0.0 {
-            return Err(p.wrong("temperature", "is 0 where do_sample is true; expected more than 0"));
+            return Err(p.wrong("temperature", "is 0 where sampling is asked for; expected more than 0"));
         }
     } else {
         sampling.temperature = 0.0;
     }
-    let mut prompt = state.tokenizer.encode(&text, true)?;
+    let mut prompt = state.encode(&text)?;
     if let Some(keep) = p.count("truncate")? {
         prompt.drain(..prompt.len().saturating_sub(keep));
     }

@@ -40,7 +40,7 @@ pub async fn generate(
         return Err(f.wrong("n", format!("is {}; this route gives 1", task.n)).into());
     }
     let prompt = match (f.text("prompt")?, f.list("messages")?) {
-        (Some(prompt), None) => state.tokenizer.encode(&prompt, true)?,
+        (Some(prompt), None) => state.encode(&prompt)?,
         (None, Some(messages)) => state.chat_prompt(messages)?,
         (None, None) => return Err(f.wrong("prompt", "or messages is needed").into()),
         (Some(_), Some(_)) => return Err(f.wrong("prompt", "and messages exclude each other").into()),
@@ -137,7 +137,7 @@ pub async fn classify(
         }
         (Some(labels), None) => {
             let submit = |text: &String| {
-                let prompt = state.tokenizer.encode_for_head(text)?;
+                let prompt = state.encode_for_head(text)?;
                 state.engine.submit(target.request(prompt, Task::Classify))
             };
             let answers = inputs.iter().map(submit).collect::<Result<Vec<_>>>()?;
@@ -152,7 +152,7 @@ pub async fn classify(
                 return Err(f.wrong("labels", "needs two or more texts, none empty").into());
             }
             let submit = |text: &String, label: &String| {
-                let prompt = state.tokenizer.encode(text, true)?;
+                let prompt = state.encode(text)?;
                 let from = prompt.len();
                 if from == 0 {
                     return Err(f.wrong("input", "is an empty text, which no label can continue"));

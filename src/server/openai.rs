@@ -18,7 +18,9 @@ const MAX_TOKENS: usize = 16;
 /// Prompts of one request.
 const MAX_PROMPTS: usize = 1024;
 /// Fields that would change the answer and are not supported.
-const REFUSED: [&str; 12] = [
+const REFUSED: [&str; 14] = [
+    "allowed_token_ids",
+    "bad_words",
     "suffix",
     "tools",
     "functions",
@@ -32,6 +34,14 @@ const REFUSED: [&str; 12] = [
     "min_tokens",
     "prompt_logprobs",
 ];
+
+fn refuse(f: &Fields) -> Result<()> {
+    f.refuse(&REFUSED, &[])?;
+    match f.object("response_format")?.text("type")?.is_some_and(|t| t != "text") {
+        true => Err(f.wrong("response_format", "is not supported but for {\"type\": \"text\"}")),
+        false => Ok(()),
+    }
+}
 
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
@@ -72,7 +82,7 @@ fn unknown_model(e: Error) -> ApiError {
     }
 }
 
-/// The model's name in the answer, and what it stands for. The name is needed, as in OpenAI's API.
+/// The model's name in the answer, and what it stands for; the base where the request names none.
 async fn target(state: &State, http: &HttpRequest, f: &Fields) -> Result<(String, Target), ApiError> {
     let name = f.text("model")?.unwrap_or_else(|| state.base_id.clone());
     let target = state.target(http, Some(&name)).await.map_err(unknown_model)?;
@@ -83,7 +93,10 @@ fn prompts(state: &State, f: &Fields) -> Result<Vec<Vec<u32>>> {
     let special = f.flag("add_special_tokens")?.unwrap_or(true);
     let wrong = || f.wrong("prompt", "is no text, list of texts, list of token ids or list of lists of token ids");
     let value = f.get("prompt").ok_or_else(|| f.wrong("prompt", "is needed"))?;
-    let encode = |text: &str| state.tokenizer.encode(text, special);
+    let encode = |text: &str| {
+        state.check_length(text)?;
+        state.tokenizer.encode(text, special)
+    };
     let list = match value {
         Value::String(text) => return Ok(vec![encode(text)?]),
         Value::Array(list) => list,
@@ -130,7 +143,7 @@ fn logprobs_json(state: &State, entries: &[TokenLogprob], top: usize, offset: &m
 
 pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
-    f.refuse(&REFUSED, &[])?;
+    refuse(&f)?;
     let mut task = run::generation(&f, 1.0, f.count("max_tokens")?.unwrap_or(MAX_TOKENS))?;
     task.logprobs = f.count("logprobs")?;
     let n = task.n;
@@ -209,10 +222,7 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
 
 pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
-    f.refuse(&REFUSED, &[])?;
-    if f.object("response_format")?.text("type")?.is_some_and(|t| t != "text") {
-        return Err(f.wrong("response_format", "is not supported but for {\"type\": \"text\"}").into());
-    }
+    refuse(&f)?;
     let messages = f.list("messages")?.ok_or_else(|| f.wrong("messages", "is needed"))?;
     let prompt = state.chat_prompt(messages)?;
     let asked = f.count("max_completion_tokens")?.or(f.count("max_tokens")?);

@@ -40,9 +40,33 @@ impl Target {
 pub struct Counted(pub Option<String>);
 
 impl State {
+    /// Token ids of a prompt. A text too long for any tokenization to fit the context is refused before the work.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.check_length(text)?;
+        self.tokenizer.encode(text, true)
+    }
+
+    /// Token ids of a text for a classification head.
+    pub fn encode_for_head(&self, text: &str) -> Result<Vec<u32>> {
+        self.check_length(text)?;
+        self.tokenizer.encode_for_head(text)
+    }
+
+    pub fn check_length(&self, text: &str) -> Result<()> {
+        let longest = self.tokenizer.longest_token().saturating_mul(self.context);
+        match text.len() <= longest {
+            true => Ok(()),
+            false => Err(Error::bad_request(format!(
+                "the text has {} bytes; no text of more than {longest} fits the context of {} tokens",
+                text.len(),
+                self.context
+            ))),
+        }
+    }
+
     /// The adapter called `name`, pinned; the base for none, `base` or the base's own id.
     pub async fn target(&self, http: &HttpRequest, name: Option<&str>) -> Result<Target> {
-        let name = name.filter(|n| !n.is_empty() && *n != "base" && *n != self.base_id);
+        let name = name.filter(|n| *n != "base" && *n != self.base_id);
         let Some(name) = name else {
             http.extensions_mut().insert(Counted(None));
             return Ok(Target { adapter: None });
@@ -61,7 +85,9 @@ impl State {
         let chat = chat.ok_or_else(|| {
             Error::bad_request("the base model has no chat template; send a prompt").param("messages")
         })?;
-        self.tokenizer.encode(&chat.render(messages, true)?, false)
+        let text = chat.render(messages, true)?;
+        self.check_length(&text)?;
+        self.tokenizer.encode(&text, false)
     }
 }
 

@@ -41,6 +41,7 @@ pub async fn load(state: Shared, payload: web::Payload) -> Result<HttpResponse, 
 /// `POST /v1/unload_lora_adapter`.
 pub async fn unload(state: Shared, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
+    check_allowed(&state)?;
     let name = needed(&f, "lora_name")?;
     state.registry.remove(&name, Condition::Always).await?;
     Ok(HttpResponse::Ok().body(format!("Success: LoRA adapter '{name}' removed successfully.")))

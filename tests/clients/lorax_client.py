@@ -25,6 +25,8 @@ assert last.details.generated_tokens == 12
 
 sampled = [client.generate(prompt, do_sample=True, temperature=0.9, seed=3, max_new_tokens=8) for _ in range(2)]
 assert sampled[0].generated_text == sampled[1].generated_text
+hot = {client.generate(prompt, temperature=2.0, seed=s, max_new_tokens=8).generated_text for s in range(4)}
+assert len(hot) > 1, "temperature has no effect"
 full = client.generate(prompt, max_new_tokens=4, return_full_text=True)
 assert full.generated_text.startswith(prompt)
 stop = base.generated_text[3:6]
