@@ -229,14 +229,16 @@ impl Registry {
     /// (one read however many wait); other adapters' requests do not wait for it.
     pub async fn acquire(&self, name: &str) -> Result<Arc<PackedAdapter>> {
         let mut entry = self.inner.entry(name)?;
+        // The entry whose load, begun by somebody else, failed. That one may have begun before the entry was there.
+        let mut doubted: Option<Arc<Entry>> = None;
         for _ in 0..MAX_CHASES {
-            let outcome = match self.inner.cache.get(&entry.generation) {
+            let (outcome, joined) = match self.inner.cache.get(&entry.generation) {
                 Lookup::Ready(adapter) => return Ok(adapter),
-                Lookup::Wait(waiter) => waiter.wait().await,
+                Lookup::Wait(waiter) => (waiter.wait().await, true),
                 Lookup::Load(flight, waiter) => {
                     // On its own, so that it goes on for the others if this caller is dropped.
                     tokio::spawn(self.inner.clone().load(name.to_string(), entry.clone(), flight));
-                    waiter.wait().await
+                    (waiter.wait().await, false)
                 }
             };
             match outcome {
@@ -247,7 +249,11 @@ impl Registry {
                     let now = self.inner.entry(name)?;
                     // By identity: a name that was replaced and put back has files that were gone in between.
                     if let (true, Err(e)) = (Arc::ptr_eq(&now, &entry), outcome) {
-                        return Err(e.context(format!("adapter {name:?}")));
+                        let again = joined && doubted.as_ref().is_none_or(|d| !Arc::ptr_eq(d, &entry));
+                        if !again {
+                            return Err(e.context(format!("adapter {name:?}")));
+                        }
+                        doubted = Some(entry.clone());
                     }
                     entry = now;
                 }
@@ -413,6 +419,8 @@ impl Inner {
         if let (Published::Unchanged, Some(Ok(stored))) = (published, &slot.stored) {
             return Ok((stored.clone(), published));
         }
+        // The old files stay until no reader can find the entry that leads to them.
+        let _old = self.lease_stored(&slot);
         self.store.set_name(name, lease, entry.created)?;
         {
             let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
@@ -438,6 +446,8 @@ impl Inner {
                 )));
             }
             let removed = current.map(|entry| (self.info(name, entry), entry.generation.clone()));
+            // As for a replacement.
+            let _old = self.lease_stored(&slot);
             self.store.remove_name(name)?;
             let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
             match &slot.directory {
@@ -456,6 +466,11 @@ impl Inner {
         };
         self.update_metrics();
         Ok(info)
+    }
+
+    fn lease_stored(&self, slot: &Slot) -> Option<Lease> {
+        let stored = slot.stored.as_ref()?.as_ref().ok()?;
+        Some(self.store.lease(&stored.generation))
     }
 
     fn slot(&self, name: &str) -> Slot {
