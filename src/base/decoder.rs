@@ -275,6 +275,9 @@ impl Decoder {
             let h = self.silu_mul(gate_up)?;
             add(&mut x, self.linear(&layer.down, l, Site::Down, &h, delta)?)?;
         }
+        if wanted.is_empty() {
+            return Ok(vec![]);
+        }
         let x = self.rms_norm(&select(x, wanted)?, &self.norm)?;
         match x {
             Rows::Host { data, .. } => Ok(data),
@@ -339,13 +342,12 @@ impl Decoder {
     fn rms_norm(&self, x: &Rows, norm: &Norm) -> Result<Rows> {
         match (x, &norm.tensor) {
             (Rows::Host { data, width }, _) => {
+                let Kernels::Packed(simd) = self.options.kernels else {
+                    unreachable!("host rows are for packed kernels")
+                };
                 let mut out = vec![0.0; data.len()];
                 for (out, x) in out.chunks_exact_mut(*width).zip(data.chunks_exact(*width)) {
-                    let squares: f32 = x.iter().map(|x| x * x).sum();
-                    let scale = 1.0 / (squares / *width as f32 + self.config.rms_norm_eps as f32).sqrt();
-                    for ((out, x), w) in out.iter_mut().zip(x).zip(&norm.weight) {
-                        *out = x * scale * w;
-                    }
+                    simd::rms_norm(simd, x, &norm.weight, self.config.rms_norm_eps as f32, out);
                 }
                 Ok(Rows::Host { data: out, width: *width })
             }

@@ -112,8 +112,8 @@ impl PackedMatrix {
         Self::pack(rows, n, k, format)
     }
 
-    /// Packs a tensor `[n, k]`. Without a `format` nothing is lost: f32, bf16 and f16 stay what they are, the block
-    /// formats Q4_0, Q4_1 and Q8_0 keep their numbers, and other block formats become f16.
+    /// Packs a tensor `[n, k]`. Without a `format`, f32, bf16 and f16 stay what they are, the block formats Q4_0, Q4_1 and
+    /// Q8_0 keep their numbers, and other block formats are rounded to f16, which takes more memory than they do.
     ///
     /// A `k` that is not in whole groups cannot be quantised and becomes bf16.
     pub fn from_raw(raw: &RawTensor, format: Option<Format>) -> Result<Self> {
@@ -238,14 +238,8 @@ impl PackedMatrix {
                     let len = GROUP.min(self.k - k0);
                     let x = Rows { data: &x.data[row * x.stride + k0..], stride: x.stride };
                     for (p, acc) in acc[..side].iter_mut().enumerate() {
-                        let w = match self.group(panel + p, k0, len) {
-                            Group::F32(w) => w,
-                            group => {
-                                simd::unpack(simd, group, &mut scratch);
-                                &scratch[..len * LANES]
-                            }
-                        };
-                        simd::multiply(simd, rows, len, x, Rows { data: w, stride: LANES }, acc, LANES);
+                        let group = self.group(panel + p, k0, len);
+                        simd::multiply_group(simd, rows, x, group, acc, LANES, &mut scratch);
                     }
                 }
                 for (p, acc) in acc[..side].iter().enumerate() {
@@ -398,7 +392,7 @@ mod tests {
                 }
                 let x: Vec<f32> = (0..m * k).map(|_| next()).collect();
                 let product = |rows| [Product { matrix: &matrix, rows, x_column: 0, y_column: 1, scale: 2.0 }];
-                for simd in [Simd::Portable, Simd::detect()] {
+                for simd in Simd::all() {
                     let mut y = vec![1.0; m * (n + 2)];
                     multiply(simd, &product(0..m), &x, k, &mut y, n + 2);
                     for r in 0..m {
@@ -418,8 +412,7 @@ mod tests {
 
     #[test]
     fn ggml_blocks_keep_their_numbers() {
-        use candle_core::quantized::{QTensor, k_quants, k_quants::GgmlType};
-        let _ = std::marker::PhantomData::<QTensor>;
+        use candle_core::quantized::{k_quants, k_quants::GgmlType};
         let (n, k) = (21, 96);
         let mut next = numbers(7);
         let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();

@@ -1,15 +1,23 @@
-//! The innermost loops on the CPU, each in a portable form and an AVX2 form chosen at run time.
+//! The innermost loops on the CPU, each in a portable form and in AVX2 and AVX-512 forms chosen at run time.
 //!
 //! Every output element is one chain of multiply-adds in ascending `k`, whatever the tile it was computed in. That is
 //! what makes a row's result independent of the rows that share its batch.
 
 use std::sync::OnceLock;
 
-/// Output features in a panel of packed weights, slots in a block of the KV cache: two AVX2 vectors of f32.
+/// Output features in a panel of packed weights, slots in a block of the KV cache: two AVX2 vectors of f32, or one of
+/// AVX-512.
 pub const LANES: usize = 16;
 
 /// Rows of the largest tile: 12 accumulators, 2 weight vectors and a broadcast fit the 16 registers of AVX2.
-pub const MAX_TILE: usize = 6;
+#[cfg(target_arch = "x86_64")]
+const MAX_TILE_AVX2: usize = 6;
+/// The same for the 32 registers of AVX-512; more rows would need more addresses than there are registers for.
+#[cfg(target_arch = "x86_64")]
+const MAX_TILE_AVX512: usize = 12;
+/// Up to this many rows, weights are unpacked in registers, for each tile anew, rather than once into memory.
+#[cfg(target_arch = "x86_64")]
+const MAX_DIRECT: usize = 4;
 
 /// Weights that share a scale in the quantised formats.
 pub const GROUP: usize = 32;
@@ -20,19 +28,28 @@ pub enum Simd {
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 impl Simd {
     /// The best that this CPU has.
     pub fn detect() -> Self {
         static BEST: OnceLock<Simd> = OnceLock::new();
-        *BEST.get_or_init(|| {
-            #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-                return Simd::Avx2;
+        *BEST.get_or_init(|| Simd::all().pop().unwrap_or(Simd::Portable))
+    }
+
+    /// All that this CPU has, the best last.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Simd::Portable];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            all.push(Simd::Avx2);
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+                all.push(Simd::Avx512);
             }
-            Simd::Portable
-        })
+        }
+        all
     }
 }
 
@@ -55,6 +72,18 @@ pub enum Group<'a> {
     },
 }
 
+impl Group<'_> {
+    /// How many values of `k` it holds.
+    fn terms(&self) -> usize {
+        match self {
+            Group::F32(w) => w.len() / LANES,
+            Group::Bf16(w) | Group::F16(w) => w.len() / LANES,
+            Group::Q8 { q, .. } => q.len() / LANES,
+            Group::Q4 { q, .. } => 2 * q.len() / LANES,
+        }
+    }
+}
+
 /// Writes a group's weights as f32 `[k][LANES]` to the front of `out`.
 pub fn unpack(simd: Simd, group: Group, out: &mut [f32; GROUP * LANES]) {
     match simd {
@@ -70,6 +99,9 @@ pub fn unpack(simd: Simd, group: Group, out: &mut [f32; GROUP * LANES]) {
         // SAFETY: `Avx2` is only made where the CPU has avx2, fma and f16c.
         #[cfg(target_arch = "x86_64")]
         Simd::Avx2 => unsafe { unpack_avx2(group, out) },
+        // SAFETY: `Avx512` is only made where the CPU has avx512f and avx512bw.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 => unsafe { unpack_avx512(group, out) },
     }
 }
 
@@ -155,6 +187,123 @@ fn unpack_avx2(group: Group, out: &mut [f32; GROUP * LANES]) {
     }
 }
 
+/// What turns the stored form of [`LANES`] weights of one `k` into f32; the same numbers in all forms.
+#[cfg(target_arch = "x86_64")]
+mod lanes512 {
+    use super::{GROUP, LANES};
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// `i` is below the number of `k` that the group holds.
+    pub trait Weights {
+        unsafe fn lanes(&self, i: usize) -> __m512;
+    }
+
+    pub struct Bf16<'a>(pub &'a [u16]);
+    pub struct F16<'a>(pub &'a [u16]);
+    pub struct Q8<'a> {
+        pub scale: __m512,
+        pub q: &'a [i8],
+    }
+    pub struct Q4<'a> {
+        pub scale: __m512,
+        pub min: __m512,
+        pub q: &'a [u8],
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub fn load(v: &[f32; LANES]) -> __m512 {
+        // SAFETY: the array has LANES numbers.
+        unsafe { _mm512_loadu_ps(v.as_ptr()) }
+    }
+
+    impl Weights for Bf16<'_> {
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn lanes(&self, i: usize) -> __m512 {
+            debug_assert!((i + 1) * LANES <= self.0.len());
+            // SAFETY: the caller's promise.
+            let bits = unsafe { _mm256_loadu_si256(self.0.as_ptr().add(i * LANES).cast()) };
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        }
+    }
+
+    impl Weights for F16<'_> {
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn lanes(&self, i: usize) -> __m512 {
+            debug_assert!((i + 1) * LANES <= self.0.len());
+            // SAFETY: the caller's promise.
+            _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(self.0.as_ptr().add(i * LANES).cast()) })
+        }
+    }
+
+    impl Weights for Q8<'_> {
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn lanes(&self, i: usize) -> __m512 {
+            debug_assert!((i + 1) * LANES <= self.q.len());
+            // SAFETY: the caller's promise.
+            let q = unsafe { _mm_loadu_si128(self.q.as_ptr().add(i * LANES).cast()) };
+            _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), self.scale)
+        }
+    }
+
+    impl Weights for Q4<'_> {
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn lanes(&self, i: usize) -> __m512 {
+            let half = GROUP / 2;
+            debug_assert!((i % half + 1) * LANES <= self.q.len());
+            // SAFETY: the caller's promise.
+            let q = unsafe { _mm_loadu_si128(self.q.as_ptr().add(i % half * LANES).cast()) };
+            let q = _mm512_cvtepu8_epi32(q);
+            let q = if i < half { _mm512_and_si512(q, _mm512_set1_epi32(15)) } else { _mm512_srli_epi32::<4>(q) };
+            // Not fused: the other forms and ggml round the product too.
+            _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q), self.scale), self.min)
+        }
+    }
+}
+
+/// Calls `$body` with `$weights` bound to the group's form.
+#[cfg(target_arch = "x86_64")]
+macro_rules! with_lanes512 {
+    ($group:expr, |$weights:ident| $body:expr, F32($w:ident) => $f32:expr) => {{
+        match $group {
+            Group::F32($w) => $f32,
+            Group::Bf16(w) => {
+                let $weights = lanes512::Bf16(w);
+                $body
+            }
+            Group::F16(w) => {
+                let $weights = lanes512::F16(w);
+                $body
+            }
+            Group::Q8 { scale, q } => {
+                let $weights = lanes512::Q8 { scale: lanes512::load(scale), q };
+                $body
+            }
+            Group::Q4 { scale, min, q } => {
+                let $weights = lanes512::Q4 { scale: lanes512::load(scale), min: lanes512::load(min), q };
+                $body
+            }
+        }
+    }};
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+fn unpack_avx512(group: Group, out: &mut [f32; GROUP * LANES]) {
+    use lanes512::Weights;
+    use std::arch::x86_64::*;
+    let terms = group.terms();
+    with_lanes512!(group, |weights| for (i, out) in out.chunks_exact_mut(LANES).take(terms).enumerate() {
+        // SAFETY: `i` is below the group's number of terms; `out` has LANES numbers.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), weights.lanes(i)) };
+    }, F32(_w) => unpack_body(group, out))
+}
+
 /// A view of rows: row `r` starts at `r * stride`.
 #[derive(Clone, Copy)]
 pub struct Rows<'a> {
@@ -188,27 +337,137 @@ pub fn multiply(simd: Simd, rows: usize, k: usize, x: Rows, w: Rows, acc: &mut [
         }
         #[cfg(target_arch = "x86_64")]
         Simd::Avx2 => {
-            let (x_stride, mut row) = (x.stride, 0);
-            while row < rows {
-                let left = rows - row;
-                // Two even tiles rather than a full and a thin one: a thin tile has too few chains in flight.
-                let take = if left > MAX_TILE && left < 2 * MAX_TILE { left.div_ceil(2) } else { left.min(MAX_TILE) };
-                // SAFETY: the asserts above bound every access; `Avx2` is only made where the CPU has the features.
-                unsafe {
-                    let x = x.data.as_ptr().add(row * x.stride);
-                    let acc = acc.as_mut_ptr().add(row * acc_stride);
-                    let tile = match take {
-                        1 => tile_avx2::<1>,
-                        2 => tile_avx2::<2>,
-                        3 => tile_avx2::<3>,
-                        4 => tile_avx2::<4>,
-                        5 => tile_avx2::<5>,
-                        _ => tile_avx2::<MAX_TILE>,
-                    };
-                    tile(k, x, x_stride, w.data.as_ptr(), w.stride, acc, acc_stride);
-                }
-                row += take;
+            const TILES: [Tile; MAX_TILE_AVX2] =
+                [tile_avx2::<1>, tile_avx2::<2>, tile_avx2::<3>, tile_avx2::<4>, tile_avx2::<5>, tile_avx2::<6>];
+            // SAFETY: the asserts above bound every access; `Avx2` is only made where the CPU has the features.
+            unsafe { multiply_tiles(&TILES, rows, k, x, w, acc, acc_stride) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 => {
+            const TILES: [Tile; MAX_TILE_AVX512] = [
+                tile_avx512::<1>,
+                tile_avx512::<2>,
+                tile_avx512::<3>,
+                tile_avx512::<4>,
+                tile_avx512::<5>,
+                tile_avx512::<6>,
+                tile_avx512::<7>,
+                tile_avx512::<8>,
+                tile_avx512::<9>,
+                tile_avx512::<10>,
+                tile_avx512::<11>,
+                tile_avx512::<12>,
+            ];
+            // SAFETY: the asserts above bound every access; `Avx512` is only made where the CPU has the features.
+            unsafe { multiply_tiles(&TILES, rows, k, x, w, acc, acc_stride) }
+        }
+    }
+}
+
+/// Goes through the rows in tiles; `tiles[r - 1]` is the one of `r` rows.
+///
+/// # Safety
+/// The CPU has what the tiles need; the slices are long enough for [`multiply`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn multiply_tiles(tiles: &[Tile], rows: usize, k: usize, x: Rows, w: Rows, acc: &mut [f32], acc_stride: usize) {
+    let (max, mut row) = (tiles.len(), 0);
+    while row < rows {
+        let left = rows - row;
+        // Two even tiles rather than a full and a thin one: a thin tile has too few chains in flight.
+        let take = if left > max && left < 2 * max { left.div_ceil(2) } else { left.min(max) };
+        // SAFETY: the caller's promise.
+        unsafe {
+            let (x_start, acc) = (x.data.as_ptr().add(row * x.stride), acc.as_mut_ptr().add(row * acc_stride));
+            tiles[take - 1](k, x_start, x.stride, w.data.as_ptr(), w.stride, acc, acc_stride);
+        }
+        row += take;
+    }
+}
+
+/// `acc += x W` as [`multiply`], for a group of packed weights. `scratch` is room for them unpacked.
+pub fn multiply_group(
+    simd: Simd,
+    rows: usize,
+    x: Rows,
+    group: Group,
+    acc: &mut [f32],
+    acc_stride: usize,
+    scratch: &mut [f32; GROUP * LANES],
+) {
+    let k = group.terms();
+    if let Group::F32(w) = group {
+        return multiply(simd, rows, k, x, Rows { data: w, stride: LANES }, acc, acc_stride);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if simd == Simd::Avx512 && (1..=MAX_DIRECT).contains(&rows) && k > 0 {
+        assert!(x.data.len() >= (rows - 1) * x.stride + k);
+        assert!(acc.len() >= (rows - 1) * acc_stride + LANES);
+        let tile = [direct_avx512::<1>, direct_avx512::<2>, direct_avx512::<3>, direct_avx512::<4>][rows - 1];
+        // SAFETY: the asserts bound every access; `Avx512` is only made where the CPU has the features.
+        return unsafe { tile(x.data.as_ptr(), x.stride, group, acc.as_mut_ptr(), acc_stride) };
+    }
+    unpack(simd, group, scratch);
+    multiply(simd, rows, k, x, Rows { data: scratch, stride: LANES }, acc, acc_stride)
+}
+
+/// # Safety
+/// The CPU has avx512f and avx512bw; `x` is good for `R` rows of the group's terms, `acc` for `R` rows of [`LANES`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+unsafe fn direct_avx512<const R: usize>(
+    x: *const f32,
+    x_stride: usize,
+    group: Group,
+    acc: *mut f32,
+    acc_stride: usize,
+) {
+    use lanes512::Weights;
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise; every `i` is below the group's number of terms.
+    unsafe {
+        let mut sum: [__m512; R] = std::array::from_fn(|r| _mm512_loadu_ps(acc.add(r * acc_stride)));
+        let terms = group.terms();
+        with_lanes512!(group, |weights| for i in 0..terms {
+            let w = weights.lanes(i);
+            for (r, sum) in sum.iter_mut().enumerate() {
+                *sum = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(r * x_stride + i)), w, *sum);
             }
+        }, F32(_w) => unreachable!("f32 needs no unpacking"));
+        for (r, sum) in sum.iter().enumerate() {
+            _mm512_storeu_ps(acc.add(r * acc_stride), *sum);
+        }
+    }
+}
+
+/// A tile of some number of rows: `k`, `x` and its stride, `w` and its stride, `acc` and its stride.
+#[cfg(target_arch = "x86_64")]
+type Tile = unsafe fn(usize, *const f32, usize, *const f32, usize, *mut f32, usize);
+
+/// # Safety
+/// The CPU has avx512f; the pointers are good for `R` rows and `k` terms as [`multiply`] describes them.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn tile_avx512<const R: usize>(
+    k: usize,
+    x: *const f32,
+    x_stride: usize,
+    w: *const f32,
+    w_stride: usize,
+    acc: *mut f32,
+    acc_stride: usize,
+) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sum: [__m512; R] = std::array::from_fn(|r| _mm512_loadu_ps(acc.add(r * acc_stride)));
+        for i in 0..k {
+            let w = _mm512_loadu_ps(w.add(i * w_stride));
+            for (r, sum) in sum.iter_mut().enumerate() {
+                *sum = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(r * x_stride + i)), w, *sum);
+            }
+        }
+        for (r, sum) in sum.iter().enumerate() {
+            _mm512_storeu_ps(acc.add(r * acc_stride), *sum);
         }
     }
 }
@@ -279,6 +538,12 @@ fn silu_mul_avx2(gate: &[f32], up: &[f32], out: &mut [f32]) {
     silu_mul_body(gate, up, out)
 }
 
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn silu_mul_avx512(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    silu_mul_body(gate, up, out)
+}
+
 /// `out = silu(gate) * up`, `silu(g) = g / (1 + e^-g)`; three slices of one length.
 pub fn silu_mul(simd: Simd, gate: &[f32], up: &[f32], out: &mut [f32]) {
     match simd {
@@ -286,6 +551,9 @@ pub fn silu_mul(simd: Simd, gate: &[f32], up: &[f32], out: &mut [f32]) {
         // SAFETY: `Avx2` is only made where the CPU has the features.
         #[cfg(target_arch = "x86_64")]
         Simd::Avx2 => unsafe { silu_mul_avx2(gate, up, out) },
+        // SAFETY: likewise.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 => unsafe { silu_mul_avx512(gate, up, out) },
     }
 }
 
@@ -314,6 +582,12 @@ fn softmax_avx2(scores: &mut [f32]) -> f32 {
     softmax_body(scores)
 }
 
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn softmax_avx512(scores: &mut [f32]) -> f32 {
+    softmax_body(scores)
+}
+
 /// Replaces each score by `e^(score - max)` and returns their sum.
 pub fn softmax(simd: Simd, scores: &mut [f32]) -> f32 {
     match simd {
@@ -321,6 +595,53 @@ pub fn softmax(simd: Simd, scores: &mut [f32]) -> f32 {
         // SAFETY: `Avx2` is only made where the CPU has the features.
         #[cfg(target_arch = "x86_64")]
         Simd::Avx2 => unsafe { softmax_avx2(scores) },
+        // SAFETY: likewise.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 => unsafe { softmax_avx512(scores) },
+    }
+}
+
+#[inline(always)]
+fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    // Lanes summed apart, as in the softmax.
+    let mut sums = [0.0f32; LANES];
+    let mut chunks = x.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (x, sum) in chunk.iter().zip(&mut sums) {
+            *sum += x * x;
+        }
+    }
+    for (x, sum) in chunks.remainder().iter().zip(&mut sums) {
+        *sum += x * x;
+    }
+    let scale = 1.0 / (sums.iter().sum::<f32>() / x.len() as f32 + eps).sqrt();
+    for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * w;
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn rms_norm_avx2(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    rms_norm_body(x, weight, eps, out)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn rms_norm_avx512(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    rms_norm_body(x, weight, eps, out)
+}
+
+/// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467); three slices of one length.
+pub fn rms_norm(simd: Simd, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    match simd {
+        Simd::Portable => rms_norm_body(x, weight, eps, out),
+        // SAFETY: `Avx2` is only made where the CPU has the features.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx2 => unsafe { rms_norm_avx2(x, weight, eps, out) },
+        // SAFETY: likewise.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 => unsafe { rms_norm_avx512(x, weight, eps, out) },
     }
 }
 
@@ -356,7 +677,7 @@ mod tests {
             };
             let x: Vec<f32> = (0..rows * k).map(|_| next()).collect();
             let w: Vec<f32> = (0..k * LANES).map(|_| next()).collect();
-            for simd in [Simd::Portable, Simd::detect()] {
+            for simd in Simd::all() {
                 let run = |x: &[f32], rows: usize| {
                     let mut acc = vec![0.5f32; rows * LANES];
                     let (x, w) = (Rows { data: x, stride: k }, Rows { data: &w, stride: LANES });
@@ -376,9 +697,41 @@ mod tests {
             }
         }
 
+        /// Packed weights give the same product whether they are unpacked once or for each tile, to the last bit.
+        #[test]
+        fn groups_equal_their_unpacked_weights(
+            rows in 1usize..20, terms in 1usize..=GROUP, bytes in prop::collection::vec(any::<u8>(), GROUP * LANES)
+        ) {
+            let halves: Vec<u16> = bytes.iter().map(|&b| half::f16::from_f32(b as f32 / 64.0 - 2.0).to_bits()).collect();
+            let signed: Vec<i8> = bytes.iter().map(|&b| b as i8).collect();
+            let scale: [f32; LANES] = std::array::from_fn(|i| 0.01 + i as f32 / 300.0);
+            let min: [f32; LANES] = std::array::from_fn(|i| -0.3 + i as f32 / 70.0);
+            let x: Vec<f32> = (0..rows * GROUP).map(|i| (bytes[i % bytes.len()] as f32 - 100.0) / 50.0).collect();
+            let x = Rows { data: &x, stride: GROUP };
+            let groups = [
+                Group::Bf16(&halves[..terms * LANES]),
+                Group::F16(&halves[..terms * LANES]),
+                Group::Q8 { scale: &scale, q: &signed[..terms * LANES] },
+                Group::Q4 { scale: &scale, min: &min, q: &bytes[..GROUP / 2 * LANES] },
+            ];
+            for group in groups {
+                let mut plain = [0.0; GROUP * LANES];
+                unpack(Simd::Portable, group, &mut plain);
+                for simd in Simd::all() {
+                    let (mut unpacked, mut scratch) = ([0.0; GROUP * LANES], [0.0; GROUP * LANES]);
+                    unpack(simd, group, &mut unpacked);
+                    prop_assert_eq!(&unpacked[..], &plain[..], "{:?}", simd);
+                    let (mut want, mut got) = (vec![0.5; rows * LANES], vec![0.5; rows * LANES]);
+                    multiply(simd, rows, group.terms(), x, Rows { data: &plain, stride: LANES }, &mut want, LANES);
+                    multiply_group(simd, rows, x, group, &mut got, LANES, &mut scratch);
+                    prop_assert_eq!(&got, &want, "{:?}", simd);
+                }
+            }
+        }
+
         #[test]
         fn softmax_forms_agree(scores in prop::collection::vec(-30f32..30.0, 1..100)) {
-            for simd in [Simd::Portable, Simd::detect()] {
+            for simd in Simd::all() {
                 let mut got = scores.clone();
                 let sum = softmax(simd, &mut got);
                 let max = scores.iter().cloned().fold(f32::MIN, f32::max);
@@ -391,9 +744,23 @@ mod tests {
         }
 
         #[test]
+        fn rms_norm_forms_agree(x in prop::collection::vec(-9f32..9.0, 1..100)) {
+            let weight: Vec<f32> = (0..x.len()).map(|i| i as f32 / 7.0 - 2.0).collect();
+            let squares: f64 = x.iter().map(|&x| x as f64 * x as f64).sum();
+            let scale = 1.0 / (squares / x.len() as f64 + 1e-5).sqrt();
+            for simd in Simd::all() {
+                let mut got = vec![0.0; x.len()];
+                rms_norm(simd, &x, &weight, 1e-5, &mut got);
+                for ((&got, &x), &w) in got.iter().zip(&x).zip(&weight) {
+                    prop_assert!(close(got, (x as f64 * scale * w as f64) as f32, w.abs()));
+                }
+            }
+        }
+
+        #[test]
         fn silu_mul_forms_agree(gate in prop::collection::vec(-100f32..100.0, 1..50)) {
             let up: Vec<f32> = gate.iter().map(|g| g * 0.5 - 1.0).collect();
-            for simd in [Simd::Portable, Simd::detect()] {
+            for simd in Simd::all() {
                 let mut got = vec![0.0; gate.len()];
                 silu_mul(simd, &gate, &up, &mut got);
                 for ((&got, &g), &u) in got.iter().zip(&gate).zip(&up) {

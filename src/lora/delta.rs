@@ -152,7 +152,7 @@ mod tests {
                 ranges.push(rows + gap..rows + gap + len);
                 rows += gap + len;
             }
-            for kernels in [Kernels::Packed(Simd::Portable), Kernels::Packed(Simd::detect()), Kernels::Tensor] {
+            for kernels in Simd::all().into_iter().map(Kernels::Packed).chain([Kernels::Tensor]) {
                 let packed: Vec<_> = adapters.iter()
                     .map(|a| PackedAdapter::for_kernels(a, &config, &Device::Cpu, kernels).unwrap()).collect();
                 let simd = if let Kernels::Packed(simd) = kernels { simd } else { Simd::Portable };

@@ -19,9 +19,7 @@ pub fn fixtures() -> PathBuf {
 
 /// Every implementation of the layers that this machine can run.
 pub fn all_kernels() -> Vec<Kernels> {
-    let mut all = vec![Kernels::Packed(Simd::Portable), Kernels::Packed(Simd::detect()), Kernels::Tensor];
-    all.dedup();
-    all
+    Simd::all().into_iter().map(Kernels::Packed).chain([Kernels::Tensor]).collect()
 }
 
 pub fn decoder(base: &Base, kernels: Kernels, format: Option<Format>) -> Decoder {
