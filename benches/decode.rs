@@ -19,7 +19,7 @@ fn main() {
     let base = Base::open(DEFAULT_MODEL).expect("the default model");
     let kernels = Kernels::for_device(&Device::Cpu);
     let options = DecoderOptions { device: Device::Cpu, kernels, format: None, dtype: DType::F32 };
-    let decoder = Decoder::load(&base.config, &base.weights, options).expect("weights");
+    let decoder = Decoder::load(&base.config, &base.weights, options.clone()).expect("weights");
     let mut runner = Runner::new(decoder, 256 << 20).expect("cache");
     let adapter = |i: usize| {
         let weight = |j: usize| half::bf16::from_f32(((i * 31 + j) % 17) as f32 / 1e3).to_f32();
@@ -33,7 +33,7 @@ fn main() {
         let pairs: BTreeMap<_, _> =
             modules.iter().map(|m| ((m.layer, m.projection), pair(m.out_features, m.in_features))).collect();
         let adapter = Adapter { generation: Generation::new(i.to_string()), pairs, head: None };
-        Arc::new(PackedAdapter::new(&adapter, &base.config, &Device::Cpu).expect("packed"))
+        Arc::new(PackedAdapter::new(adapter, &base.config, &options).expect("packed"))
     };
     let adapters: Vec<_> = (0..32).map(adapter).collect();
     println!("rows  start  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");

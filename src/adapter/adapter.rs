@@ -70,12 +70,3 @@ pub struct Adapter {
     pub pairs: BTreeMap<(usize, Projection), LoraPair>,
     pub head: Option<Head>,
 }
-
-impl Adapter {
-    /// Trained numbers in it, the head included.
-    pub fn parameters(&self) -> usize {
-        let pairs: usize = self.pairs.values().map(|p| p.a.len() + p.b.len()).sum();
-        let head = self.head.as_ref().map_or(0, |h| h.weight.len() + h.bias.as_ref().map_or(0, Vec::len));
-        pairs + head
-    }
-}

@@ -1,10 +1,11 @@
 //! Unpacks an uploaded `.tar`, `.tar.gz` or `.zip`, trusting nothing it declares.
 //!
-//! Only the files an adapter is made of are written, flat, under their own names; what else is in the archive is
-//! skipped. Paths that leave the archive, links and devices are refused rather than skipped: such an archive is not
+//! Only the files an adapter is made of are written, flat, under their own names: those beside the configuration that
+//! lies nearest to the top, since training leaves older checkpoints in folders below. What else is in the archive is
+//! skipped. An archive is walked through twice, first to find that folder. Paths that leave the archive, links and devices are refused rather than skipped: such an archive is not
 //! what its sender meant to send.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -13,11 +14,11 @@ use flate2::read::MultiGzDecoder;
 use zip::read::{ArchiveOffset, Config};
 use zip::unstable::read::ZipIterable;
 
-use crate::adapter::files::{FILES, PICKLE, WEIGHTS, pickle_error, shorten};
+use crate::adapter::files::{CONFIG, FILES, PICKLE, WEIGHTS, pickle_error, shorten};
 use crate::{Error, Result};
 
 /// Most entries of an archive, skipped ones included.
-const MAX_ENTRIES: usize = 64;
+const MAX_ENTRIES: usize = 512;
 /// Longest path of an entry, in bytes.
 const MAX_PATH: usize = 1024;
 /// Longest extended header of a tar entry (long names, times).
@@ -28,17 +29,10 @@ const TAR_OVERHEAD: u64 = 4 << 20;
 /// Unpacks the archive at `archive` into `directory`, which must exist. At most `limit` bytes are written, counted as
 /// they come out of the decompressor.
 pub(super) fn unpack(archive: &Path, directory: &Path, limit: u64) -> Result<()> {
-    let mut file = File::open(archive).map_err(|e| Error::internal(format!("the upload could not be opened: {e}")))?;
-    let mut start = [0; 512];
-    let length = read_start(&mut file, &mut start)?;
-    let mut out =
-        Unpacker { directory, limit, left: limit, entries: 0, folder: None, written: HashMap::new(), pickle: None };
-    match Format::of(&start[..length])? {
-        Format::Zip => out.zip(file)?,
-        Format::Gzip => out.tar(MultiGzDecoder::new(BufReader::new(file)))?,
-        Format::Tar => out.tar(BufReader::new(file))?,
-    }
-    out.finish()
+    let mut out = Unpacker { directory, limit, left: limit, entries: 0, found: vec![], folder: None };
+    out.walk(archive)?;
+    out.folder = Some(out.choose()?);
+    out.walk(archive)
 }
 
 enum Format {
@@ -69,45 +63,85 @@ struct Unpacker<'a> {
     directory: &'a Path,
     limit: u64,
     left: u64,
+    /// Of the walk under way.
     entries: usize,
-    /// The folder inside the archive that holds the adapter, once known; empty for the top.
+    /// What may be of use, by folder and name; collected on the first walk.
+    found: Vec<(String, &'static str)>,
+    /// The folder inside the archive that holds the adapter, empty for the top; known on the second walk.
     folder: Option<String>,
-    /// The entry that each file was written from.
-    written: HashMap<&'static str, String>,
-    /// An entry that is PEFT's pickle.
-    pickle: Option<String>,
 }
 
 impl Unpacker<'_> {
+    fn walk(&mut self, archive: &Path) -> Result<()> {
+        self.entries = 0;
+        let mut file =
+            File::open(archive).map_err(|e| Error::internal(format!("the upload could not be opened: {e}")))?;
+        let mut start = [0; 512];
+        let length = read_start(&mut file, &mut start)?;
+        match Format::of(&start[..length])? {
+            Format::Zip => self.zip(file),
+            Format::Gzip => self.tar(MultiGzDecoder::new(BufReader::new(file))),
+            Format::Tar => self.tar(BufReader::new(file)),
+        }
+    }
+
     /// Counts an entry and tells what to write it as, if anything.
     fn entry(&mut self, path: &str) -> Result<Option<&'static str>> {
+        self.count()?;
+        let mut parts = safe_parts(path)?;
+        let Some(name) = parts.pop() else { return Ok(None) };
+        let Some(file) = FILES.into_iter().chain([PICKLE]).find(|file| *file == name) else { return Ok(None) };
+        let folder = parts.join("/");
+        match &self.folder {
+            None => {
+                self.found.push((folder, file));
+                Ok(None)
+            }
+            Some(chosen) => Ok((*chosen == folder && file != PICKLE).then_some(file)),
+        }
+    }
+
+    fn count(&mut self) -> Result<()> {
         self.entries += 1;
         if self.entries > MAX_ENTRIES {
             return Err(Error::unprocessable(format!("the archive has more than {MAX_ENTRIES} entries")));
         }
-        let parts = safe_parts(path)?;
-        let (folder, name) = match parts[..] {
-            [name] => ("", name),
-            [folder, name] => (folder, name),
-            _ => return Ok(None),
+        Ok(())
+    }
+
+    /// The folder of the adapter: the one nearest to the top that holds a configuration, or any adapter file where there
+    /// is no configuration.
+    fn choose(&self) -> Result<String> {
+        let depth = |folder: &str| folder.split('/').filter(|part| !part.is_empty()).count();
+        let holding = |wanted: fn(&str) -> bool| {
+            let mut folders: Vec<&str> =
+                self.found.iter().filter(|(_, file)| wanted(file)).map(|(folder, _)| folder.as_str()).collect();
+            folders.sort_by_key(|folder| (depth(folder), *folder));
+            folders.dedup();
+            folders
         };
-        if name == PICKLE {
-            self.pickle = Some(path.to_string());
+        let mut folders = holding(|file| file == CONFIG);
+        if folders.is_empty() {
+            folders = holding(|file| file != PICKLE);
         }
-        let Some(file) = FILES.into_iter().find(|file| *file == name) else { return Ok(None) };
-        match &self.folder {
-            None => self.folder = Some(folder.to_string()),
-            Some(other) if other == folder => {}
-            Some(other) => {
-                return Err(Error::unprocessable(format!(
-                    "the archive has adapter files in two folders, {other:?} and {folder:?} (entry {path:?}); expected one adapter"
-                )));
+        let Some(&chosen) = folders.first() else {
+            return Err(Error::unprocessable(format!("the archive holds none of {FILES:?}")));
+        };
+        if let Some(other) = folders.get(1).filter(|other| depth(other) == depth(chosen)) {
+            return Err(Error::unprocessable(format!(
+                "the archive has adapter files in two folders, {chosen:?} and {other:?}; expected one adapter"
+            )));
+        }
+        let mut files = HashSet::new();
+        for (_, file) in self.found.iter().filter(|(folder, _)| folder == chosen) {
+            if !files.insert(*file) {
+                return Err(Error::unprocessable(format!("the archive has {file} twice in the folder {chosen:?}")));
             }
         }
-        if self.written.insert(file, path.to_string()).is_some() {
-            return Err(Error::unprocessable(format!("the archive has the entry {path:?} twice")));
+        if files.contains(PICKLE) && !files.contains(WEIGHTS) {
+            return Err(pickle_error(&format!("{PICKLE} in the archive")));
         }
-        Ok(Some(file))
+        Ok(chosen.to_string())
     }
 
     fn write(&mut self, path: &str, name: &str, size: u64, content: &mut dyn Read) -> Result<()> {
@@ -230,25 +264,8 @@ impl Unpacker<'_> {
 
     /// A folder adds nothing, but must not lead outside either.
     fn directory_entry(&mut self, path: &str) -> Result<()> {
-        self.entries += 1;
-        if self.entries > MAX_ENTRIES {
-            return Err(Error::unprocessable(format!("the archive has more than {MAX_ENTRIES} entries")));
-        }
+        self.count()?;
         safe_parts(path).map(|_| ())
-    }
-
-    fn finish(self) -> Result<()> {
-        if self.written.is_empty() {
-            return Err(Error::unprocessable(format!(
-                "the archive holds none of {FILES:?}, neither at its top nor in one folder"
-            )));
-        }
-        match self.pickle {
-            Some(path) if !self.written.contains_key(WEIGHTS) => {
-                Err(pickle_error(&format!("the archive's entry {path:?}")))
-            }
-            _ => Ok(()),
-        }
     }
 }
 
@@ -375,8 +392,6 @@ mod tests {
     use super::*;
     use crate::ErrorKind;
 
-    const CONFIG: &str = "adapter_config.json";
-
     /// One entry of a tar archive, written without the checks that a well-meaning library makes.
     fn entry(path: &str, kind: EntryType, content: &[u8]) -> Vec<u8> {
         let mut header = Header::new_gnu();
@@ -457,6 +472,38 @@ mod tests {
     }
 
     #[test]
+    fn the_adapter_nearest_to_the_top_is_taken_whatever_the_order() {
+        let expected = vec![(CONFIG.to_string(), b"{}".to_vec()), (WEIGHTS.to_string(), b"w".to_vec())];
+        for top in ["", "out/", "home/me/out/"] {
+            let path = |name: &str| format!("{top}{name}");
+            let mut files = vec![
+                file(&path("checkpoint-5/adapter_config.json"), b"old"),
+                file(&path("checkpoint-5/adapter_model.safetensors"), b"old"),
+                file(&path("checkpoint-5/adapter_model.bin"), b"old"),
+                file(&path("checkpoint-9/adapter_config.json"), b"old"),
+                file(&path("checkpoint-9/labels.txt"), b"old"),
+                file(&path("adapter_model.safetensors"), b"w"),
+                file(&path("adapter_config.json"), b"{}"),
+                file("adapter_model.safetensors.index", b"x"),
+            ];
+            // Hundreds of other files do no harm.
+            files.extend((0..400).map(|i| file(&path(&format!("checkpoint-9/rng_state_{i}.pth")), b"x")));
+            assert_eq!(unpacked(&tar(&files), 100).unwrap(), expected, "{top:?}");
+            files.reverse();
+            assert_eq!(unpacked(&gzip(&tar(&files)), 100).unwrap(), expected, "{top:?}");
+        }
+        let entries: &[(&str, &[u8])] = &[
+            ("c/adapter_config.json", b"old"),
+            (WEIGHTS, b"w"),
+            ("c/adapter_model.safetensors", b"old"),
+            (CONFIG, b"{}"),
+        ];
+        assert_eq!(unpacked(&zip(entries), 100).unwrap(), expected);
+        // The configuration may come beside the archive.
+        assert_eq!(unpacked(&tar(&[file("out/adapter_model.safetensors", b"w")]), 100).unwrap(), expected[1..]);
+    }
+
+    #[test]
     fn long_names_are_read_from_extended_headers() {
         let folder = "f".repeat(120);
         let path = format!("{folder}/adapter_config.json");
@@ -514,6 +561,11 @@ mod tests {
         refused(&tar(&[file(CONFIG, b"a"), file("./adapter_config.json", b"b")]), ErrorKind::Unprocessable, "twice");
         let two = [file("a/adapter_config.json", b"a"), file("b/adapter_config.json", b"b")];
         refused(&tar(&two), ErrorKind::Unprocessable, "two folders");
+        refused(
+            &tar(&[file("a/adapter_config.json", b"a"), file("a//adapter_config.json", b"b")]),
+            ErrorKind::Unprocessable,
+            "twice",
+        );
         // The zip library does not write a name twice; the same length lets the second be renamed in the bytes.
         let mut twice = zip(&[("adapter_config.json", b"a"), ("adapter_configXjson", b"b")]);
         let at: Vec<usize> = (0..twice.len() - 19).filter(|&i| &twice[i..i + 19] == b"adapter_configXjson").collect();
@@ -526,9 +578,9 @@ mod tests {
     fn too_many_entries_are_refused() {
         let names: Vec<String> = (0..1000).map(|i| format!("f{i}")).collect();
         let files: Vec<_> = names.iter().map(|name| file(name, b"")).collect();
-        refused(&tar(&files), ErrorKind::Unprocessable, "more than 64 entries");
+        refused(&tar(&files), ErrorKind::Unprocessable, "more than 512 entries");
         let folders: Vec<_> = names.iter().map(|name| entry(name, EntryType::Directory, b"")).collect();
-        refused(&gzip(&tar(&folders)), ErrorKind::Unprocessable, "more than 64 entries");
+        refused(&gzip(&tar(&folders)), ErrorKind::Unprocessable, "more than 512 entries");
         let entries: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b""[..])).collect();
         refused(&zip(&entries), ErrorKind::Unprocessable, "1000 entries");
     }

@@ -2,10 +2,11 @@
 //!
 //! Whoever holds the `Arc` of a value pins it. What is pinned is never evicted, so more in use than the limit allows
 //! exceeds the limit instead of failing; the excess goes at the first chance after it is released. No method waits
-//! for anything but a short lock.
+//! for anything but a short lock, and values are freed outside of it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use tokio::sync::oneshot;
 
@@ -18,22 +19,25 @@ pub(super) struct Cache<T> {
 }
 
 struct State<T> {
-    slots: HashMap<Generation, Slot<T>>,
-    /// Bytes of all ready values.
+    ready: HashMap<Generation, Ready<T>>,
+    /// Values that are not wanted any more, as long as somebody holds them.
+    leaving: HashMap<Generation, (Weak<T>, usize)>,
+    /// Loads under way, and to whom their outcomes go.
+    loading: HashMap<Origin, Vec<oneshot::Sender<Outcome<T>>>>,
+    /// Bytes of all values, ready and leaving.
     used: usize,
-    /// Counts uses; the larger a slot's, the more recent.
+    /// Counts uses; the larger a value's, the more recent.
     clock: u64,
 }
 
-enum Slot<T> {
-    /// To whom the outcome goes.
-    Loading(Vec<oneshot::Sender<Outcome<T>>>),
-    Ready {
-        value: Arc<T>,
-        bytes: usize,
-        used_at: u64,
-    },
+struct Ready<T> {
+    value: Arc<T>,
+    bytes: usize,
+    used_at: u64,
 }
+
+/// What is loaded and the folder it is read from. One content may lie in two folders, and fail to load from one alone.
+type Origin = (Generation, PathBuf);
 
 type Outcome<T> = Result<Arc<T>>;
 
@@ -52,7 +56,7 @@ pub(super) enum Lookup<T> {
 /// The duty to load a generation. Dropped without [`Flight::settle`], it tells the waiters that the load failed.
 pub(super) struct Flight<T> {
     cache: Arc<Cache<T>>,
-    generation: Generation,
+    origin: Origin,
     settled: bool,
 }
 
@@ -65,76 +69,79 @@ pub(super) struct Settled<T> {
 
 impl<T> Cache<T> {
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Cache { limit, state: Mutex::new(State { slots: HashMap::new(), used: 0, clock: 0 }) })
+        let (ready, leaving, loading) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Arc::new(Cache { limit, state: Mutex::new(State { ready, leaving, loading, used: 0, clock: 0 }) })
     }
 
-    pub fn get(self: &Arc<Self>, generation: &Generation) -> Lookup<T> {
+    /// The value of `generation`, or the load of it from the folder `from`.
+    pub fn get(self: &Arc<Self>, generation: &Generation, from: &Path) -> Lookup<T> {
         let mut state = self.state();
-        state.clock += 1;
-        let now = state.clock;
-        let found = match state.slots.get_mut(generation) {
-            Some(Slot::Ready { value, used_at, .. }) => {
-                *used_at = now;
-                Lookup::Ready(value.clone())
-            }
-            Some(Slot::Loading(waiters)) => {
-                let (sender, receiver) = oneshot::channel();
-                waiters.push(sender);
-                Lookup::Wait(Waiter(receiver))
-            }
+        let found = match state.find(generation) {
+            Some(value) => Lookup::Ready(value),
             None => {
+                let origin = (generation.clone(), from.to_path_buf());
                 let (sender, receiver) = oneshot::channel();
-                state.slots.insert(generation.clone(), Slot::Loading(vec![sender]));
-                let flight = Flight { cache: self.clone(), generation: generation.clone(), settled: false };
-                Lookup::Load(flight, Waiter(receiver))
+                let waiter = Waiter(receiver);
+                match state.loading.get_mut(&origin) {
+                    Some(waiters) => {
+                        waiters.push(sender);
+                        Lookup::Wait(waiter)
+                    }
+                    None => {
+                        state.loading.insert(origin.clone(), vec![sender]);
+                        Lookup::Load(Flight { cache: self.clone(), origin, settled: false }, waiter)
+                    }
+                }
             }
         };
         // What was pinned when the limit was exceeded may be free by now.
-        state.evict_to(self.limit);
+        let evicted = state.evict_to(self.limit);
+        drop(state);
+        drop(evicted);
         found
     }
 
-    /// Takes a value that is ready, if it fits beside what is pinned. Returns whether it is in the cache now.
+    /// Takes a value that is ready, if it fits beside what is pinned. Returns whether the generation is ready now.
     pub fn offer(&self, generation: &Generation, value: Arc<T>, bytes: usize) -> bool {
         let mut state = self.state();
-        match state.slots.get(generation) {
-            Some(Slot::Ready { .. }) => return true,
-            // Its loader will put it in.
-            Some(Slot::Loading(_)) => return false,
-            None => {}
+        if state.find(generation).is_some() {
+            return true;
         }
         if bytes > self.limit {
             return false;
         }
-        state.evict_to(self.limit - bytes);
-        if state.used > self.limit - bytes {
-            return false;
+        let evicted = state.evict_to(self.limit - bytes);
+        let fits = state.used <= self.limit - bytes;
+        if fits {
+            state.insert(generation.clone(), value, bytes);
         }
-        state.insert(generation.clone(), value, bytes);
-        true
+        drop(state);
+        drop(evicted);
+        fits
     }
 
     /// Drops a value from the tier; whoever holds it keeps it. A load under way goes on.
     pub fn forget(&self, generation: &Generation) {
         let mut state = self.state();
-        if let Some(Slot::Ready { .. }) = state.slots.get(generation) {
-            state.remove(generation);
-        }
+        let Some(Ready { value, bytes, .. }) = state.ready.remove(generation) else { return };
+        state.leaving.insert(generation.clone(), (Arc::downgrade(&value), bytes));
+        drop(state);
+        drop(value);
     }
 
-    /// How many hold the value beside the cache; `None` if it is not ready.
+    /// How many hold the value beside the cache; `None` if it is not in memory.
     pub fn holders(&self, generation: &Generation) -> Option<usize> {
-        match self.state().slots.get(generation) {
-            Some(Slot::Ready { value, .. }) => Some(Arc::strong_count(value) - 1),
-            _ => None,
-        }
+        let state = self.state();
+        let ready = state.ready.get(generation).map(|ready| Arc::strong_count(&ready.value) - 1);
+        let leaving = || state.leaving.get(generation).map(|(value, _)| value.strong_count()).filter(|n| *n > 0);
+        ready.or_else(leaving)
     }
 
-    /// Number and bytes of the ready values.
+    /// Number and bytes of the values in memory.
     pub fn totals(&self) -> (usize, usize) {
-        let state = self.state();
-        let ready = state.slots.values().filter(|slot| matches!(slot, Slot::Ready { .. })).count();
-        (ready, state.used)
+        let mut state = self.state();
+        state.bury();
+        (state.ready.len() + state.leaving.len(), state.used)
     }
 
     fn state(&self) -> MutexGuard<'_, State<T>> {
@@ -143,33 +150,49 @@ impl<T> Cache<T> {
 }
 
 impl<T> State<T> {
+    /// A value in memory, which is wanted again if it was leaving.
+    fn find(&mut self, generation: &Generation) -> Option<Arc<T>> {
+        self.clock += 1;
+        if let Some((value, bytes)) = self.leaving.remove(generation) {
+            self.used -= bytes;
+            if let Some(value) = value.upgrade() {
+                self.insert(generation.clone(), value, bytes);
+            }
+        }
+        let ready = self.ready.get_mut(generation)?;
+        ready.used_at = self.clock;
+        Some(ready.value.clone())
+    }
+
     fn insert(&mut self, generation: Generation, value: Arc<T>, bytes: usize) {
         self.clock += 1;
         self.used += bytes;
-        self.slots.insert(generation, Slot::Ready { value, bytes, used_at: self.clock });
+        self.ready.insert(generation, Ready { value, bytes, used_at: self.clock });
     }
 
-    fn remove(&mut self, generation: &Generation) {
-        if let Some(Slot::Ready { bytes, .. }) = self.slots.remove(generation) {
-            self.used -= bytes;
-        }
+    /// Strikes off what nobody holds any more of the leaving.
+    fn bury(&mut self) {
+        let used = &mut self.used;
+        self.leaving.retain(|_, (value, bytes)| {
+            let held = value.strong_count() > 0;
+            *used -= if held { 0 } else { *bytes };
+            held
+        });
     }
 
-    fn evict_to(&mut self, limit: usize) {
+    /// Returns what is evicted, to be dropped without the lock.
+    fn evict_to(&mut self, limit: usize) -> Vec<Arc<T>> {
+        self.bury();
+        let mut evicted = vec![];
         while self.used > limit {
             // One strong count is the cache's own. It cannot grow meanwhile: clones are made from it under the lock.
-            let oldest = self
-                .slots
-                .iter()
-                .filter_map(|(generation, slot)| match slot {
-                    Slot::Ready { value, used_at, .. } if Arc::strong_count(value) == 1 => Some((*used_at, generation)),
-                    _ => None,
-                })
-                .min();
-            let Some((_, generation)) = oldest else { return };
-            let generation = generation.clone();
-            self.remove(&generation);
+            let free = self.ready.iter().filter(|(_, ready)| Arc::strong_count(&ready.value) == 1);
+            let oldest = free.min_by_key(|(_, ready)| ready.used_at).map(|(generation, _)| generation.clone());
+            let Some(ready) = oldest.and_then(|generation| self.ready.remove(&generation)) else { break };
+            self.used -= ready.bytes;
+            evicted.push(ready.value);
         }
+        evicted
     }
 }
 
@@ -182,20 +205,25 @@ impl<T> Flight<T> {
         keep: impl FnOnce(&Generation) -> bool,
     ) -> Settled<T> {
         let mut state = self.cache.state();
-        let waiters = match state.slots.remove(&self.generation) {
-            Some(Slot::Loading(waiters)) => waiters,
-            _ => unreachable!("a generation in flight is in no other state"),
-        };
-        let outcome = outcome.map(|(generation, value, bytes)| {
-            if keep(&generation) && !state.slots.contains_key(&generation) {
+        let waiters = state.loading.remove(&self.origin).unwrap_or_default();
+        let outcome = outcome.map(|(generation, value, bytes)| match state.find(&generation) {
+            // It came from elsewhere meanwhile; one copy is enough. This one is dropped without the lock.
+            Some(there) => (there, Some(value)),
+            None if keep(&generation) => {
                 state.insert(generation, value.clone(), bytes);
+                (value, None)
             }
-            state.evict_to(self.cache.limit);
-            value
+            None => {
+                state.used += bytes;
+                state.leaving.insert(generation, (Arc::downgrade(&value), bytes));
+                (value, None)
+            }
         });
+        let evicted = state.evict_to(self.cache.limit);
         drop(state);
+        drop(evicted);
         self.settled = true;
-        Settled { waiters, outcome }
+        Settled { waiters, outcome: outcome.map(|(value, _)| value) }
     }
 }
 
@@ -216,7 +244,7 @@ impl<T> Settled<T> {
 impl<T> Drop for Flight<T> {
     fn drop(&mut self) {
         if !self.settled {
-            self.cache.state().slots.remove(&self.generation);
+            self.cache.state().loading.remove(&self.origin);
         }
     }
 }
@@ -237,8 +265,12 @@ mod tests {
         Generation::new(format!("{i:064x}"))
     }
 
+    fn look_up(cache: &Arc<Cache<usize>>, i: usize) -> Lookup<usize> {
+        cache.get(&generation(i), Path::new("folder"))
+    }
+
     fn put(cache: &Arc<Cache<usize>>, i: usize, bytes: usize) -> Arc<usize> {
-        match cache.get(&generation(i)) {
+        match look_up(cache, i) {
             Lookup::Ready(value) => value,
             Lookup::Wait(_) => panic!("nobody loads {i}"),
             Lookup::Load(flight, _) => {
@@ -291,7 +323,48 @@ mod tests {
         let cache = Cache::new(20);
         let held = put(&cache, 1, 10);
         cache.forget(&generation(1));
-        assert_eq!((cache.totals(), *held), ((0, 0), 1));
+        // It is in memory as long as it is held, and leaves no room for others.
+        assert_eq!((cache.totals(), *held, cache.holders(&generation(1))), ((1, 10), 1, Some(1)));
+        assert!(!cache.offer(&generation(2), Arc::new(2), 11));
+        drop(held);
+        assert_eq!((cache.totals(), cache.holders(&generation(1))), ((0, 0), None));
+        assert!(cache.offer(&generation(2), Arc::new(2), 11));
+    }
+
+    #[test]
+    fn what_is_wanted_again_while_it_is_held_is_not_loaded_again() {
+        let cache = Cache::new(20);
+        let held = put(&cache, 1, 10);
+        for again in [false, true] {
+            cache.forget(&generation(1));
+            if again {
+                assert!(cache.offer(&generation(1), Arc::new(7), 10));
+            }
+            assert!(matches!(look_up(&cache, 1), Lookup::Ready(value) if Arc::ptr_eq(&value, &held)));
+            assert_eq!(cache.totals(), (1, 10));
+        }
+        drop(held);
+        assert_eq!(cache.totals(), (1, 10));
+    }
+
+    #[test]
+    fn a_load_is_shared_only_among_those_who_want_it_from_the_same_folder() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            let cache: Arc<Cache<usize>> = Cache::new(20);
+            let load = |folder: &str| match cache.get(&generation(1), Path::new(folder)) {
+                Lookup::Load(flight, waiter) => (flight, waiter),
+                _ => panic!("{folder} waits for another folder"),
+            };
+            let ((broken, one), (good, two), (late, three)) = (load("a"), load("b"), load("c"));
+            broken.settle(Err(Error::unprocessable("broken")), |_| true).announce();
+            good.settle(Ok((generation(1), Arc::new(7), 10)), |_| true).announce();
+            late.settle(Ok((generation(1), Arc::new(7), 10)), |_| true).announce();
+            one.wait().await.unwrap_err();
+            // Whoever comes second takes what is there.
+            assert!(Arc::ptr_eq(&two.wait().await.unwrap(), &three.wait().await.unwrap()));
+            assert_eq!(cache.totals(), (1, 10));
+        });
     }
 
     #[test]
@@ -299,15 +372,15 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let cache: Arc<Cache<usize>> = Cache::new(20);
-            let Lookup::Load(flight, _) = cache.get(&generation(1)) else { panic!() };
+            let Lookup::Load(flight, _) = look_up(&cache, 1) else { panic!() };
             let waiters: Vec<_> = (0..3)
-                .map(|_| match cache.get(&generation(1)) {
+                .map(|_| match look_up(&cache, 1) {
                     Lookup::Wait(waiter) => tokio::spawn(waiter.wait()),
                     _ => panic!(),
                 })
                 .collect();
             flight.settle(Ok((generation(1), Arc::new(7), 10)), |_| true).announce();
-            let Lookup::Ready(value) = cache.get(&generation(1)) else { panic!() };
+            let Lookup::Ready(value) = look_up(&cache, 1) else { panic!() };
             for waiter in waiters {
                 assert!(Arc::ptr_eq(&waiter.await.unwrap().unwrap(), &value));
             }
@@ -319,21 +392,21 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             let cache: Arc<Cache<usize>> = Cache::new(20);
-            let Lookup::Load(flight, _) = cache.get(&generation(1)) else { panic!() };
-            let Lookup::Wait(waiter) = cache.get(&generation(1)) else { panic!() };
+            let Lookup::Load(flight, _) = look_up(&cache, 1) else { panic!() };
+            let Lookup::Wait(waiter) = look_up(&cache, 1) else { panic!() };
             flight.settle(Err(Error::unprocessable("broken")), |_| true).announce();
             assert_eq!(waiter.wait().await.unwrap_err().message, "broken");
-            let Lookup::Load(flight, _) = cache.get(&generation(1)) else { panic!() };
-            let Lookup::Wait(waiter) = cache.get(&generation(1)) else { panic!() };
+            let Lookup::Load(flight, _) = look_up(&cache, 1) else { panic!() };
+            let Lookup::Wait(waiter) = look_up(&cache, 1) else { panic!() };
             drop(flight);
             waiter.wait().await.unwrap_err();
-            assert!(matches!(cache.get(&generation(1)), Lookup::Load(..)));
+            assert!(matches!(look_up(&cache, 1), Lookup::Load(..)));
         });
     }
 
     proptest! {
         /// Any order of uses, releases, offers and removals keeps the books: bytes add up, held values stay what they
-        /// were, and the limit is only exceeded by what is held.
+        /// were and are in memory only once, and the limit is only exceeded by what is held.
         #[test]
         fn the_books_balance(steps in proptest::collection::vec((0usize..4, 0usize..8), 1..80)) {
             let size = |i: usize| 5 + 3 * i;
@@ -349,8 +422,11 @@ mod tests {
                 }
                 let ready: Vec<usize> = (0..8).filter(|&i| has(&cache, i)).collect();
                 prop_assert_eq!(cache.totals(), (ready.len(), ready.iter().map(|&i| size(i)).sum::<usize>()));
+                for value in &held {
+                    prop_assert!(held.iter().all(|other| other != value || Arc::ptr_eq(other, value)));
+                }
                 // A look-up evicts whatever the limit demands.
-                drop(cache.get(&generation(99)));
+                drop(look_up(&cache, 99));
                 let pinned: usize = (0..8).filter(|&i| cache.holders(&generation(i)).is_some_and(|n| n > 0)).map(size).sum();
                 let (_, used) = cache.totals();
                 prop_assert!(used <= 40.max(pinned), "{} used, {} pinned", used, pinned);

@@ -4,6 +4,7 @@
 //! change the result in a way that is not computed here is refused by its name, never ignored.
 
 use std::fmt;
+use std::time::{Duration, Instant};
 
 use fancy_regex::{Regex, RegexBuilder};
 use serde::Serialize;
@@ -20,20 +21,26 @@ const MAX_RANK: u64 = 4096;
 const MAX_PATTERN: usize = 1024;
 /// Most entries of `rank_pattern` or `alpha_pattern`: one a module is what EVA writes.
 const MAX_PATTERNS: usize = 4096;
-/// Most entries of a list of module names.
+/// Most entries of `layers_pattern`.
+const MAX_LAYERS_PATTERNS: usize = 16;
+/// Most entries of a list of module names or layers.
 const MAX_NAMES: usize = 1 << 16;
 /// Steps of one match of a pattern with look-around or back-references.
 const BACKTRACK_LIMIT: usize = 10_000;
+/// How long all regular expressions of one configuration may take together. Honest ones take milliseconds.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The classification heads that PEFT knows (`SEQ_CLS_HEAD_NAMES`).
 pub(super) const HEADS: [&str; 2] = ["score", "classifier"];
 
 /// Fields that only matter for training, initialisation or bookkeeping.
-const IGNORED: [&str; 17] = [
+const IGNORED: [&str; 18] = [
     "auto_mapping",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
+    // Only for GPT-2's Conv1D layers; PEFT resets it on linear layers, which are all that the bases here have.
+    "fan_in_fan_out",
     "inference_mode",
     "label2id",
     "loftq_config",
@@ -49,8 +56,9 @@ const IGNORED: [&str; 17] = [
     "merge_weights",
 ];
 
-/// Fields that change the result, and what they stand for.
-const UNSUPPORTED: [(&str, &str); 14] = [
+/// Fields that change the result, and what they stand for. Off is only null or false: to PEFT an empty object is a
+/// feature with its defaults.
+const UNSUPPORTED: [(&str, &str); 13] = [
     ("use_dora", "DoRA"),
     ("lora_bias", "a bias of lora_B"),
     ("layer_replication", "a stack of replicated layers"),
@@ -64,13 +72,12 @@ const UNSUPPORTED: [(&str, &str); 14] = [
     ("kasa_config", "KaSA"),
     ("monteclora_config", "Monteclora"),
     ("megatron_config", "Megatron's parallel layers"),
-    ("fan_in_fan_out", "LoRA on transposed (Conv1D) layers"),
 ];
 
 /// Initialisations that leave the base as it is. The others move a part of the base's weights into A and B, so that
 /// the saved A and B only fit the changed base; PEFT writes `true` here when it has converted such an adapter.
 const HARMLESS_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
-const MUTATING_INITS: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
+const MUTATING_INITS: [&str; 4] = ["pissa", "olora", "corda", "lora_ga"];
 
 /// A choice of modules by name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -88,11 +95,11 @@ impl Modules {
     }
 
     /// Which of `names` are meant (`check_target_module_exists` of PEFT).
-    fn matches(&self, field: &str, names: &[&str]) -> Result<Vec<bool>> {
+    fn matches(&self, field: &str, names: &[&str], effort: &Effort) -> Result<Vec<bool>> {
         match self {
             Modules::Pattern(pattern) => {
                 let regex = full_match(pattern).map_err(|e| bad(format!("{field}: {e}")))?;
-                names.iter().map(|name| is_match(&regex, field, name)).collect()
+                names.iter().map(|name| effort.is_match(&regex, field, name)).collect()
             }
             Modules::Names(list) => Ok(names
                 .iter()
@@ -103,6 +110,11 @@ impl Modules {
                 })
                 .collect()),
         }
+    }
+
+    /// Whether this exact name is in the list.
+    fn lists(&self, name: &str) -> bool {
+        matches!(self, Modules::Names(list) if list.iter().any(|item| item == name))
     }
 }
 
@@ -210,6 +222,12 @@ impl LoraConfig {
         if by_pattern && self.layers_to_transform.is_some() {
             return Err(bad("layers_to_transform works only with a list of target_modules, not with a pattern"));
         }
+        if self.layers_pattern.len() > MAX_LAYERS_PATTERNS {
+            return Err(bad(format!(
+                "layers_pattern has {} entries; at most {MAX_LAYERS_PATTERNS}",
+                self.layers_pattern.len()
+            )));
+        }
         if !self.layers_pattern.is_empty() && self.layers_to_transform.is_none() {
             return Err(bad("layers_pattern is set without layers_to_transform"));
         }
@@ -228,10 +246,24 @@ impl LoraConfig {
 
     /// The base's modules that this adapter changes, in the order of the layers.
     pub(super) fn targets(&self, base: &ModelConfig) -> Result<Vec<Target>> {
+        let effort = Effort::new();
         let modules = base.target_modules();
-        let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).collect();
-        self.refuse_embeddings()?;
-        let chosen = self.chosen(&names)?;
+        // LoRA on the embeddings is a different computation; PEFT targets them by the same field. A sequence classifier
+        // has no lm_head for a pattern to match, and `all-linear` means neither.
+        let embeddings = match self.is_sequence_classification() {
+            _ if self.target_modules.is_all_linear() => &[][..],
+            true => &["model.embed_tokens"],
+            false => &["model.embed_tokens", "lm_head"],
+        };
+        let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).chain(embeddings.iter().copied()).collect();
+        let chosen = self.chosen(&names, &effort)?;
+        if let Some((name, _)) = names.iter().zip(&chosen).skip(modules.len()).find(|(_, chosen)| **chosen) {
+            return Err(bad(format!(
+                "target_modules {} includes {name}, which is not supported; supported: the linear layers inside the \
+                 decoder's layers",
+                self.target_modules
+            )));
+        }
         let modules: Vec<TargetModule> =
             modules.into_iter().zip(chosen).filter_map(|(m, chosen)| chosen.then_some(m)).collect();
         if modules.is_empty() {
@@ -245,8 +277,8 @@ impl LoraConfig {
             )));
         }
         let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).collect();
-        let ranks = first_match("rank_pattern", &self.rank_pattern, &names)?;
-        let alphas = first_match("alpha_pattern", &self.alpha_pattern, &names)?;
+        let ranks = first_match("rank_pattern", &self.rank_pattern, &names, &effort)?;
+        let alphas = first_match("alpha_pattern", &self.alpha_pattern, &names, &effort)?;
         let scaled = modules.iter().zip(ranks.into_iter().zip(alphas)).map(|(module, (rank, alpha))| {
             let rank = rank.unwrap_or(self.r);
             let alpha = alpha.unwrap_or(self.lora_alpha);
@@ -259,37 +291,21 @@ impl LoraConfig {
         scaled.collect()
     }
 
-    /// LoRA on the embeddings is a different computation; PEFT targets them by the same field.
-    fn refuse_embeddings(&self) -> Result<()> {
-        // A sequence classifier has no lm_head for a pattern to match.
-        let present = if self.is_sequence_classification() { 1 } else { 2 };
-        let names = &["model.embed_tokens", "lm_head"][..present];
-        if self.target_modules.is_all_linear() {
-            return Ok(());
-        }
-        match names.iter().zip(self.chosen(names)?).find(|(_, chosen)| *chosen) {
-            Some((name, _)) => Err(bad(format!(
-                "target_modules {} includes {name}, which is not supported; supported: the linear layers inside the \
-                 decoder's layers",
-                self.target_modules
-            ))),
-            None => Ok(()),
-        }
-    }
-
-    fn chosen(&self, names: &[&str]) -> Result<Vec<bool>> {
+    fn chosen(&self, names: &[&str], effort: &Effort) -> Result<Vec<bool>> {
         let mut chosen = if self.target_modules.is_all_linear() {
             vec![true; names.len()]
         } else {
-            self.target_modules.matches("target_modules", names)?
+            self.target_modules.matches("target_modules", names, effort)?
         };
         if let Some(layers) = &self.layers_to_transform {
-            for (chosen, layer) in chosen.iter_mut().zip(self.layer_indices(names)?) {
-                *chosen &= layer.is_some_and(|layer| layers.contains(&layer));
+            let indices = self.layer_indices(names, effort)?;
+            for ((chosen, layer), name) in chosen.iter_mut().zip(indices).zip(names) {
+                // PEFT asks for the layer only where a name is not given in full.
+                *chosen &= layer.is_some_and(|layer| layers.contains(&layer)) || self.target_modules.lists(name);
             }
         }
         if let Some(excluded) = &self.exclude_modules {
-            for (chosen, excluded) in chosen.iter_mut().zip(excluded.matches("exclude_modules", names)?) {
+            for (chosen, excluded) in chosen.iter_mut().zip(excluded.matches("exclude_modules", names, effort)?) {
                 *chosen &= !excluded;
             }
         }
@@ -297,15 +313,19 @@ impl LoraConfig {
     }
 
     /// The layer number in each name: after one of `layers_pattern`, else the first number after any two parts.
-    fn layer_indices(&self, names: &[&str]) -> Result<Vec<Option<u64>>> {
+    fn layer_indices(&self, names: &[&str], effort: &Effort) -> Result<Vec<Option<u64>>> {
         let field = "layers_pattern";
         let anywhere = [r".*?\.[^.]*\.(?P<idx>\d+)\.".to_string()];
         let named: Vec<String> =
             self.layers_pattern.iter().map(|p| format!(r"(?:^|.*?\.){p}\.(?P<idx>\d+)\.")).collect();
         let mut found = vec![None; names.len()];
         for pattern in if named.is_empty() { &anywhere[..] } else { &named[..] } {
+            if found.iter().all(Option::is_some) {
+                break;
+            }
             let regex = compile(&format!(r"\A{pattern}")).map_err(|e| bad(format!("{field}: {e}")))?;
             for (name, found) in names.iter().zip(&mut found).filter(|(_, found)| found.is_none()) {
+                effort.check(field)?;
                 let captures = regex.captures(name).map_err(|e| bad(format!("{field} on {name}: {e}")))?;
                 *found = captures.and_then(|c| c.name("idx")?.as_str().parse().ok());
             }
@@ -316,17 +336,62 @@ impl LoraConfig {
 
 /// For each name the value of the first pattern that matches its end: `re.match(rf"(.*\.)?({key})$", name)`
 /// (`get_pattern_key` of PEFT). One pattern is compiled at a time, so memory stays small.
-fn first_match<T: Copy>(field: &str, patterns: &[(String, T)], names: &[&str]) -> Result<Vec<Option<T>>> {
+fn first_match<T: Copy>(
+    field: &str,
+    patterns: &[(String, T)],
+    names: &[&str],
+    effort: &Effort,
+) -> Result<Vec<Option<T>>> {
     let mut found = vec![None; names.len()];
     for (key, value) in patterns {
+        if found.iter().all(Option::is_some) {
+            break;
+        }
+        let open = names.iter().zip(&mut found).filter(|(_, found)| found.is_none());
+        if key.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'.')) {
+            // One entry a module is what EVA writes; a plain name needs no automaton.
+            open.filter(|(name, _)| ends_with(name, key)).for_each(|(_, found)| *found = Some(*value));
+            continue;
+        }
+        effort.check(field)?;
         let regex = compile(&format!(r"\A(.*\.)?({key})$")).map_err(|e| bad(format!("{field} {key:?}: {e}")))?;
-        for (name, found) in names.iter().zip(&mut found).filter(|(_, found)| found.is_none()) {
-            if is_match(&regex, field, name)? {
+        for (name, found) in open {
+            if effort.is_match(&regex, field, name)? {
                 *found = Some(*value);
             }
         }
     }
     Ok(found)
+}
+
+/// Whether a name ends, from its beginning or a dot on, in what `key` describes; a dot in `key` stands for any character.
+fn ends_with(name: &str, key: &str) -> bool {
+    let Some(start) = name.len().checked_sub(key.len()) else { return false };
+    let (head, tail) = name.as_bytes().split_at(start);
+    head.last().is_none_or(|&c| c == b'.') && tail.iter().zip(key.as_bytes()).all(|(c, k)| c == k || *k == b'.')
+}
+
+/// Ends the matching of patterns that are made to take long.
+struct Effort {
+    start: Instant,
+}
+
+impl Effort {
+    fn new() -> Self {
+        Effort { start: Instant::now() }
+    }
+
+    fn check(&self, field: &str) -> Result<()> {
+        if self.start.elapsed() > PATIENCE {
+            return Err(bad(format!("{field}: its patterns take more than {} s to match", PATIENCE.as_secs())));
+        }
+        Ok(())
+    }
+
+    fn is_match(&self, regex: &Regex, field: &str, name: &str) -> Result<bool> {
+        self.check(field)?;
+        regex.is_match(name).map_err(|e| bad(format!("{field} on {name}: {e}")))
+    }
 }
 
 /// `re.fullmatch`. The pattern is also compiled alone: it must not rely on the brackets put around it.
@@ -345,10 +410,6 @@ fn compile(pattern: &str) -> Result<Regex, String> {
         .delegate_dfa_size_limit(1 << 20)
         .build()
         .map_err(|e| format!("not a regular expression that can be used: {e}"))
-}
-
-fn is_match(regex: &Regex, field: &str, name: &str) -> Result<bool> {
-    regex.is_match(name).map_err(|e| bad(format!("{field} on {name}: {e}")))
 }
 
 /// The fields of the file that have not been read yet.
@@ -406,6 +467,9 @@ impl Fields {
         match self.take(name) {
             None => Ok(None),
             Some(Value::Array(list)) if list.is_empty() => Ok(None),
+            Some(Value::Array(list)) if list.len() > MAX_NAMES => {
+                Err(bad(format!("{name} has {} entries; at most {MAX_NAMES}", list.len())))
+            }
             Some(Value::Array(list)) => list.iter().map(index).collect::<Result<_>>().map(Some),
             Some(one) => Ok(Some(vec![index(&one)?])),
         }
@@ -413,7 +477,7 @@ impl Fields {
 
     fn refuse_unsupported(&mut self) -> Result<()> {
         for (name, meaning) in UNSUPPORTED {
-            if let Some(value) = self.0.remove(name).filter(is_set) {
+            if let Some(value) = self.take(name).filter(|value| *value != Value::Bool(false)) {
                 return Err(bad(format!("{name} is {}: {meaning} is not supported", describe(&value))));
             }
         }
@@ -448,6 +512,12 @@ impl Fields {
                  base; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
             )));
         }
+        if lower.starts_with("loftq") {
+            return Err(bad(format!(
+                "{name} is {init:?}, which replaces the base's weights by quantised ones, so the saved adapter does not \
+                 fit the original base, and PEFT cannot convert it; train with another initialisation"
+            )));
+        }
         Err(bad(format!(
             "{name} is {init:?}, which is not known to leave the base's weights unchanged; known: true, false, \
              {HARMLESS_INITS:?}"
@@ -467,7 +537,8 @@ impl Fields {
     }
 }
 
-/// Python's truth: null, false, 0 and empty things mean a feature is off.
+/// Python's truth: null, false, 0 and empty things mean a feature is off; but an empty object may be a feature with its
+/// defaults.
 fn is_set(value: &Value) -> bool {
     match value {
         Value::Null => false,
@@ -475,7 +546,7 @@ fn is_set(value: &Value) -> bool {
         Value::Number(n) => n.as_f64() != Some(0.0),
         Value::String(s) => !s.is_empty(),
         Value::Array(a) => !a.is_empty(),
-        Value::Object(o) => !o.is_empty(),
+        Value::Object(_) => true,
     }
 }
 
@@ -572,12 +643,19 @@ mod tests {
         assert_eq!(targets(json!({"layers_to_transform": [1], "layers_pattern": "layers"})).unwrap(), second);
         assert_eq!(targets(json!({"layers_to_transform": [1], "layers_pattern": ["h", "layers"]})).unwrap(), second);
         assert_eq!(targets(json!({"layers_to_transform": []})).unwrap().len(), 2);
+        // A name in full is targeted whatever its layer.
+        let full = json!(["model.layers.0.self_attn.q_proj", "v_proj"]);
+        assert_eq!(
+            targets(json!({"layers_to_transform": [1], "target_modules": full})).unwrap(),
+            ["0.self_attn.q_proj", "1.self_attn.v_proj"]
+        );
         for (config, expected) in [
             (json!({"layers_to_transform": [1], "layers_pattern": "h"}), "matches no module"),
             (json!({"layers_to_transform": [2]}), "matches no module"),
             (json!({"layers_to_transform": -1}), "layers_to_transform is -1"),
             (json!({"layers_to_transform": "1"}), "layers_to_transform is \"1\""),
             (json!({"layers_pattern": "layers"}), "without layers_to_transform"),
+            (json!({"layers_to_transform": 1, "layers_pattern": vec!["h"; 17]}), "layers_pattern has 17 entries"),
             (json!({"layers_to_transform": 1, "target_modules": "all-linear"}), "layers_to_transform"),
         ] {
             let message = targets(config.clone()).unwrap_err().message;
@@ -625,7 +703,11 @@ mod tests {
             ("kasa_config", json!({"beta": 1})),
             ("monteclora_config", json!({"num_samples": 8})),
             ("megatron_config", json!({"x": 1})),
-            ("fan_in_fan_out", json!(true)),
+            ("arrow_config", json!({})),
+            ("use_bdlora", json!({})),
+            ("kasa_config", json!({})),
+            ("layer_replication", json!([])),
+            ("some_new_config", json!({})),
             ("init_lora_weights", json!("pissa_niter_16")),
             ("init_lora_weights", json!("OLoRA")),
             ("init_lora_weights", json!("loftq")),
@@ -649,7 +731,7 @@ mod tests {
     #[test]
     fn what_is_off_or_only_for_training_is_accepted() {
         parse(json!({
-            "use_dora": false, "lora_bias": null, "arrow_config": {}, "layer_replication": [], "some_new_field": 0,
+            "use_dora": false, "lora_bias": null, "arrow_config": null, "some_new_field": 0, "fan_in_fan_out": true,
             "bias": "none", "lora_dropout": 0.1, "init_lora_weights": "gaussian", "loftq_config": {"loftq_bits": 4},
             "eva_config": {"rho": 2.0}, "inference_mode": true, "peft_version": "0.21.2", "revision": "main",
             "auto_mapping": {"base_model_class": "LlamaForCausalLM"}, "qalora_group_size": 16,
@@ -696,6 +778,41 @@ mod tests {
         }
         for bytes in [&b""[..], b"[]", b"{", b"{\"r\": NaN}", b"\xff", "[".repeat(100_000).as_bytes()] {
             assert_eq!(LoraConfig::parse(bytes).unwrap_err().kind, ErrorKind::Unprocessable);
+        }
+    }
+
+    #[test]
+    fn advice_on_conversion_is_given_where_peft_converts() {
+        let message = |init: &str| targets(json!({"init_lora_weights": init})).unwrap_err().message;
+        assert!(message("pissa").contains("path_initial_model_for_weight_conversion"));
+        assert!(message("loftq").contains("cannot convert"));
+    }
+
+    #[test]
+    fn one_plain_pattern_a_module_costs_nothing() {
+        let base = ModelConfig { layers: 128, ..tiny() };
+        let modules = base.target_modules();
+        let patterns: Map<String, Value> =
+            modules.iter().enumerate().map(|(i, m)| (m.name.clone(), json!(1 + i))).collect();
+        let config = parse(json!({"target_modules": "all-linear", "rank_pattern": patterns})).unwrap();
+        let start = Instant::now();
+        let ranks: Vec<usize> = config.targets(&base).unwrap().iter().map(|t| t.rank).collect();
+        assert_eq!(ranks, (1..=modules.len()).collect::<Vec<_>>());
+        assert!(start.elapsed() < PATIENCE);
+    }
+
+    #[test]
+    fn many_slow_patterns_are_refused_soon() {
+        let base = ModelConfig { layers: 128, ..tiny() };
+        // Large automata, and back-references that stay just below the limit of one match.
+        for slow in [r"([a-z._0-9]{0,40}){0,9}!", r"(?=([a-z._]*)*x)(\w{0,20}){0,9}\1!"] {
+            let patterns: Map<String, Value> = (0..4000).map(|i| (format!("{slow}{i}"), json!(2))).collect();
+            let start = Instant::now();
+            let error = parse(json!({"target_modules": "all-linear", "rank_pattern": patterns}))
+                .and_then(|config| config.targets(&base));
+            let message = error.unwrap_err().message;
+            assert!(message.contains("rank_pattern: its patterns take more than 2 s"), "{message}");
+            assert!(start.elapsed() < 5 * PATIENCE, "{slow}: {:?}", start.elapsed());
         }
     }
 

@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::adapter::labels::{LABELS_JSON, LABELS_TEXT};
 use crate::{Error, Result};
@@ -17,7 +19,12 @@ pub(super) const FILES: [&str; 4] = [CONFIG, WEIGHTS, LABELS_JSON, LABELS_TEXT];
 pub(super) const PICKLE: &str = "adapter_model.bin";
 
 /// Largest JSON or text file that is read into memory.
-const MAX_TEXT: u64 = 4 << 20;
+const MAX_TEXT: u64 = 1 << 20;
+
+/// How often files that change while they are read are read again, and how long the first wait is; each next one is
+/// twice as long.
+const RETRIES: u32 = 4;
+const FIRST_WAIT: Duration = Duration::from_millis(50);
 
 pub(super) fn pickle_error(found: &str) -> Error {
     Error::unprocessable(format!(
@@ -46,6 +53,34 @@ pub(super) fn open_optional(directory: &Path, name: &str) -> Result<Option<(File
     Ok(Some((file, length)))
 }
 
+/// Runs `read` until the files of `directory` are the same before and after it, so that what it returns is not a mix
+/// of two adapters.
+pub(super) fn steady<T>(directory: &Path, mut read: impl FnMut() -> Result<T>) -> Result<T> {
+    for retry in 0..=RETRIES {
+        if retry > 0 {
+            std::thread::sleep(FIRST_WAIT * 2u32.pow(retry - 1));
+        }
+        let before = state_of(directory);
+        let result = read();
+        if state_of(directory) == before {
+            return result;
+        }
+    }
+    Err(Error::unavailable(format!(
+        "the files in {} change while they are read; try again when they are complete",
+        directory.display()
+    )))
+}
+
+/// What changes with every replacement of and write to the adapter's files: inode, length and times.
+fn state_of(directory: &Path) -> [Option<[i64; 6]>; FILES.len()] {
+    FILES.map(|name| {
+        let meta = std::fs::metadata(directory.join(name)).ok()?;
+        let (inode, length) = (meta.ino() as i64, meta.len() as i64);
+        Some([inode, length, meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec()])
+    })
+}
+
 /// Reads a small file whole; `None` if there is none of that name.
 pub(super) fn read_optional(directory: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     let Some((file, length)) = open_optional(directory, name)? else { return Ok(None) };
@@ -68,5 +103,36 @@ pub(super) fn shorten(text: &str, length: usize) -> String {
     match text.char_indices().nth(length) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    #[test]
+    fn files_that_change_while_they_are_read_are_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let weights = folder.path().join(WEIGHTS);
+        let mut reads = 0;
+        let read = steady(folder.path(), || {
+            reads += 1;
+            if reads <= 2 {
+                // The same length, as when a training run saves again.
+                std::fs::write(&weights, vec![reads as u8]).unwrap();
+            }
+            Ok(reads)
+        });
+        assert_eq!(read.unwrap(), 3);
+        let error = steady(folder.path(), || -> Result<()> {
+            reads += 1;
+            std::fs::write(&weights, vec![0; reads as usize]).unwrap();
+            Err(Error::unprocessable("half of a file"))
+        });
+        let error = error.unwrap_err();
+        assert!(error.kind == ErrorKind::Unavailable && error.message.contains("change while"), "{error}");
+        let error = steady(folder.path(), || -> Result<()> { Err(Error::unprocessable("broken")) }).unwrap_err();
+        assert_eq!(error.message, "broken");
     }
 }

@@ -1,6 +1,7 @@
 //! The content hash that identifies an adapter.
 
 use std::fmt::Write;
+use std::io::Read;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
@@ -14,8 +15,13 @@ use crate::adapter::files::{FILES, open_optional};
 pub(super) struct GenerationHasher(Sha256);
 
 impl GenerationHasher {
-    pub fn new() -> Self {
-        GenerationHasher(Sha256::new())
+    /// Lets `each` add every file that is there, in their order.
+    pub fn over_files(mut each: impl FnMut(&'static str, &mut Self) -> Result<()>) -> Result<Generation> {
+        let mut hasher = GenerationHasher(Sha256::new());
+        for name in FILES {
+            each(name, &mut hasher)?;
+        }
+        Ok(hasher.finish())
     }
 
     /// Starts a file; exactly `length` bytes of [`Self::update`] must follow.
@@ -29,7 +35,7 @@ impl GenerationHasher {
         self.0.update(content);
     }
 
-    pub fn finish(self) -> Generation {
+    fn finish(self) -> Generation {
         let mut hex = String::with_capacity(64);
         for byte in self.0.finalize() {
             // Writing to a String cannot fail.
@@ -41,21 +47,18 @@ impl GenerationHasher {
 
 /// The generation of the adapter files in `directory`, whether or not they are a valid adapter.
 pub fn generation_of(directory: &Path) -> Result<Generation> {
-    use std::io::Read;
-    let mut hasher = GenerationHasher::new();
     let mut buffer = vec![0; 1 << 18];
-    for name in FILES {
-        let Some((mut file, length)) = open_optional(directory, name)? else { continue };
+    GenerationHasher::over_files(|name, hasher| {
+        let Some((mut file, length)) = open_optional(directory, name)? else { return Ok(()) };
         hasher.file(name, length);
         loop {
             let read = file.read(&mut buffer).map_err(|e| crate::Error::from(e).context(name))?;
             if read == 0 {
-                break;
+                return Ok(());
             }
             hasher.update(&buffer[..read]);
         }
-    }
-    Ok(hasher.finish())
+    })
 }
 
 #[cfg(test)]

@@ -16,18 +16,23 @@ pub(super) const LABELS_TEXT: &str = "labels.txt";
 /// Reads `labels.json`: a list of names, an object `{"0": "name", …}`, or a model's `config.json` with such an
 /// object as `id2label`.
 pub(super) fn from_json_file(bytes: &[u8]) -> Result<Vec<String>> {
-    let value: Value =
-        serde_json::from_slice(bytes).map_err(|e| Error::unprocessable(format!("{LABELS_JSON} is not JSON: {e}")))?;
+    let value: Value = serde_json::from_slice(without_bom(bytes))
+        .map_err(|e| Error::unprocessable(format!("{LABELS_JSON} is not JSON: {e}")))?;
     let value = value.get("id2label").unwrap_or(&value);
     from_json(value).map_err(|e| e.context(LABELS_JSON))
 }
 
 /// Reads `labels.txt`: one name a line; empty lines at the end do not count.
 pub(super) fn from_text_file(bytes: &[u8]) -> Result<Vec<String>> {
-    let text = std::str::from_utf8(bytes)
+    let text = std::str::from_utf8(without_bom(bytes))
         .map_err(|e| Error::unprocessable(format!("{LABELS_TEXT} is not UTF-8 at byte {}", e.valid_up_to())))?;
     let names = text.trim_end().lines().map(|line| line.trim().to_string()).collect();
     checked(names).map_err(|e| e.context(LABELS_TEXT))
+}
+
+/// Without the byte order mark that some editors put in front.
+fn without_bom(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes)
 }
 
 /// A list of names, or an object whose keys are the class numbers, as in Hugging Face's `id2label`.
@@ -98,6 +103,8 @@ mod tests {
             names
         );
         assert_eq!(from_text_file(b"bad\r\ngood\n\n").unwrap(), names);
+        assert_eq!(from_text_file("\u{feff}bad\ngood".as_bytes()).unwrap(), names);
+        assert_eq!(from_json_file("\u{feff}[\"bad\", \"good\"]".as_bytes()).unwrap(), names);
         assert_eq!(default_names(2), ["LABEL_0", "LABEL_1"]);
     }
 

@@ -22,9 +22,9 @@ mod testing;
 mod upload;
 
 pub use adapter::{Adapter, Generation, Head, LoraPair};
-pub use config::{LoraConfig, Modules};
+pub use config::Modules;
 pub use generation::generation_of;
 pub use name::{BASE_NAME, check_name};
-pub use peft::{Inspection, Loaded, TensorSummary, inspect, load};
+pub use peft::{Inspection, Loaded, Summary, TensorSummary, inspect, load};
 pub use registry::{AdapterInfo, Condition, Published, Registry, RegistryOptions, Source, Tier};
 pub use upload::Upload;

@@ -1,13 +1,13 @@
 //! Reads a PEFT directory (`adapter_config.json` + `adapter_model.safetensors`) into a checked [`Adapter`].
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use safetensors::tensor::TensorInfo;
 use serde::Serialize;
 
 use crate::adapter::config::{HEADS, LoraConfig, Modules, Target};
-use crate::adapter::files::{CONFIG, PICKLE, read_optional, shorten};
+use crate::adapter::files::{CONFIG, PICKLE, read_optional, shorten, steady};
 use crate::adapter::generation::GenerationHasher;
 use crate::adapter::labels::{self, LABELS_JSON, LABELS_TEXT};
 use crate::adapter::tensors::{TensorFile, check_dtype};
@@ -24,7 +24,21 @@ const MAX_LABELS: usize = 1 << 16;
 #[derive(Debug)]
 pub struct Loaded {
     pub adapter: Adapter,
-    pub config: LoraConfig,
+    pub summary: Summary,
+}
+
+/// What is known of an adapter without its numbers.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    /// Largest rank of its pairs.
+    pub rank: usize,
+    pub lora_alpha: f64,
+    /// Short names of the projections it changes, e.g. `q_proj`.
+    pub target_modules: Vec<String>,
+    /// Class names, if it has a head.
+    pub labels: Option<Vec<String>>,
+    /// Trained numbers in it, the head included.
+    pub parameters: usize,
     /// Size of the files that matter.
     pub bytes: u64,
 }
@@ -32,57 +46,113 @@ pub struct Loaded {
 /// Reads the adapter in `directory` and checks it against the base: every tensor belongs to a module that the base has
 /// and the configuration targets, every targeted module has its pair, shapes and dtypes fit, all numbers are finite.
 ///
-/// The file is read once, a piece at a time; the generation is the hash of exactly the bytes that were read. `base_id`
-/// is only used in messages.
+/// The weights are read once, a piece at a time; the generation is the hash of exactly the bytes that were read.
+/// `base_id` is only used in messages.
 pub fn load(directory: &Path, base: &ModelConfig, base_id: &str) -> Result<Loaded> {
-    let texts = Texts::read(directory)?;
-    let config = LoraConfig::parse(&texts.config)?;
-    let file = TensorFile::open(directory)?;
-    let (adapter, bytes) = load_parts(&texts, &config, file, base, base_id)?;
-    Ok(Loaded { adapter, config, bytes })
+    steady(directory, || {
+        let fitted = Files::open(directory)?.fit(base, base_id)?;
+        let summary = fitted.summary();
+        Ok(Loaded { adapter: fitted.read()?, summary })
+    })
 }
 
-fn load_parts(
-    texts: &Texts,
-    config: &LoraConfig,
-    file: TensorFile,
-    base: &ModelConfig,
-    base_id: &str,
-) -> Result<(Adapter, u64)> {
-    let fitting = config.targets(base).and_then(|targets| {
-        let slots = plan(config, &targets, file.tensors(), base)?;
-        Ok((targets, slots))
-    });
-    let (targets, mut slots) = fitting.map_err(|e| explain_base(e, config, base_id))?;
-    let labels = match slots.head_rows {
-        Some(rows) => Some(texts.labels(config, rows)?),
-        None => {
-            texts.refuse_labels()?;
-            None
-        }
-    };
-    let bytes = file.len() + texts.len();
-    let mut hasher = GenerationHasher::new();
-    texts.hash_config(&mut hasher);
-    let mut values = HashMap::new();
-    file.read(&mut hasher, |name, numbers| {
-        if let Some(part) = slots.parts.remove(name) {
-            values.insert(part, numbers);
-        }
-    })?;
-    texts.hash_labels(&mut hasher);
+/// Checks all that [`load`] checks but the numbers, which are not read.
+pub(super) fn survey(directory: &Path, base: &ModelConfig, base_id: &str) -> Result<Summary> {
+    steady(directory, || Ok(Files::open(directory)?.fit(base, base_id)?.summary()))
+}
 
-    let mut take = |part: Part| values.remove(&part).ok_or_else(|| Error::internal(format!("{part:?} was not read")));
-    let mut pairs = BTreeMap::new();
-    for (index, Target { module, rank, scale }) in targets.iter().enumerate() {
-        let (a, b) = (take(Part::A(index))?, take(Part::B(index))?);
-        pairs.insert((module.layer, module.projection), LoraPair { rank: *rank, scale: *scale, a, b });
+/// The same with the generation, for which the numbers are hashed but not looked at.
+pub(super) fn identify(directory: &Path, base: &ModelConfig, base_id: &str) -> Result<(Summary, Generation)> {
+    steady(directory, || {
+        let fitted = Files::open(directory)?.fit(base, base_id)?;
+        let Files { texts, tensors, .. } = fitted.files;
+        Ok((fitted.summary, texts.generation(|hasher| tensors.hash(hasher))?))
+    })
+}
+
+/// An adapter's files with the weights' header read, the weights themselves not.
+struct Files {
+    texts: Texts,
+    config: LoraConfig,
+    tensors: TensorFile,
+}
+
+/// Files that fit a base, as far as can be told without the weights.
+struct Fitted {
+    files: Files,
+    targets: Vec<Target>,
+    /// By tensor name.
+    parts: HashMap<String, Part>,
+    summary: Summary,
+}
+
+impl Files {
+    fn open(directory: &Path) -> Result<Self> {
+        let texts = Texts::read(directory)?;
+        let config = LoraConfig::parse(&texts.config)?;
+        Ok(Files { texts, config, tensors: TensorFile::open(directory)? })
     }
-    let head = match labels {
-        Some(labels) => Some(Head { weight: take(Part::HeadWeight)?, bias: take(Part::HeadBias).ok(), labels }),
-        None => None,
-    };
-    Ok((Adapter { generation: hasher.finish(), pairs, head }, bytes))
+
+    fn bytes(&self) -> u64 {
+        self.tensors.len() + self.texts.len()
+    }
+
+    fn labels(&self, head_rows: Option<usize>) -> Result<Option<Vec<String>>> {
+        match head_rows {
+            Some(rows) => self.texts.labels(&self.config, rows).map(Some),
+            None => self.texts.refuse_labels().map(|()| None),
+        }
+    }
+
+    fn fit(self, base: &ModelConfig, base_id: &str) -> Result<Fitted> {
+        let places = Places::assign(&self.config, self.tensors.tensors())?;
+        let fitting = self.config.targets(base).and_then(|targets| {
+            let parts = places.fit(&self.config, &targets, base)?;
+            Ok((targets, parts))
+        });
+        let (targets, parts) = fitting.map_err(|e| explain_base(e, &self.config, base_id))?;
+        let changed = |p: &Projection| targets.iter().any(|t| t.module.projection == *p);
+        let summary = Summary {
+            rank: targets.iter().map(|t| t.rank).max().unwrap_or(0),
+            lora_alpha: self.config.lora_alpha,
+            target_modules: Projection::ALL.iter().filter(|p| changed(p)).map(|p| short_name(*p).into()).collect(),
+            labels: self.labels(places.head_rows()?)?,
+            parameters: self.tensors.numbers(),
+            bytes: self.bytes(),
+        };
+        Ok(Fitted { files: self, targets, parts, summary })
+    }
+}
+
+impl Fitted {
+    fn summary(&self) -> Summary {
+        self.summary.clone()
+    }
+
+    /// Reads the numbers.
+    fn read(mut self) -> Result<Adapter> {
+        let mut values = HashMap::new();
+        let Files { texts, tensors, .. } = self.files;
+        let generation = texts.generation(|hasher| {
+            tensors.read(hasher, |name, numbers| {
+                if let Some(part) = self.parts.remove(name) {
+                    values.insert(part, numbers);
+                }
+            })
+        })?;
+        let mut take =
+            |part: Part| values.remove(&part).ok_or_else(|| Error::internal(format!("{part:?} was not read")));
+        let mut pairs = BTreeMap::new();
+        for (index, Target { module, rank, scale }) in self.targets.iter().enumerate() {
+            let (a, b) = (take(Part::A(index))?, take(Part::B(index))?);
+            pairs.insert((module.layer, module.projection), LoraPair { rank: *rank, scale: *scale, a, b });
+        }
+        let head = match self.summary.labels {
+            Some(labels) => Some(Head { weight: take(Part::HeadWeight)?, bias: take(Part::HeadBias).ok(), labels }),
+            None => None,
+        };
+        Ok(Adapter { generation, pairs, head })
+    }
 }
 
 /// The small files of an adapter.
@@ -110,18 +180,22 @@ impl Texts {
         (self.config.len() + labels) as u64
     }
 
-    fn hash_config(&self, hasher: &mut GenerationHasher) {
-        hasher.file(CONFIG, self.config.len() as u64);
-        hasher.update(&self.config);
-    }
-
-    fn hash_labels(&self, hasher: &mut GenerationHasher) {
-        for (name, content) in [(LABELS_JSON, &self.labels_json), (LABELS_TEXT, &self.labels_text)] {
+    /// The generation of these texts with the weights that `weights` hands over.
+    fn generation(&self, weights: impl FnOnce(&mut GenerationHasher) -> Result<()>) -> Result<Generation> {
+        let mut weights = Some(weights);
+        GenerationHasher::over_files(|name, hasher| {
+            let content = match name {
+                CONFIG => Some(&self.config),
+                LABELS_JSON => self.labels_json.as_ref(),
+                LABELS_TEXT => self.labels_text.as_ref(),
+                _ => return weights.take().map_or(Ok(()), |weights| weights(hasher)),
+            };
             if let Some(content) = content {
                 hasher.file(name, content.len() as u64);
                 hasher.update(content);
             }
-        }
+            Ok(())
+        })
     }
 
     /// The class names of a head of `rows` classes: from a labels file, else `id2label`, else made up.
@@ -167,14 +241,6 @@ enum Part {
     HeadBias,
 }
 
-#[derive(Debug)]
-struct Plan {
-    /// By tensor name.
-    parts: HashMap<String, Part>,
-    /// Classes of the head, if there is one.
-    head_rows: Option<usize>,
-}
-
 /// What a tensor's name says.
 #[derive(Debug, PartialEq)]
 enum Name<'a> {
@@ -213,91 +279,147 @@ impl<'a> Name<'a> {
     }
 }
 
-/// Assigns every tensor of the file its place, by names and shapes alone.
-fn plan<'a>(
-    config: &LoraConfig,
-    targets: &[Target],
-    tensors: impl Iterator<Item = (&'a str, &'a TensorInfo)>,
-    base: &ModelConfig,
-) -> Result<Plan> {
-    let by_name: HashMap<&str, usize> = targets.iter().enumerate().map(|(i, t)| (t.module.name.as_str(), i)).collect();
-    let mut parts: HashMap<String, Part> = HashMap::new();
-    let mut places: HashMap<Part, (&str, &TensorInfo)> = HashMap::new();
-    let mut head_name: Option<&str> = None;
-    for (name, info) in tensors {
-        let target = |module: &str| by_name.get(module).copied().ok_or_else(|| stray(name, module, config, base));
-        let part = match Name::parse(name)? {
-            Name::A(module) => Part::A(target(module)?),
-            Name::B(module) => Part::B(target(module)?),
-            Name::Head(head, bias) => {
-                if !config.saves_head(head) {
-                    return Err(Error::unprocessable(format!(
-                        "tensor {name} is a classification head, but {CONFIG} has neither {head:?} in modules_to_save \
-                         nor task_type \"SEQ_CLS\""
-                    )));
+/// A tensor of the file and its name.
+type Named<'a> = (&'a str, &'a TensorInfo);
+
+/// What the tensors are by their names, whatever the base.
+#[derive(Default)]
+struct Places<'a> {
+    /// A and B by the module's name.
+    pairs: BTreeMap<&'a str, [Option<Named<'a>>; 2]>,
+    /// The head's weight and bias.
+    head: [Option<Named<'a>>; 2],
+}
+
+impl<'a> Places<'a> {
+    fn assign(config: &LoraConfig, tensors: impl Iterator<Item = Named<'a>>) -> Result<Self> {
+        let mut places = Places::default();
+        let mut head_name: Option<&str> = None;
+        for (name, info) in tensors {
+            let place = match Name::parse(name)? {
+                Name::A(module) => &mut places.pairs.entry(module).or_default()[0],
+                Name::B(module) => &mut places.pairs.entry(module).or_default()[1],
+                Name::Head(head, bias) => {
+                    if !config.saves_head(head) {
+                        return Err(Error::unprocessable(format!(
+                            "tensor {name} is a classification head, but {CONFIG} has neither {head:?} in \
+                             modules_to_save nor task_type \"SEQ_CLS\""
+                        )));
+                    }
+                    if let Some(other) = head_name.replace(head).filter(|other| *other != head) {
+                        return Err(Error::unprocessable(format!(
+                            "tensor {name}: there are two classification heads, {other:?} and {head:?}; expected one"
+                        )));
+                    }
+                    &mut places.head[bias as usize]
                 }
-                if let Some(other) = head_name.replace(head).filter(|other| *other != head) {
-                    return Err(Error::unprocessable(format!(
-                        "tensor {name}: there are two classification heads, {other:?} and {head:?}; expected one"
-                    )));
-                }
-                if bias { Part::HeadBias } else { Part::HeadWeight }
+                Name::Other(path) => return Err(unknown(name, path)),
+            };
+            check_dtype(name, info.dtype)?;
+            if let Some((other, _)) = place.replace((name, info)) {
+                return Err(Error::unprocessable(format!(
+                    "tensors {other} and {name} are the same one under two names"
+                )));
             }
-            Name::Other(path) => return Err(unknown(name, path)),
-        };
-        check_dtype(name, info.dtype)?;
-        if let Some((other, _)) = places.insert(part, (name, info)) {
-            return Err(Error::unprocessable(format!("tensors {other} and {name} are the same one under two names")));
         }
-        parts.insert(name.to_string(), part);
+        match places.head {
+            [None, Some((name, _))] => {
+                Err(Error::unprocessable(format!("tensor {name}: the head has a bias but no weight")))
+            }
+            [None, None] if config.is_sequence_classification() => Err(Error::unprocessable(format!(
+                "task_type is \"SEQ_CLS\" but the file has no classification head; expected the tensor \
+                 {PREFIX}score.weight"
+            ))),
+            _ => Ok(places),
+        }
     }
-    for (index, Target { module, rank, .. }) in targets.iter().enumerate() {
-        let because =
-            format!("rank {rank}, the module {} maps {} to {}", module.name, module.in_features, module.out_features);
-        for (part, matrix, expected) in [
-            (Part::A(index), "lora_A", [*rank, module.in_features]),
-            (Part::B(index), "lora_B", [module.out_features, *rank]),
-        ] {
-            match places.get(&part) {
-                Some((name, info)) => check_shape(name, &info.shape, &expected, &because)?,
-                None => {
+
+    /// Gives every tensor its part in the targets, by names and shapes alone.
+    fn fit(&self, config: &LoraConfig, targets: &[Target], base: &ModelConfig) -> Result<HashMap<String, Part>> {
+        let mut parts = HashMap::new();
+        let targeted: HashSet<&str> = targets.iter().map(|t| t.module.name.as_str()).collect();
+        if let Some((module, pair)) = self.pairs.iter().find(|(module, _)| !targeted.contains(*module)) {
+            let name = pair.iter().flatten().next().map_or(*module, |(name, _)| name);
+            return Err(stray(name, module, config, base));
+        }
+        for (index, Target { module, rank, .. }) in targets.iter().enumerate() {
+            let because = format!(
+                "rank {rank}, the module {} maps {} to {}",
+                module.name, module.in_features, module.out_features
+            );
+            let [a, b] = self.pairs.get(module.name.as_str()).copied().unwrap_or_default();
+            for (found, part, matrix, expected) in [
+                (a, Part::A(index), "lora_A", [*rank, module.in_features]),
+                (b, Part::B(index), "lora_B", [module.out_features, *rank]),
+            ] {
+                let Some((name, info)) = found else {
                     return Err(Error::unprocessable(format!(
                         "tensor {PREFIX}{}.{matrix}.weight is missing; {CONFIG} targets this module ({because})",
                         module.name
                     )));
+                };
+                check_shape(name, &info.shape, &expected, &because)?;
+                parts.insert(name.to_string(), part);
+            }
+        }
+        if let (Some(rows), [Some((name, info)), bias]) = (self.head_rows()?, self.head) {
+            check_shape(name, &info.shape, &[rows, base.hidden_size], "classes × the base's hidden size")?;
+            parts.insert(name.to_string(), Part::HeadWeight);
+            if let Some((name, _)) = bias {
+                parts.insert(name.to_string(), Part::HeadBias);
+            }
+        }
+        Ok(parts)
+    }
+
+    /// Refuses pairs that fit no base: both matrices are there, and their ranks agree.
+    fn check_pairs(&self) -> Result<()> {
+        for (module, pair) in &self.pairs {
+            let (a, b) = match pair {
+                [Some(a), Some(b)] => (a, b),
+                [a, b] => {
+                    let missing = if a.is_none() { "lora_A" } else { "lora_B" };
+                    let there = a.or(*b).map_or("", |(name, _)| name);
+                    return Err(Error::unprocessable(format!(
+                        "tensor {PREFIX}{module}.{missing}.weight is missing, but {there} is there"
+                    )));
+                }
+            };
+            match (&a.1.shape[..], &b.1.shape[..]) {
+                ([rank, _], [_, other]) if rank == other => {}
+                (found, other) => {
+                    return Err(Error::unprocessable(format!(
+                        "tensor {} has shape {found:?} and {} has shape {other:?}; expected [rank, inputs] and \
+                         [outputs, rank]",
+                        a.0, b.0
+                    )));
                 }
             }
         }
+        Ok(())
     }
-    let head_rows = match places.get(&Part::HeadWeight) {
-        Some((name, info)) => Some(check_head(name, info, places.get(&Part::HeadBias), base)?),
-        None => None,
-    };
-    if let (None, Some((name, _))) = (head_rows, places.get(&Part::HeadBias)) {
-        return Err(Error::unprocessable(format!("tensor {name}: the head has a bias but no weight")));
-    }
-    if head_rows.is_none() && config.is_sequence_classification() {
-        return Err(Error::unprocessable(format!(
-            "task_type is \"SEQ_CLS\" but the file has no classification head; expected the tensor {PREFIX}score.weight"
-        )));
-    }
-    Ok(Plan { parts, head_rows })
-}
 
-fn check_head(name: &str, info: &TensorInfo, bias: Option<&(&str, &TensorInfo)>, base: &ModelConfig) -> Result<usize> {
-    let rows = info.shape.first().copied().unwrap_or(0);
-    let because = "classes × the base's hidden size";
-    if !(1..=MAX_LABELS).contains(&rows) {
-        return Err(Error::unprocessable(format!(
-            "tensor {name} has shape {:?}; expected [1 to {MAX_LABELS}, {}] ({because})",
-            info.shape, base.hidden_size
-        )));
+    /// Classes of the head, if there is one.
+    fn head_rows(&self) -> Result<Option<usize>> {
+        let [Some((name, info)), bias] = self.head else { return Ok(None) };
+        let rows = info.shape.first().copied().unwrap_or(0);
+        if rows == 1 {
+            return Err(Error::unprocessable(format!(
+                "tensor {name} has one row: a head for regression or a reward model, which is not supported; expected \
+                 a row for each of two classes or more"
+            )));
+        }
+        if !(2..=MAX_LABELS).contains(&rows) || info.shape.len() != 2 {
+            return Err(Error::unprocessable(format!(
+                "tensor {name} has shape {:?}; expected [2 to {MAX_LABELS} classes, the base's hidden size]",
+                info.shape
+            )));
+        }
+        if let Some((name, info)) = bias {
+            check_shape(name, &info.shape, &[rows], "one a class")?;
+        }
+        Ok(Some(rows))
     }
-    check_shape(name, &info.shape, &[rows, base.hidden_size], because)?;
-    if let Some((name, info)) = bias {
-        check_shape(name, &info.shape, &[rows], "one a class")?;
-    }
-    Ok(rows)
 }
 
 fn check_shape(name: &str, found: &[usize], expected: &[usize], because: &str) -> Result<()> {
@@ -348,19 +470,6 @@ fn explain_base(error: Error, config: &LoraConfig, base_id: &str) -> Error {
     Error { message, ..error }
 }
 
-impl Loaded {
-    /// Short names of the projections it changes, e.g. `q_proj`.
-    pub fn target_modules(&self) -> Vec<String> {
-        let changed = |p: &Projection| self.adapter.pairs.keys().any(|(_, projection)| projection == p);
-        Projection::ALL.iter().filter(|p| changed(p)).map(|p| short_name(*p).to_string()).collect()
-    }
-
-    /// Largest rank of its pairs.
-    pub fn rank(&self) -> usize {
-        self.adapter.pairs.values().map(|p| p.rank).max().unwrap_or(0)
-    }
-}
-
 fn short_name(projection: Projection) -> &'static str {
     let path = projection.path();
     path.rsplit_once('.').map_or(path, |(_, name)| name)
@@ -391,52 +500,43 @@ pub struct TensorSummary {
     pub shape: Vec<usize>,
 }
 
-/// Looks at the adapter in `directory`. With a base it is fully checked against it; without, its configuration, the
-/// form of its tensors' names, its labels and its numbers are.
+/// Looks at the adapter in `directory`. With a base it is fully checked against it; without, everything is checked that
+/// does not depend on the base.
 pub fn inspect(directory: &Path, base: Option<&ModelConfig>) -> Result<Inspection> {
-    if let Some(base) = base {
-        load(directory, base, "")?;
-    }
-    let texts = Texts::read(directory)?;
-    let config = LoraConfig::parse(&texts.config)?;
-    let file = TensorFile::open(directory)?;
-    let bytes = file.len() + texts.len();
-    let mut rows = None;
-    let mut tensors = Vec::new();
-    for (name, info) in file.tensors() {
-        match Name::parse(name)? {
-            Name::Head(_, false) => rows = info.shape.first().copied(),
-            Name::Other(path) => return Err(unknown(name, path)),
-            _ => {}
-        }
-        check_dtype(name, info.dtype)?;
-        let dtype = info.dtype.to_string();
-        tensors.push(TensorSummary { name: name.to_string(), dtype, shape: info.shape.clone() });
-    }
-    let labels = match rows {
-        Some(rows) if (1..=MAX_LABELS).contains(&rows) => Some(texts.labels(&config, rows)?),
-        Some(rows) => {
-            return Err(Error::unprocessable(format!("the head has {rows} rows; expected 1 to {MAX_LABELS}")));
-        }
-        None => None,
-    };
-    let mut hasher = GenerationHasher::new();
-    let mut parameters = 0;
-    texts.hash_config(&mut hasher);
-    file.read(&mut hasher, |_, values| parameters += values.len())?;
-    texts.hash_labels(&mut hasher);
-    Ok(Inspection {
-        generation: hasher.finish(),
-        bytes,
-        base_model: config.base_model,
-        task_type: config.task_type,
-        r: config.r,
-        lora_alpha: config.lora_alpha,
-        use_rslora: config.use_rslora,
-        target_modules: config.target_modules,
-        labels,
-        parameters,
-        tensors,
+    steady(directory, || {
+        let files = Files::open(directory)?;
+        let (files, labels) = match base {
+            Some(base) => {
+                let fitted = files.fit(base, "")?;
+                (fitted.files, fitted.summary.labels)
+            }
+            None => {
+                let places = Places::assign(&files.config, files.tensors.tensors())?;
+                places.check_pairs()?;
+                let labels = files.labels(places.head_rows()?)?;
+                (files, labels)
+            }
+        };
+        let summaries = files.tensors.tensors().map(|(name, info)| TensorSummary {
+            name: name.to_string(),
+            dtype: info.dtype.to_string(),
+            shape: info.shape.clone(),
+        });
+        let (summaries, parameters, bytes) = (summaries.collect(), files.tensors.numbers(), files.bytes());
+        let Files { texts, config, tensors } = files;
+        Ok(Inspection {
+            generation: texts.generation(|hasher| tensors.read(hasher, |_, _| {}))?,
+            bytes,
+            base_model: config.base_model,
+            task_type: config.task_type,
+            r: config.r,
+            lora_alpha: config.lora_alpha,
+            use_rslora: config.use_rslora,
+            target_modules: config.target_modules,
+            labels,
+            parameters,
+            tensors: summaries,
+        })
     })
 }
 
@@ -481,9 +581,12 @@ mod tests {
         let pair = &pairs[&(1, Projection::V)];
         assert_eq!((pair.rank, pair.scale, pair.a.len(), pair.b.len()), (2, 2.0, 16, 12));
         assert_eq!((pair.a[3], pair.b[11]), (1103.0 / 8.0, 1111.0 / 8.0));
-        assert_eq!((loaded.rank(), loaded.target_modules()), (2, vec!["q_proj".to_string(), "v_proj".into()]));
+        assert_eq!(
+            (loaded.summary.rank, loaded.summary.target_modules),
+            (2, vec!["q_proj".to_string(), "v_proj".into()])
+        );
         let size: u64 = std::fs::read_dir(folder.path()).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
-        assert_eq!(loaded.bytes, size);
+        assert_eq!(loaded.summary.bytes, size);
     }
 
     #[test]
@@ -583,8 +686,11 @@ mod tests {
             refused(&files)
         };
         assert!(with(Tensor::f32(&[3, 9], |_| 0.0)).contains("has shape [3, 9]; expected [3, 8]"));
-        assert!(with(Tensor::f32(&[24], |_| 0.0)).contains("has shape [24]; expected [24, 8]"));
+        assert!(with(Tensor::f32(&[24], |_| 0.0)).contains("has shape [24]; expected [2 to"));
         assert!(with(Tensor::f32(&[0, 8], |_| 0.0)).contains("has shape [0, 8]"));
+        // The probability of one class is always 1.
+        let message = with(Tensor::f32(&[1, 8], |_| 0.0));
+        assert!(message.contains("score.weight has one row") && message.contains("not supported"), "{message}");
         let mut files = classifier(1);
         files.tensors.insert("base_model.model.score.bias".into(), Tensor::f32(&[2], |_| 0.0));
         assert!(refused(&files).contains("score.bias has shape [2]; expected [3]"));
@@ -682,6 +788,15 @@ mod tests {
     }
 
     #[test]
+    fn the_header_of_a_large_adapter_is_far_below_the_limit() {
+        let tensors = (0..128).flat_map(|layer| (0..14).map(move |i| (layer, i))).map(|(layer, i)| {
+            let module = name(&format!("{layer}.self_attn.{i:02}_proj.lora_A.default.weight"));
+            format!(r#""{module}":{{"dtype":"F32","shape":[4096,131072],"data_offsets":[100000000000,100000000000]}}"#)
+        });
+        assert!(2 * tensors.map(|t| t.len() + 1).sum::<usize>() < 2 << 20);
+    }
+
+    #[test]
     fn malformed_safetensors_are_refused_with_words() {
         let good = adapter(1).weights();
         let tensor = |name: &str, shape: &str, from: usize, to: usize| {
@@ -699,6 +814,8 @@ mod tests {
             (with_header("{", 0), "header is not valid"),
             (with_header("[]", 0), "header is not valid"),
             (with_header(&"[".repeat(100_000), 0), "header is not valid"),
+            // What takes many times its length when parsed.
+            (with_header(&format!("{{\"x\":[{}0]}}", "0,".repeat(1 << 20)), 0), "at most"),
             (with_header(r#"{"x":{"dtype":"F7","shape":[],"data_offsets":[0,1]}}"#, 1), "header is not valid"),
             (two(tensor("a", "[1]", 0, 4), tensor("b", "[1]", 2, 6)), "offset"),
             (two(tensor("a", "[1]", 0, 4), tensor("b", "[1]", 0, 4)), "offset"),
@@ -739,8 +856,8 @@ mod tests {
         assert!(message().contains("not a regular file"));
         std::fs::remove_file(folder.path().join(CONFIG)).unwrap();
         assert!(message().contains("adapter_config.json is missing"));
-        std::fs::write(folder.path().join(CONFIG), vec![b' '; 5 << 20]).unwrap();
-        assert!(message().contains("at most"));
+        std::fs::write(folder.path().join(CONFIG), vec![b' '; (1 << 20) + 1]).unwrap();
+        assert!(message().contains("at most 1048576 are read"));
     }
 
     #[test]
@@ -749,11 +866,43 @@ mod tests {
         let seen = inspect(folder.path(), None).unwrap();
         assert_eq!(seen.generation, generation_of(folder.path()).unwrap());
         assert_eq!((seen.tensors.len(), seen.labels.as_ref().map(Vec::len), seen.r), (9, Some(3), 2));
-        let parameters = load(folder.path(), &tiny(), "").unwrap().adapter.parameters();
-        assert_eq!(seen.parameters, parameters);
+        // q: 2×8 and 12×2, v: 2×8 and 6×2, in each of two layers; the head: 3×8.
+        assert_eq!(seen.parameters, 2 * (16 + 24 + 16 + 12) + 24);
+        assert_eq!(load(folder.path(), &tiny(), "").unwrap().summary.parameters, seen.parameters);
         inspect(folder.path(), Some(&tiny())).unwrap();
         let other = ModelConfig { hidden_size: 16, ..tiny() };
         assert!(inspect(folder.path(), Some(&other)).unwrap_err().message.contains("expected [2, 16]"));
+    }
+
+    #[test]
+    fn inspection_finds_what_fits_no_base() {
+        let message = |files: &Files| inspect(files.folder().path(), None).unwrap_err().message;
+        let (a, b) = (name("0.self_attn.q_proj.lora_A.weight"), name("0.self_attn.q_proj.lora_B.weight"));
+        let mut files = adapter(1);
+        files.tensors.remove(&b);
+        assert!(message(&files).contains(&format!("tensor {b} is missing")));
+        files.tensors.insert(b.clone(), Tensor::f32(&[12, 3], |_| 0.0));
+        assert!(message(&files).contains(&format!("tensor {a} has shape [2, 8] and {b} has shape [12, 3]")));
+        let mut files = adapter(1);
+        files.config["task_type"] = json!("SEQ_CLS");
+        assert!(message(&files).contains("no classification head"));
+        files.tensors.insert("base_model.model.score.weight".into(), Tensor::f32(&[1, 8], |_| 0.0));
+        assert!(message(&files).contains("one row"));
+        let folder = adapter(1).folder();
+        std::fs::write(folder.path().join("labels.txt"), "a\nb").unwrap();
+        assert!(inspect(folder.path(), None).unwrap_err().message.contains("no classification head"));
+    }
+
+    #[test]
+    fn surveying_finds_the_same_without_the_numbers() {
+        let mut files = classifier(1);
+        files.tensors.insert("base_model.model.score.weight".into(), Tensor::f32(&[3, 8], |_| f32::NAN));
+        let folder = files.folder();
+        let summary = survey(folder.path(), &tiny(), "tiny").unwrap();
+        assert_eq!((summary.rank, summary.labels.unwrap().len()), (2, 3));
+        let (_, generation) = identify(folder.path(), &tiny(), "tiny").unwrap();
+        assert_eq!(generation, generation_of(folder.path()).unwrap());
+        assert!(load(folder.path(), &tiny(), "tiny").unwrap_err().message.contains("NaN"));
     }
 
     #[test]
@@ -789,7 +938,7 @@ mod tests {
                     let first = loaded.adapter.pairs.values().next().unwrap();
                     let classes = loaded.adapter.head.as_ref().map_or(0, |h| h.labels.len());
                     assert_eq!(
-                        (loaded.adapter.pairs.len(), loaded.rank(), classes),
+                        (loaded.adapter.pairs.len(), loaded.summary.rank, classes),
                         (pairs, rank, labels),
                         "{variant}"
                     );
@@ -817,7 +966,7 @@ mod tests {
             [("adapter_causal_r8", 60, 8), ("adapter_causal_r16", 210, 16), ("adapter_seqcls", 60, 8)]
         {
             let loaded = load(&fixtures().join("smollm2").join(folder), &base, "").unwrap();
-            assert_eq!((loaded.adapter.pairs.len(), loaded.rank()), (pairs, rank));
+            assert_eq!((loaded.adapter.pairs.len(), loaded.summary.rank), (pairs, rank));
         }
         let error = load(&fixtures().join("smollm2/adapter_causal_r8"), &tiny(), "x").unwrap_err();
         assert!(error.message.contains("layer ") && error.message.contains("SmolLM2"), "{error}");

@@ -9,24 +9,28 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use candle_core::Device;
 use rayon::prelude::*;
 use serde::Serialize;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::adapter::cache::{Cache, Flight, Lookup};
 use crate::adapter::files::{CONFIG, WEIGHTS};
 use crate::adapter::name::check_name;
-use crate::adapter::peft::{self, Loaded};
+use crate::adapter::peft::{self, Loaded, Summary};
 use crate::adapter::store::{Lease, Store};
-use crate::adapter::{Generation, Upload};
-use crate::base::ModelConfig;
+use crate::adapter::{Adapter, Generation, Upload};
+use crate::base::{DecoderOptions, ModelConfig};
 use crate::lora::PackedAdapter;
 use crate::metrics::Metrics;
 use crate::{Error, Result};
 
-/// Loads that read and convert at the same time; each holds one adapter in host memory.
-const PARALLEL_LOADS: usize = 16;
+/// Memory for adapters that are being read and packed, in KiB, by loads and uploads together.
+const LOAD_MEMORY: u64 = 2 << 20;
+/// Loads and uploads at the same time, however small they are.
+const PARALLEL_LOADS: u64 = 16;
+/// What an adapter takes while it is read and packed, as a multiple of its file: half-precision numbers are widened to
+/// twice their size, and packed piece by piece.
+const LOAD_FACTOR: u64 = 3;
 /// How often a request follows a name that changes while it loads, before it gives up.
 const MAX_CHASES: usize = 16;
 
@@ -34,7 +38,8 @@ pub struct RegistryOptions {
     pub config: ModelConfig,
     /// The base's id, to tell an adapter for another base by its `base_model_name_or_path` in messages.
     pub base: String,
-    pub device: Device,
+    /// How the base is held; adapters are packed to match it.
+    pub decoder: DecoderOptions,
     /// Folders of adapters, one folder each, only read. An earlier one wins a name.
     pub directories: Vec<PathBuf>,
     /// Where uploads live. A stored adapter hides one of the same name in `directories`.
@@ -111,30 +116,8 @@ struct Entry {
     source: Source,
     /// The folder with its files.
     path: PathBuf,
-    rank: usize,
-    lora_alpha: f64,
-    target_modules: Vec<String>,
-    labels: Option<Vec<String>>,
-    parameters: usize,
-    bytes: u64,
+    summary: Summary,
     created: u64,
-}
-
-impl Entry {
-    fn new(loaded: &Loaded, source: Source, path: PathBuf, created: u64) -> Arc<Self> {
-        Arc::new(Entry {
-            generation: loaded.adapter.generation.clone(),
-            source,
-            path,
-            rank: loaded.rank(),
-            lora_alpha: loaded.config.lora_alpha,
-            target_modules: loaded.target_modules(),
-            labels: loaded.adapter.head.as_ref().map(|head| head.labels.clone()),
-            parameters: loaded.adapter.parameters(),
-            bytes: loaded.bytes,
-            created,
-        })
-    }
 }
 
 /// What a name stands for in each source. At least one is there.
@@ -170,20 +153,34 @@ struct Inner {
     names: RwLock<Names>,
     /// Held from the check of a condition until the change is durable and visible.
     changes: Mutex<()>,
-    loads: Arc<Semaphore>,
+    /// [`LOAD_MEMORY`] that is free.
+    room: Arc<Semaphore>,
 }
 
 impl Registry {
-    /// Opens the store and reads every adapter once, side by side. One that is broken is logged and left out.
+    /// Opens the store and checks every adapter by its configuration and the shapes of its weights. One that does not
+    /// fit is logged, and left out if it comes from a folder. The weights themselves are checked when they are loaded.
     pub fn open(options: RegistryOptions, metrics: Arc<Metrics>) -> Result<Arc<Self>> {
         let (store, unreadable) = Store::open(&options.store)?;
+        if store.records().contains_key(&options.base) || unreadable.contains_key(&options.base) {
+            return Err(Error::conflict(format!(
+                "the store holds an adapter named {0:?}, which is the base's id too, so that requests for the adapter \
+                 would be answered by the base; give the base's directory or file another name, or delete {1}, which \
+                 removes the adapter",
+                options.base,
+                options.store.join("names").join(&options.base).display()
+            )));
+        }
         let mut names = scan_directories(&options)?;
         let stored: Vec<(String, Result<Arc<Entry>>)> = store
             .records()
             .into_par_iter()
             .map(|(name, record)| {
                 let path = store.object(&record.generation);
-                let entry = read_stored(&options, path, &record.generation, record.created);
+                let entry = peft::survey(&path, &options.config, &options.base).map(|summary| {
+                    let (generation, created) = (record.generation, record.created);
+                    Arc::new(Entry { generation, source: Source::Store, path, summary, created })
+                });
                 (name, entry)
             })
             .collect();
@@ -202,9 +199,8 @@ impl Registry {
             store,
             names: RwLock::new(names),
             changes: Mutex::new(()),
-            loads: Arc::new(Semaphore::new(PARALLEL_LOADS)),
+            room: Arc::new(Semaphore::new(LOAD_MEMORY as usize)),
         };
-        inner.update_metrics();
         Ok(Arc::new(Registry { inner: Arc::new(inner) }))
     }
 
@@ -232,7 +228,7 @@ impl Registry {
         // The entry whose load, begun by somebody else, failed. That one may have begun before the entry was there.
         let mut doubted: Option<Arc<Entry>> = None;
         for _ in 0..MAX_CHASES {
-            let (outcome, joined) = match self.inner.cache.get(&entry.generation) {
+            let (outcome, joined) = match self.inner.cache.get(&entry.generation, &entry.path) {
                 Lookup::Ready(adapter) => return Ok(adapter),
                 Lookup::Wait(waiter) => (waiter.wait().await, true),
                 Lookup::Load(flight, waiter) => {
@@ -279,7 +275,16 @@ impl Registry {
     /// in the top tier afterwards if it fits. Goes on to its end if the caller is dropped.
     pub async fn publish(&self, name: &str, upload: Upload, when: Condition) -> Result<(AdapterInfo, Published)> {
         let (inner, name) = (self.inner.clone(), name.to_string());
-        blocking(move || inner.publish(&name, upload, &when)).await
+        let work = tokio::spawn(async move {
+            let room = inner.room(upload.weights()).await;
+            blocking(move || {
+                let published = inner.publish(&name, upload, &when);
+                drop(room);
+                published
+            })
+            .await
+        });
+        work.await.unwrap_or_else(|e| Err(Error::internal(format!("a change of adapters was given up: {e}"))))
     }
 
     /// Requests in flight finish on the generation they hold. Tells what the name stood for.
@@ -289,7 +294,35 @@ impl Registry {
     }
 }
 
+impl Registry {
+    /// Sets the gauges of both tiers. They are not kept up to date by every change: what requests release changes them,
+    /// too, and only who reads them needs them.
+    pub fn update_metrics(&self) {
+        let (mut adapters, mut bytes) = (HashSet::new(), 0);
+        {
+            let names = self.inner.names.read().unwrap_or_else(PoisonError::into_inner);
+            for entry in names.values().filter_map(Slot::current).flatten() {
+                if adapters.insert(entry.generation.clone()) {
+                    bytes += entry.summary.bytes;
+                }
+            }
+        }
+        let (ready, used) = self.inner.cache.totals();
+        for (tier, count, bytes) in [("device", ready, used as u64), ("disk", adapters.len(), bytes)] {
+            self.inner.metrics.adapters.with_label_values(&[tier]).set(count as i64);
+            self.inner.metrics.adapter_bytes.with_label_values(&[tier]).set(bytes as i64);
+        }
+    }
+}
+
 impl Inner {
+    /// Waits until there is memory to read and pack weights of this many bytes. Larger ones than there ever is run alone.
+    async fn room(&self, weights: u64) -> Option<OwnedSemaphorePermit> {
+        let needed = (weights >> 10).saturating_mul(LOAD_FACTOR).clamp(LOAD_MEMORY / PARALLEL_LOADS, LOAD_MEMORY);
+        // The semaphore is never closed, so there is always a permit to be had.
+        self.room.clone().acquire_many_owned(needed as u32).await.ok()
+    }
+
     fn entry(&self, name: &str) -> Result<Arc<Entry>> {
         let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
         match names.get(name).and_then(Slot::current) {
@@ -305,12 +338,12 @@ impl Inner {
             generation: entry.generation.to_string(),
             source: entry.source,
             tier: if holders.is_some() { Tier::Device } else { Tier::Disk },
-            rank: entry.rank,
-            lora_alpha: entry.lora_alpha,
-            target_modules: entry.target_modules.clone(),
-            labels: entry.labels.clone(),
-            parameters: entry.parameters,
-            bytes: entry.bytes,
+            rank: entry.summary.rank,
+            lora_alpha: entry.summary.lora_alpha,
+            target_modules: entry.summary.target_modules.clone(),
+            labels: entry.summary.labels.clone(),
+            parameters: entry.summary.parameters,
+            bytes: entry.summary.bytes,
             in_flight: holders.unwrap_or(0),
             created: entry.created,
         }
@@ -323,27 +356,25 @@ impl Inner {
     }
 
     async fn load(self: Arc<Self>, name: String, entry: Arc<Entry>, flight: Flight<PackedAdapter>) {
-        // The semaphore is never closed, so there is always a permit to be had.
-        let permit = self.loads.clone().acquire_owned().await;
+        let room = self.room(entry.summary.bytes).await;
         let work = tokio::task::spawn_blocking(move || {
             let lease = (entry.source == Source::Store).then(|| self.store.lease(&entry.generation));
             let start = Instant::now();
-            let outcome = self.read(&entry).and_then(|loaded| {
-                let packed = Arc::new(self.pack(&loaded)?);
-                if loaded.adapter.generation != entry.generation {
-                    self.follow_change(&entry, &loaded)?;
+            let outcome = self.read(&entry.path).and_then(|Loaded { adapter, summary }| {
+                let packed = Arc::new(self.pack(adapter)?);
+                if packed.generation != entry.generation {
+                    self.follow_change(&entry, &packed.generation, summary)?;
                 }
                 let bytes = packed.bytes;
-                Ok((loaded.adapter.generation, packed, bytes))
+                Ok((packed.generation.clone(), packed, bytes))
             });
             self.metrics.adapter_load_seconds.with_label_values(&["disk"]).observe(start.elapsed().as_secs_f64());
             if let Err(e) = &outcome {
                 tracing::warn!("adapter {name:?} could not be loaded: {e}");
             }
             let settled = flight.settle(outcome, |generation| self.is_named(generation));
-            self.update_metrics();
             // All is released before the waiters go on, so that none of them finds the store still in use.
-            drop((permit, lease, self));
+            drop((room, lease, self));
             settled.announce();
         });
         if let Err(e) = work.await {
@@ -351,21 +382,25 @@ impl Inner {
         }
     }
 
-    fn read(&self, entry: &Entry) -> Result<Loaded> {
-        peft::load(&entry.path, &self.options.config, &self.options.base)
+    fn read(&self, directory: &Path) -> Result<Loaded> {
+        peft::load(directory, &self.options.config, &self.options.base)
     }
 
-    fn pack(&self, loaded: &Loaded) -> Result<PackedAdapter> {
-        PackedAdapter::new(&loaded.adapter, &self.options.config, &self.options.device)
+    fn pack(&self, adapter: Adapter) -> Result<PackedAdapter> {
+        PackedAdapter::new(adapter, &self.options.config, &self.options.decoder)
     }
 
     /// The files of an entry are not what they were. In a read-only folder somebody has replaced them: the names that
     /// stand for the folder follow. In the store that is damage.
-    fn follow_change(&self, entry: &Arc<Entry>, loaded: &Loaded) -> Result<()> {
+    fn follow_change(&self, entry: &Entry, found: &Generation, summary: Summary) -> Result<()> {
+        let expected = &entry.generation;
         if entry.source == Source::Store {
-            return Err(damaged(&entry.generation, &loaded.adapter.generation));
+            return Err(Error::internal(format!(
+                "its files are damaged: their hash is {found}, expected {expected}; upload it again"
+            )));
         }
-        let fresh = Entry::new(loaded, Source::Directory, entry.path.clone(), modified(&entry.path));
+        tracing::info!("the files in {} have changed from generation {expected} to {found}", entry.path.display());
+        let fresh = directory_entry(entry.path.clone(), found.clone(), summary);
         let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
         for slot in names.values_mut() {
             if slot.directory.as_ref().is_some_and(|e| e.path == entry.path) {
@@ -383,11 +418,12 @@ impl Inner {
             );
         }
         upload.check_size()?;
-        let loaded = peft::load(upload.path(), &self.options.config, &self.options.base)?;
-        let generation = loaded.adapter.generation.clone();
-        let packed = Arc::new(self.pack(&loaded)?);
-        let entry = Entry::new(&loaded, Source::Store, self.store.object(&generation), now());
-        drop(loaded);
+        let Loaded { adapter, summary } = self.read(upload.path())?;
+        let packed = Arc::new(self.pack(adapter)?);
+        let generation = packed.generation.clone();
+        let path = self.store.object(&generation);
+        let entry =
+            Arc::new(Entry { generation: generation.clone(), source: Source::Store, path, summary, created: now() });
 
         // From here on the object cannot be collected; if the change is not made, it is when the lease ends.
         let lease = self.store.lease(&generation);
@@ -396,7 +432,6 @@ impl Inner {
         self.cache.offer(&generation, packed, bytes);
         let published = self.swap_in(name, entry, &lease, when);
         self.forget_unnamed(&generation);
-        self.update_metrics();
         published.map(|(entry, published)| (self.info(name, &entry), published))
     }
 
@@ -413,12 +448,12 @@ impl Inner {
         check(name, &slot, when)?;
         let published = match slot.current() {
             None => Published::Created,
-            Some(Ok(old)) if old.generation == entry.generation => Published::Unchanged,
+            // The same content from a folder is replaced all the same: it stays when the folder goes.
+            Some(Ok(old)) if old.generation == entry.generation && old.source == Source::Store => {
+                return Ok((old.clone(), Published::Unchanged));
+            }
             Some(_) => Published::Replaced,
         };
-        if let (Published::Unchanged, Some(Ok(stored))) = (published, &slot.stored) {
-            return Ok((stored.clone(), published));
-        }
         // The old files stay until no reader can find the entry that leads to them.
         let _old = self.lease_stored(&slot);
         self.store.set_name(name, lease, entry.created)?;
@@ -464,7 +499,6 @@ impl Inner {
             // What could not be read has nothing to tell but that it is gone.
             Err(_) => unusable(name),
         };
-        self.update_metrics();
         Ok(info)
     }
 
@@ -481,23 +515,6 @@ impl Inner {
     fn forget_unnamed(&self, generation: &Generation) {
         if !self.is_named(generation) {
             self.cache.forget(generation);
-        }
-    }
-
-    fn update_metrics(&self) {
-        let (mut adapters, mut bytes) = (HashSet::new(), 0);
-        {
-            let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-            for entry in names.values().filter_map(Slot::current).flatten() {
-                if adapters.insert(entry.generation.clone()) {
-                    bytes += entry.bytes;
-                }
-            }
-        }
-        let (ready, used) = self.cache.totals();
-        for (tier, count, bytes) in [("device", ready, used as u64), ("disk", adapters.len(), bytes)] {
-            self.metrics.adapters.with_label_values(&[tier]).set(count as i64);
-            self.metrics.adapter_bytes.with_label_values(&[tier]).set(bytes as i64);
         }
     }
 }
@@ -556,11 +573,8 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
     }
     let read: HashMap<String, Arc<Entry>> = folders
         .into_par_iter()
-        .filter_map(|(name, path)| match peft::load(&path, &options.config, &options.base) {
-            Ok(loaded) => {
-                let created = modified(&path);
-                Some((name, Entry::new(&loaded, Source::Directory, path, created)))
-            }
+        .filter_map(|(name, path)| match peft::identify(&path, &options.config, &options.base) {
+            Ok((summary, generation)) => Some((name, directory_entry(path, generation, summary))),
             Err(e) => {
                 tracing::error!("{} is left out: {e}", path.display());
                 None
@@ -570,16 +584,9 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
     Ok(read.into_iter().map(|(name, entry)| (name, Slot { stored: None, directory: Some(entry) })).collect())
 }
 
-fn read_stored(options: &RegistryOptions, path: PathBuf, generation: &Generation, created: u64) -> Result<Arc<Entry>> {
-    let loaded = peft::load(&path, &options.config, &options.base)?;
-    if loaded.adapter.generation != *generation {
-        return Err(damaged(generation, &loaded.adapter.generation));
-    }
-    Ok(Entry::new(&loaded, Source::Store, path, created))
-}
-
-fn damaged(expected: &Generation, found: &Generation) -> Error {
-    Error::internal(format!("its files are damaged: their hash is {found}, expected {expected}; upload it again"))
+fn directory_entry(path: PathBuf, generation: Generation, summary: Summary) -> Arc<Entry> {
+    let created = modified(&path);
+    Arc::new(Entry { generation, source: Source::Directory, path, summary, created })
 }
 
 fn not_found(name: &str) -> Error {
@@ -626,11 +633,13 @@ mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::time::Duration;
 
+    use candle_core::{DType, Device};
     use tempfile::TempDir;
 
     use super::*;
     use crate::ErrorKind;
-    use crate::adapter::testing::{Files, adapter, classifier, tiny};
+    use crate::adapter::testing::{Files, Tensor, adapter, classifier, tiny};
+    use crate::base::Kernels;
 
     struct World {
         root: TempDir,
@@ -653,19 +662,33 @@ mod tests {
         }
 
         fn open(&self) -> Arc<Registry> {
+            self.open_with("tiny").unwrap()
+        }
+
+        fn open_with(&self, base: &str) -> Result<Arc<Registry>> {
             let options = RegistryOptions {
                 config: tiny(),
-                base: "tiny".into(),
-                device: Device::Cpu,
+                base: base.into(),
+                decoder: DecoderOptions {
+                    device: Device::Cpu,
+                    kernels: Kernels::for_device(&Device::Cpu),
+                    format: None,
+                    dtype: DType::F32,
+                },
                 directories: vec![self.root.path().join("adapters")],
                 store: self.root.path().join("store"),
                 memory: self.memory,
                 max_upload: 1 << 20,
             };
-            Registry::open(options, self.metrics.clone()).unwrap()
+            Registry::open(options, self.metrics.clone())
         }
 
-        fn gauge(&self, tier: &str) -> (i64, i64) {
+        fn object(&self, info: &AdapterInfo) -> PathBuf {
+            self.root.path().join("store/objects").join(&info.generation)
+        }
+
+        fn gauge(&self, registry: &Registry, tier: &str) -> (i64, i64) {
+            registry.update_metrics();
             let value = |gauges: &prometheus::IntGaugeVec| gauges.with_label_values(&[tier]).get();
             (value(&self.metrics.adapters), value(&self.metrics.adapter_bytes))
         }
@@ -733,8 +756,10 @@ mod tests {
         assert_eq!(held.generation.as_str(), info.generation);
         let new = registry.acquire("mine").await.unwrap();
         assert_eq!(new.generation.as_str(), second.generation);
-        assert_eq!(world.gauge("device"), (1, new.bytes as i64));
-        assert_eq!(world.gauge("disk"), (1, second.bytes as i64));
+        assert_eq!(world.gauge(&registry, "device"), (2, (held.bytes + new.bytes) as i64));
+        drop(held);
+        assert_eq!(world.gauge(&registry, "device"), (1, new.bytes as i64));
+        assert_eq!(world.gauge(&registry, "disk"), (1, second.bytes as i64));
         drop((registry, new));
         let registry = world.open();
         let again = registry.get("mine").unwrap();
@@ -743,7 +768,10 @@ mod tests {
         assert_eq!(registry.get("mine").unwrap().tier, Tier::Device);
         let removed = registry.remove("mine", Condition::Always).await.unwrap();
         assert_eq!(removed.generation, second.generation);
-        assert_eq!((names(&registry).len(), world.gauge("device"), world.gauge("disk")), (0, (0, 0), (0, 0)));
+        assert_eq!(
+            (names(&registry).len(), world.gauge(&registry, "device"), world.gauge(&registry, "disk")),
+            (0, (0, 0), (0, 0))
+        );
         assert_eq!(std::fs::read_dir(world.root.path().join("store/objects")).unwrap().count(), 0);
         assert_eq!(registry.remove("mine", Condition::Always).await.unwrap_err().kind, ErrorKind::NotFound);
     }
@@ -767,7 +795,7 @@ mod tests {
         // What was refused has left nothing behind.
         assert_eq!(std::fs::read_dir(world.root.path().join("store/objects")).unwrap().count(), 0);
         assert_eq!(std::fs::read_dir(world.root.path().join("store/incoming")).unwrap().count(), 0);
-        assert_eq!(world.gauge("device"), (0, 0));
+        assert_eq!(world.gauge(&registry, "device"), (0, 0));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -826,7 +854,7 @@ mod tests {
         let mut wrong = adapter(1);
         wrong.config["r"] = serde_json::json!(4);
         let mut huge = adapter(1);
-        huge.tensors.insert("x".into(), crate::adapter::testing::Tensor::f32(&[1 << 18], |_| 0.0));
+        huge.tensors.insert("x".into(), Tensor::f32(&[1 << 18], |_| 0.0));
         for (name, files, kind) in [
             ("a", &wrong, ErrorKind::Unprocessable),
             ("a", &huge, ErrorKind::TooLarge),
@@ -869,7 +897,7 @@ mod tests {
         // One content under two names: one copy in memory, one on disk.
         let (a, b) = (registry.acquire("copied").await.unwrap(), registry.acquire("unpacked").await.unwrap());
         assert!(Arc::ptr_eq(&a, &b));
-        assert_eq!((registry.get("copied").unwrap().in_flight, world.gauge("disk").0), (2, 1));
+        assert_eq!((registry.get("copied").unwrap().in_flight, world.gauge(&registry, "disk").0), (2, 1));
         registry.remove("copied", Condition::Always).await.unwrap();
         assert_eq!(registry.get("unpacked").unwrap().tier, Tier::Device);
         assert!(registry.upload_from(Path::new("/nowhere")).is_err());
@@ -894,7 +922,7 @@ mod tests {
                 let name = format!("a{i}");
                 let adapter = registry.acquire(&name).await.unwrap();
                 assert_eq!(adapter.generation.as_str(), registry.get(&name).unwrap().generation, "{round}");
-                assert!(world.gauge("device").1 <= 2 * one as i64);
+                assert!(world.gauge(&registry, "device").1 <= 2 * one as i64);
             }
         }
         // All in use at once: more than the limit, and nobody is refused.
@@ -902,7 +930,7 @@ mod tests {
         for i in 0..6 {
             held.push(registry.acquire(&format!("a{i}")).await.unwrap());
         }
-        assert_eq!(world.gauge("device"), (6, held.iter().map(|a| a.bytes as i64).sum()));
+        assert_eq!(world.gauge(&registry, "device"), (6, held.iter().map(|a| a.bytes as i64).sum()));
         drop(held);
         registry.acquire("a0").await.unwrap();
         assert_eq!(registry.list().iter().filter(|info| info.tier == Tier::Device).count(), 2);
@@ -958,14 +986,20 @@ mod tests {
         let (info, _) = publish(&registry, "bad", 1).await;
         publish(&registry, "good", 2).await;
         drop(registry);
-        let object = world.root.path().join("store/objects").join(&info.generation);
+        let object = world.object(&info);
         let mut config = adapter(1).config;
         config["lora_alpha"] = serde_json::json!(8);
         std::fs::write(object.join(CONFIG), config.to_string()).unwrap();
         let registry = world.open();
+        let error = registry.acquire("bad").await.unwrap_err();
+        assert!(error.message.contains("\"bad\"") && error.message.contains("damaged"), "{error}");
+        drop(registry);
+        config["r"] = serde_json::json!(8);
+        std::fs::write(object.join(CONFIG), config.to_string()).unwrap();
+        let registry = world.open();
         assert_eq!(names(&registry), ["good"]);
         for error in [registry.get("bad").unwrap_err(), registry.acquire("bad").await.unwrap_err()] {
-            assert!(error.message.contains("\"bad\"") && error.message.contains("damaged"), "{error}");
+            assert!(error.message.contains("\"bad\"") && error.message.contains("expected [8, 8]"), "{error}");
         }
         let absent = registry.publish("bad", upload(&registry, &adapter(1)), Condition::Absent).await;
         assert_eq!(absent.unwrap_err().kind, ErrorKind::Conflict);
@@ -985,10 +1019,123 @@ mod tests {
         world.memory = 0;
         let registry = world.open();
         let (info, _) = publish(&registry, "a", 1).await;
-        let object = world.root.path().join("store/objects").join(&info.generation);
-        std::fs::write(object.join(WEIGHTS), adapter(2).weights()).unwrap();
+        std::fs::write(world.object(&info).join(WEIGHTS), adapter(2).weights()).unwrap();
         let error = registry.acquire("a").await.unwrap_err();
         assert!(error.kind == ErrorKind::Internal && error.message.contains("damaged"), "{error}");
+        // The same upload again heals it.
+        publish(&registry, "a", 1).await;
+        registry.acquire("a").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn numbers_that_are_not_finite_are_found_at_the_first_load() {
+        let world = World::new();
+        let mut files = adapter(1);
+        let tensor = files.tensors.values_mut().next().unwrap();
+        *tensor = Tensor::f32(&tensor.shape.clone(), |_| f32::NAN);
+        world.folder("a", &files);
+        let registry = world.open();
+        let error = registry.acquire("a").await.unwrap_err();
+        assert!(error.kind == ErrorKind::Unprocessable && error.message.contains("NaN"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_base_called_like_a_stored_adapter_is_not_served() {
+        let world = World::new();
+        let (info, _) = publish(&world.open(), "other", 1).await;
+        let error = world.open_with("other").map(|_| ()).unwrap_err();
+        let file = world.root.path().join("store/names/other").display().to_string();
+        assert!(error.kind == ErrorKind::Conflict && error.message.contains(&file), "{error}");
+        assert_eq!(world.open().get("other").unwrap().generation, info.generation);
+        std::fs::write(&file, "damage").unwrap();
+        world.open_with("other").map(|_| ()).unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn an_upload_of_what_a_folder_holds_outlives_the_folder() {
+        let world = World::new();
+        let path = world.folder("a", &adapter(1));
+        let registry = world.open();
+        let (info, published) = publish(&registry, "a", 1).await;
+        assert_eq!((published, info.source), (Published::Replaced, Source::Store));
+        assert_eq!(publish(&registry, "a", 1).await.1, Published::Unchanged);
+        drop(registry);
+        std::fs::remove_dir_all(path).unwrap();
+        assert_eq!(world.open().acquire("a").await.unwrap().generation.as_str(), info.generation);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_folder_does_not_fail_the_same_content_in_the_store() {
+        let mut world = World::new();
+        world.memory = 0;
+        let path = world.folder("folder", &adapter(1));
+        let registry = world.open();
+        publish(&registry, "stored", 1).await;
+        std::fs::write(path.join(WEIGHTS), "damage").unwrap();
+        // All ask before any load ends, those for the folder first.
+        let folder = futures::future::join_all((0..4).map(|_| registry.acquire("folder")));
+        let (folder, stored) = futures::join!(folder, registry.acquire("stored"));
+        let stored = stored.unwrap();
+        // The same content may have come from the store meanwhile.
+        assert!(folder[0].is_err() && folder.iter().flatten().all(|a| a.generation == stored.generation));
+    }
+
+    #[tokio::test]
+    async fn a_load_that_began_before_the_entry_does_not_fail_it() {
+        let mut world = World::new();
+        world.memory = 0;
+        let registry = world.open();
+        publish(&registry, "a", 1).await;
+        let entry = registry.inner.entry("a").unwrap();
+        let Lookup::Load(flight, _) = registry.inner.cache.get(&entry.generation, &entry.path) else { panic!() };
+        let fail = async { flight.settle(Err(Error::internal("its files were gone")), |_| true).announce() };
+        // Polled in this order: the request has joined the load when that fails.
+        let (acquired, ()) = futures::join!(registry.acquire("a"), fail);
+        acquired.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn old_files_stay_until_the_old_entry_cannot_be_found() {
+        let world = World::new();
+        let registry = world.open();
+        let (old, _) = publish(&registry, "a", 1).await;
+        let name = world.root.path().join("store/names/a");
+        let replacing = {
+            // Keeps the new entry from becoming visible.
+            let names = registry.inner.names.read().unwrap();
+            let (registry, record) = (registry.clone(), std::fs::read(&name).unwrap());
+            let replacing = tokio::spawn(async move { publish(&registry, "a", 2).await });
+            let start = Instant::now();
+            while std::fs::read(&name).unwrap() == record {
+                assert!(start.elapsed().as_secs() < 60, "the name was not replaced on disk");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(world.object(&old).exists());
+            drop(names);
+            replacing
+        };
+        replacing.await.unwrap();
+        assert!(!world.object(&old).exists());
+    }
+
+    #[tokio::test]
+    async fn loads_and_uploads_wait_for_memory() {
+        let world = World::new();
+        world.folder("a", &adapter(1));
+        let registry = world.open();
+        // As much as there is for one that is larger than that.
+        let room = registry.inner.room(1 << 40).await.unwrap();
+        assert_eq!((room.num_permits() as u64, registry.inner.room.available_permits()), (LOAD_MEMORY, 0));
+        let (loader, publisher) = (registry.clone(), registry.clone());
+        let load = tokio::spawn(async move { loader.acquire("a").await });
+        let publish = tokio::spawn(async move { publish(&publisher, "b", 2).await });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!load.is_finished() && !publish.is_finished());
+        drop(room);
+        load.await.unwrap().unwrap();
+        publish.await.unwrap();
+        assert_eq!(registry.inner.room.available_permits() as u64, LOAD_MEMORY);
     }
 
     /// Readers of several names go on without an error, and without a generation their name never stood for, while
@@ -1037,6 +1184,6 @@ mod tests {
         assert!(served.load(Ordering::Relaxed) > 100);
         assert_eq!(std::fs::read_dir(world.root.path().join("store/objects")).unwrap().count(), 4);
         assert!(registry.list().iter().all(|info| info.in_flight == 0));
-        assert!(world.gauge("device").1 <= 5000 + 4 * 2000);
+        assert!(world.gauge(&registry, "device").1 <= 5000 + 4 * 2000);
     }
 }

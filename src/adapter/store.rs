@@ -10,7 +10,7 @@
 //! A change becomes visible by renaming one file into `names/`; what it points to was made durable before. What no
 //! name points to is garbage: removed when the last lease on it ends, or when the store is opened next.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -41,7 +41,8 @@ struct RecordFile {
 pub(super) struct Store {
     root: PathBuf,
     state: Mutex<State>,
-    /// Held while an object comes into place, so that two uploads of one content do not collide.
+    /// Held while an object comes into place or goes, so that two uploads of one content do not collide. Taken before
+    /// `state`, which is held for no longer than a look.
     placing: Mutex<()>,
     /// Keeps the lock; released by the system when the process ends, however it ends.
     _lock: File,
@@ -52,6 +53,9 @@ struct State {
     names: HashMap<String, Record>,
     /// How many leases there are on a generation.
     leases: HashMap<Generation, usize>,
+    /// Generations that a name may stand for again after a power cut, since the disk has not confirmed the change. Kept
+    /// until the store is opened next.
+    unsettled: HashSet<Generation>,
 }
 
 /// Keeps a generation's files from being removed.
@@ -66,10 +70,11 @@ impl Store {
         for directory in ["objects", "names", "incoming"] {
             fs::create_dir_all(root.join(directory)).map_err(|e| failed("create", &root.join(directory), e))?;
         }
+        sync_directory(root)?;
         let lock = lock(&root.join("lock"))?;
         clear(&root.join("incoming"))?;
         let (names, damaged) = read_names(&root.join("names"))?;
-        let state = Mutex::new(State { names, leases: HashMap::new() });
+        let state = Mutex::new(State { names, ..State::default() });
         let store = Arc::new(Store { root: root.to_path_buf(), state, placing: Mutex::new(()), _lock: lock });
         // A name that cannot be read may stand for any object.
         if damaged.is_empty() {
@@ -144,12 +149,8 @@ impl Store {
             file.persist(&path).map_err(|e| e.error)
         };
         write().map_err(|e| failed("write", &path, e))?;
-        self.names_changed();
         let record = Record { generation: lease.generation.clone(), created };
-        let old = self.state().names.insert(name.to_string(), record);
-        if let Some(old) = old {
-            self.collect(&old.generation);
-        }
+        self.changed(name, Some(record), sync_directory(&self.root.join("names")));
         Ok(())
     }
 
@@ -160,33 +161,42 @@ impl Store {
             Err(e) if e.kind() != ErrorKind::NotFound => return Err(failed("remove", &path, e)),
             _ => {}
         }
-        self.names_changed();
-        let old = self.state().names.remove(name);
-        if let Some(old) = old {
-            self.collect(&old.generation);
-        }
+        self.changed(name, None, sync_directory(&self.root.join("names")));
         Ok(())
     }
 
-    /// The change is made; if the disk does not confirm it, it may be undone by a power cut, which is worth a line in
-    /// the log but cannot be told as a failure of the change.
-    fn names_changed(&self) {
-        if let Err(e) = sync_directory(&self.root.join("names")) {
-            tracing::error!("{e}");
+    /// Notes a change that is made on disk. If the disk has not confirmed it, it may be undone by a power cut, which is
+    /// worth a line in the log but cannot be told as a failure of the change; what the name stood for is kept for then.
+    fn changed(&self, name: &str, record: Option<Record>, confirmed: Result<()>) {
+        let old = {
+            let mut state = self.state();
+            let old = match record {
+                Some(record) => state.names.insert(name.to_string(), record),
+                None => state.names.remove(name),
+            };
+            if let (Some(old), Err(e)) = (&old, &confirmed) {
+                tracing::error!("{e}");
+                state.unsettled.insert(old.generation.clone());
+            }
+            old
+        };
+        if let Some(old) = old {
+            self.collect(&old.generation);
         }
     }
 
     /// Removes a generation's files unless a name or a lease needs them.
     fn collect(&self, generation: &Generation) {
+        if self.state().needs(generation) {
+            return;
+        }
         let object = self.object(generation);
         let trash = {
-            let state = self.state();
-            let needed = state.leases.contains_key(generation)
-                || state.names.values().any(|record| record.generation == *generation);
-            if needed || !object.exists() {
+            let _placing = self.placing.lock().unwrap_or_else(|e| e.into_inner());
+            if self.state().needs(generation) || !object.exists() {
                 return;
             }
-            // Out of sight in one step, under the lock: whoever comes next makes the object anew.
+            // Out of sight in one step: whoever leases it from now on makes it anew.
             let moved = self.incoming().and_then(|trash| {
                 fs::rename(&object, trash.path().join("object")).map_err(|e| failed("remove", &object, e))?;
                 Ok(trash)
@@ -212,6 +222,14 @@ impl Store {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl State {
+    fn needs(&self, generation: &Generation) -> bool {
+        self.leases.contains_key(generation)
+            || self.unsettled.contains(generation)
+            || self.names.values().any(|record| record.generation == *generation)
     }
 }
 
@@ -307,6 +325,8 @@ fn failed(action: &str, path: &Path, error: std::io::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::io::BufRead;
+
     use super::*;
     use crate::ErrorKind;
     use crate::adapter::generation_of;
@@ -369,6 +389,25 @@ mod tests {
         assert_eq!(generation_of(&store.object(&one)).unwrap(), one);
         drop(second);
         assert_eq!(count(root.path().join("objects")), 0);
+    }
+
+    #[test]
+    fn what_the_disk_has_not_confirmed_is_not_relied_on() {
+        let root = tempfile::tempdir().unwrap();
+        let store = open(root.path());
+        let one = publish(&store, "a", "one");
+        let two = publish(&store, "b", "two");
+        let unconfirmed = || Err(Error::internal("the disk is gone"));
+        store.changed("a", Some(Record { generation: two.clone(), created: 1 }), unconfirmed());
+        drop(store.lease(&one));
+        assert_eq!(generation_of(&store.object(&one)).unwrap(), one);
+        store.changed("a", None, unconfirmed());
+        store.remove_name("b").unwrap();
+        assert_eq!(generation_of(&store.object(&two)).unwrap(), two);
+        drop(store);
+        // After the power cut the name stands for what it did, here still the first.
+        assert_eq!(names(&open(root.path())), [("a".to_string(), one)]);
+        assert_eq!(count(root.path().join("objects")), 1);
     }
 
     #[test]
@@ -490,6 +529,8 @@ mod tests {
     }
 
     const CHILD_ROOT: &str = "LORAMUX_TEST_STORE";
+    /// What the child says after each round of its work.
+    const STEP: &str = "done with a round";
 
     /// Not a test of its own: what [`a_killed_process_leaves_the_old_or_the_new`] runs and kills.
     #[test]
@@ -503,6 +544,7 @@ mod tests {
             if i % 3 == 2 {
                 store.remove_name("b").unwrap();
             }
+            println!("{STEP}");
         }
     }
 
@@ -517,17 +559,15 @@ mod tests {
         publish(&open(root.path()), "a", "one");
         for round in 0..8u64 {
             let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", "adapter::store::tests::child_that_publishes_for_ever", "--ignored"])
+                .args(["--exact", "adapter::store::tests::child_that_publishes_for_ever", "--ignored", "--nocapture"])
                 .env(CHILD_ROOT, root.path())
-                .stdout(std::process::Stdio::null())
+                .stdout(std::process::Stdio::piped())
                 .spawn()
                 .unwrap();
-            // It has begun when it has noted itself in the lock; then it lives for a different time each round.
-            let begun = || fs::read_to_string(root.path().join("lock")).unwrap().trim() == child.id().to_string();
-            let start = std::time::Instant::now();
-            while !begun() {
-                assert!(start.elapsed().as_secs() < 60, "the child did not start");
-                std::thread::sleep(std::time::Duration::from_millis(1));
+            // It has done everything at least once, removals too; then it lives for a different time each round.
+            let mut lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+            for _ in 0..3 {
+                lines.by_ref().map(Result::unwrap).find(|line| line == STEP).expect("the child goes on");
             }
             std::thread::sleep(std::time::Duration::from_micros(1_000 + round * 2_777));
             child.kill().unwrap();

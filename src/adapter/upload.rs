@@ -7,7 +7,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use crate::adapter::archive;
-use crate::adapter::files::{FILES, PICKLE, open_optional};
+use crate::adapter::files::{FILES, PICKLE, WEIGHTS, open_optional, steady};
 use crate::{Error, Result};
 
 /// An adapter's files on their way in: a private folder in the store that is deleted if it is not published.
@@ -37,13 +37,24 @@ impl Upload {
 
     /// Copies the adapter files of a local directory.
     pub(super) fn copy_from(&self, directory: &Path) -> Result<()> {
+        steady(directory, || self.copy(directory))
+    }
+
+    fn copy(&self, directory: &Path) -> Result<()> {
         let mut left = self.limit;
         let mut found = false;
         for name in FILES {
-            let Some((mut from, _)) = open_optional(directory, name)? else { continue };
-            found = true;
             let failed = |e: std::io::Error| Error::internal(format!("{name} could not be copied: {e}"));
-            let mut to = File::create_new(self.path().join(name)).map_err(failed)?;
+            let path = self.path().join(name);
+            let Some((mut from, _)) = open_optional(directory, name)? else {
+                // It may have been there, and so here, when the files changed while they were copied.
+                if path.exists() {
+                    fs::remove_file(path).map_err(failed)?;
+                }
+                continue;
+            };
+            found = true;
+            let mut to = File::create(path).map_err(failed)?;
             let mut buffer = vec![0; 1 << 16];
             loop {
                 let read = from.read(&mut buffer).map_err(failed)?;
@@ -78,6 +89,11 @@ impl Upload {
             }
         }
         Ok(())
+    }
+
+    /// Size of the weights; 0 if there are none.
+    pub(super) fn weights(&self) -> u64 {
+        fs::metadata(self.path().join(WEIGHTS)).map_or(0, |meta| meta.len())
     }
 
     fn too_large(&self, name: &str) -> Error {

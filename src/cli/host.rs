@@ -50,15 +50,15 @@ impl Host {
         let metrics = Arc::new(Metrics::new());
         let device_name = if device.is_cpu() { "cpu" } else { "cuda" };
         tracing::info!("loading {} on {}", base.id, device_name);
-        let options = DecoderOptions { device: device.clone(), kernels, format, dtype };
-        let decoder = Decoder::load(&base.config, &base.weights, options)?;
+        let options = DecoderOptions { device, kernels, format, dtype };
+        let decoder = Decoder::load(&base.config, &base.weights, options.clone())?;
         metrics.base_bytes.set(decoder.bytes() as i64);
         tracing::info!("weights take {:.1} MB", decoder.bytes() as f64 / 1e6);
         let registry = Registry::open(
             RegistryOptions {
                 config: base.config.clone(),
                 base: base.id.clone(),
-                device,
+                decoder: options,
                 directories: args.adapters.clone(),
                 store: limits.store,
                 memory: args.adapter_memory.0 as usize,

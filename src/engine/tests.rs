@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 use proptest::prelude::*;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::continuation::Continuation;
 use super::*;
 use crate::adapter::{Adapter, Generation, Head};
-use crate::base::ModelConfig;
+use crate::base::{DecoderOptions, Kernels, ModelConfig};
 use crate::lora::PackedAdapter;
 use crate::metrics::Metrics;
 use crate::{Error, ErrorKind, Result};
@@ -48,7 +48,9 @@ pub fn adapter(generation: &str, labels: usize) -> Arc<PackedAdapter> {
         labels: (0..labels).map(|l| format!("label {l}")).collect(),
     });
     let adapter = Adapter { generation: Generation::new(generation), pairs: BTreeMap::new(), head };
-    Arc::new(PackedAdapter::new(&adapter, &config(), &Device::Cpu).unwrap())
+    let (device, kernels) = (Device::Cpu, Kernels::for_device(&Device::Cpu));
+    let base = DecoderOptions { device, kernels, format: None, dtype: DType::F32 };
+    Arc::new(PackedAdapter::new(adapter, &config(), &base).unwrap())
 }
 
 fn mix(a: u64, b: u64) -> u64 {

@@ -64,7 +64,7 @@ impl Delta for BatchDelta<'_> {
         for (rows, site) in self.sites(layer, site) {
             let rows_of = |t: &Tensor| t.narrow(0, rows.start, rows.len());
             let tensor = |factor: &Factor| match factor {
-                Factor::Tensor(t) => t.to_dtype(x.dtype())?.t(),
+                Factor::Tensor(t) => t.t(),
                 Factor::Packed(_) => unreachable!("adapters are packed for the base's kernels"),
             };
             let h = rows_of(x)?.matmul(&tensor(&site.a)?)?;
@@ -88,12 +88,12 @@ impl Delta for BatchDelta<'_> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use candle_core::Device;
+    use candle_core::{DType, Device};
     use proptest::prelude::*;
 
     use super::*;
     use crate::adapter::{Adapter, Generation, LoraPair};
-    use crate::base::{Kernels, ModelConfig};
+    use crate::base::{DecoderOptions, Kernels, ModelConfig};
 
     fn numbers(seed: u64) -> impl FnMut() -> f32 {
         let mut state = seed | 1;
@@ -153,8 +153,9 @@ mod tests {
                 rows += gap + len;
             }
             for kernels in Simd::all().into_iter().map(Kernels::Packed).chain([Kernels::Tensor]) {
-                let packed: Vec<_> = adapters.iter()
-                    .map(|a| PackedAdapter::for_kernels(a, &config, &Device::Cpu, kernels).unwrap()).collect();
+                let base = DecoderOptions { device: Device::Cpu, kernels, format: None, dtype: DType::F32 };
+                let packed: Vec<_> =
+                    adapters.iter().map(|a| PackedAdapter::new(a.clone(), &config, &base).unwrap()).collect();
                 let simd = if let Kernels::Packed(simd) = kernels { simd } else { Simd::Portable };
                 let segments = ranges.iter().zip(&packed).map(|(r, adapter)| Segment { rows: r.clone(), adapter });
                 let delta = BatchDelta::new(simd, segments.collect());
@@ -196,6 +197,23 @@ mod tests {
                         prop_assert!((*g as f64 - w).abs() <= 2e-4 * (1.0 + w.abs()), "{kernels:?} {site:?} {i}: {g} {w}");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn factors_are_in_the_numbers_of_the_base() {
+        let config = config(1, 1, 2, 4, 4);
+        let pair = LoraPair { rank: 1, scale: 1.0, a: vec![1.0; 4], b: vec![1.0; 2] };
+        let pairs = BTreeMap::from([((0, config.target_modules()[0].projection), pair)]);
+        let adapter = Adapter { generation: Generation::new("g"), pairs, head: None };
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let base = DecoderOptions { device: Device::Cpu, kernels: Kernels::Tensor, format: None, dtype };
+            let packed = PackedAdapter::new(adapter.clone(), &config, &base).unwrap();
+            assert_eq!(packed.bytes, 6 * dtype.size_in_bytes());
+            let site = &packed.sites[&(0, Site::Qkv)];
+            for factor in [&site.a, &site.parts[0].b] {
+                assert!(matches!(factor, Factor::Tensor(t) if t.dtype() == dtype), "{factor:?}");
             }
         }
     }

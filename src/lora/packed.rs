@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use crate::Result;
 use crate::adapter::{Adapter, Generation, Head};
 use crate::base::matmul::PackedMatrix;
-use crate::base::{Kernels, ModelConfig, Site};
+use crate::base::{DecoderOptions, Kernels, ModelConfig, Site};
 
 /// The low-rank pairs of one fused linear layer.
 #[derive(Debug)]
@@ -30,17 +30,17 @@ pub(super) struct Part {
 #[derive(Debug)]
 pub(super) enum Factor {
     Packed(PackedMatrix),
-    /// `[out_features, in_features]`.
+    /// `[out_features, in_features]`, in the decoder's numbers.
     Tensor(Tensor),
 }
 
 impl Factor {
-    fn new(rows: &[f32], n: usize, k: usize, kernels: Kernels, device: &Device) -> Result<Self> {
-        Ok(match kernels {
+    fn new(rows: &[f32], n: usize, k: usize, base: &DecoderOptions) -> Result<Self> {
+        Ok(match base.kernels {
             Kernels::Packed(_) => Factor::Packed(PackedMatrix::pack_exactly(rows, n, k)),
             Kernels::Tensor => {
-                let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-                Factor::Tensor(Tensor::from_slice(rows, (n, k), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+                let tensor = Tensor::from_slice(rows, (n, k), &Device::Cpu)?;
+                Factor::Tensor(tensor.to_dtype(base.dtype)?.to_device(&base.device)?)
             }
         })
     }
@@ -77,37 +77,34 @@ pub struct PackedAdapter {
 }
 
 impl PackedAdapter {
-    pub fn new(adapter: &Adapter, config: &ModelConfig, device: &Device) -> Result<Self> {
-        Self::for_kernels(adapter, config, device, Kernels::for_device(device))
-    }
-
-    /// For given kernels, as [`crate::base::DecoderOptions`] chose them for the base.
-    pub fn for_kernels(adapter: &Adapter, config: &ModelConfig, device: &Device, kernels: Kernels) -> Result<Self> {
+    /// For the kernels and the numbers that `base` is held in. Each pair is freed as soon as it is packed, so that an
+    /// adapter is not twice in memory.
+    pub fn new(mut adapter: Adapter, config: &ModelConfig, base: &DecoderOptions) -> Result<Self> {
         let mut sites = HashMap::new();
         for layer in 0..config.layers {
             for site in Site::ALL {
                 let (mut a, mut parts, mut ranks, mut column, mut width) = (Vec::new(), Vec::new(), 0, 0, 0);
                 for &projection in site.projections() {
                     let (n, k) = config.shape(projection);
-                    if let Some(pair) = adapter.pairs.get(&(layer, projection)) {
+                    if let Some(pair) = adapter.pairs.remove(&(layer, projection)) {
                         a.extend_from_slice(&pair.a);
-                        let b = Factor::new(&pair.b, n, pair.rank, kernels, device)?;
+                        let b = Factor::new(&pair.b, n, pair.rank, base)?;
                         parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
                         ranks += pair.rank;
                     }
                     (column, width) = (column + n, k);
                 }
                 if !parts.is_empty() {
-                    let a = Factor::new(&a, ranks, width, kernels, device)?;
+                    let a = Factor::new(&a, ranks, width, base)?;
                     sites.insert((layer, site), PackedSite { a, parts });
                 }
             }
         }
         let site_bytes = |s: &PackedSite| s.a.bytes() + s.parts.iter().map(|p| p.b.bytes()).sum::<usize>();
-        let head = adapter.head.clone();
+        let head = adapter.head;
         let head_bytes = head.as_ref().map_or(0, |h| 4 * (h.weight.len() + h.bias.as_ref().map_or(0, Vec::len)));
         Ok(PackedAdapter {
-            generation: adapter.generation.clone(),
+            generation: adapter.generation,
             labels: head.as_ref().map(|h| h.labels.clone()),
             bytes: sites.values().map(site_bytes).sum::<usize>() + head_bytes,
             sites,

@@ -62,6 +62,7 @@ async fn ready(state: Shared) -> HttpResponse {
 }
 
 async fn metrics(state: Shared) -> HttpResponse {
+    state.registry.update_metrics();
     HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(state.metrics.render())
 }
 

@@ -23,13 +23,16 @@ pub fn all_kernels() -> Vec<Kernels> {
 }
 
 pub fn decoder(base: &Base, kernels: Kernels, format: Option<Format>) -> Decoder {
-    let options = DecoderOptions { device: Device::Cpu, kernels, format, dtype: DType::F32 };
-    Decoder::load(&base.config, &base.weights, options).unwrap()
+    Decoder::load(&base.config, &base.weights, options(kernels, format)).unwrap()
+}
+
+fn options(kernels: Kernels, format: Option<Format>) -> DecoderOptions {
+    DecoderOptions { device: Device::Cpu, kernels, format, dtype: DType::F32 }
 }
 
 pub fn adapter(base: &Base, directory: &Path, kernels: Kernels) -> Arc<PackedAdapter> {
     let adapter = loramux::adapter::load(directory, &base.config, &base.id).unwrap().adapter;
-    Arc::new(PackedAdapter::for_kernels(&adapter, &base.config, &Device::Cpu, kernels).unwrap())
+    Arc::new(PackedAdapter::new(adapter, &base.config, &options(kernels, None)).unwrap())
 }
 
 pub fn engine(base: &Base, decoder: Decoder, kv_bytes: usize, max_batch_tokens: usize) -> Engine {
