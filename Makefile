@@ -7,7 +7,7 @@ PYTHON ?= python3
 # Everything built goes outside the checkout, where a second checkout finds it again.
 export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 
-CLIENTS := $(CARGO_TARGET_DIR)/clients
+CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 
 .PHONY: serve build model test lint
 
@@ -22,18 +22,20 @@ model: build
 	$(CARGO_TARGET_DIR)/release/loramux fetch
 
 test: $(CLIENTS)/ready $(CLIENTS)/prometheus
-	PYTHONPATH=$(CLIENTS)/python LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus $(CARGO) test
+	PYTHONPATH=$(CLIENTS)/python LORAMUX_TEST_PYTHON=$(PYTHON) LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus $(CARGO) test
 
 # The real clients that the tests run against a real server.
 $(CLIENTS)/ready: tests/clients/requirements.txt
 	$(PYTHON) -m pip install --quiet --upgrade --target $(CLIENTS)/python --requirement $<
 	touch $@
 
-# The installed Prometheus, else Debian's package, unpacked without installing it.
+# The installed Prometheus, else Debian's package, unpacked without installing it. A fresh system has no list of packages
+# to find it in, and only root can fetch one.
 $(CLIENTS)/prometheus:
 	mkdir -p $(CLIENTS)/deb
 	if command -v prometheus; then ln -sf "$$(command -v prometheus)" $@; \
-	else cd $(CLIENTS)/deb && apt-get download prometheus && dpkg -x prometheus_*.deb . && ln -sf deb/usr/bin/prometheus $@; fi
+	else cd $(CLIENTS)/deb && { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } \
+	&& dpkg -x prometheus_*.deb . && ln -sf deb/usr/bin/prometheus $@; fi
 
 lint:
 	$(CARGO) fmt --check

@@ -1,7 +1,7 @@
 //! Prometheus metrics of the whole process.
 
-use std::collections::HashSet;
-use std::sync::Mutex;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -15,6 +15,7 @@ const MAX_ADAPTER_LABELS: usize = 1000;
 pub struct Metrics {
     registry: Registry,
     adapter_labels: Mutex<HashSet<String>>,
+    demand: Mutex<Demand>,
     pub requests: IntCounterVec,
     pub request_seconds: HistogramVec,
     pub ttft_seconds: Histogram,
@@ -30,11 +31,46 @@ pub struct Metrics {
     pub adapter_bytes: IntGaugeVec,
     pub adapter_load_seconds: HistogramVec,
     pub base_bytes: IntGauge,
-    pub vllm_waiting: IntGauge,
+    vllm_waiting: IntGauge,
     pub vllm_running: IntGauge,
     pub vllm_kv_usage: prometheus::Gauge,
     pub vllm_cache_config: IntGaugeVec,
-    pub vllm_lora: GaugeVec,
+    vllm_lora: GaugeVec,
+}
+
+/// Who asks for adapters: what `vllm:lora_requests_info` and `vllm:num_requests_waiting` tell.
+#[derive(Default)]
+struct Demand {
+    max: usize,
+    running: String,
+    waiting: BTreeSet<String>,
+    /// Requests that wait in the engine.
+    queued: usize,
+    /// Requests that wait for an adapter to be loaded, by its name.
+    cold: BTreeMap<String, usize>,
+    /// Labels of the one series there is.
+    shown: Option<[String; 3]>,
+}
+
+impl Demand {
+    fn count(&self) -> usize {
+        self.queued + self.cold.values().sum::<usize>()
+    }
+}
+
+/// A request that waits for an adapter to be loaded.
+pub struct Cold {
+    metrics: Arc<Metrics>,
+    name: String,
+}
+
+impl Drop for Cold {
+    fn drop(&mut self) {
+        self.metrics.change_demand(|demand| match demand.cold.get_mut(&self.name) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(demand.cold.remove(&self.name)),
+        });
+    }
 }
 
 impl Default for Metrics {
@@ -66,6 +102,7 @@ impl Metrics {
         };
         Metrics {
             adapter_labels: Mutex::default(),
+            demand: Mutex::default(),
             requests: register!(counter(
                 "loramux_requests_total",
                 "Requests answered",
@@ -140,13 +177,45 @@ impl Metrics {
         name
     }
 
-    /// Sets `vllm:lora_requests_info`. Only one combination of adapter names exists at a time, as in vLLM.
+    /// Counts a request for an adapter that is not in memory yet as waiting, until the guard is dropped.
+    pub fn cold(self: &Arc<Self>, name: &str) -> Cold {
+        self.change_demand(|demand| *demand.cold.entry(name.to_string()).or_default() += 1);
+        Cold { metrics: self.clone(), name: name.to_string() }
+    }
+
+    /// Sets how many requests wait in the engine.
+    pub fn set_waiting(&self, waiting: usize) {
+        let mut demand = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
+        demand.queued = waiting;
+        self.vllm_waiting.set(demand.count() as i64);
+    }
+
+    /// Sets which adapters the engine's requests run on and wait for.
     pub fn set_lora_requests(&self, max: usize, running: &[&str], waiting: &[&str]) {
+        self.change_demand(|demand| {
+            demand.max = max;
+            demand.running = running.join(",");
+            demand.waiting = waiting.iter().map(|name| name.to_string()).collect();
+        });
+    }
+
+    /// Only one combination of adapter names exists at a time, as in vLLM. The new one is there before the old one
+    /// goes, so that no scrape finds none.
+    fn change_demand(&self, change: impl FnOnce(&mut Demand)) {
+        let mut demand = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut demand);
+        self.vllm_waiting.set(demand.count() as i64);
+        let mut waiting = demand.waiting.clone();
+        waiting.extend(demand.cold.keys().cloned());
+        let waiting = Vec::from_iter(waiting).join(",");
+        let labels = [demand.max.to_string(), demand.running.clone(), waiting];
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        self.vllm_lora.reset();
-        self.vllm_lora
-            .with_label_values(&[max.to_string().as_str(), &running.join(","), &waiting.join(",")])
-            .set(now.as_secs_f64());
+        self.vllm_lora.with_label_values(&labels).set(now.as_secs_f64());
+        let old = demand.shown.replace(labels.clone());
+        if let Some(old) = old.filter(|old| *old != labels) {
+            // It cannot be missing: it was shown.
+            let _ = self.vllm_lora.remove_label_values(&old);
+        }
     }
 
     /// The text exposition format.
@@ -156,5 +225,38 @@ impl Metrics {
             tracing::error!("metrics could not be written: {e}");
         }
         String::from_utf8_lossy(&out).into_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_for_cold_adapters_wait_too() {
+        let metrics = Arc::new(Metrics::new());
+        let series = |metrics: &Metrics| {
+            let text = metrics.render();
+            let lines: Vec<&str> = text.lines().filter(|l| l.starts_with("vllm:lora_requests_info{")).collect();
+            assert_eq!(lines.len(), 1, "{text}");
+            let waiting = text.lines().find_map(|l| l.strip_prefix("vllm:num_requests_waiting ")).unwrap();
+            (lines[0].rsplit_once('}').unwrap().0.to_string(), waiting.parse().unwrap())
+        };
+        let expected = |running: &str, waiting: &str| {
+            format!(
+                "vllm:lora_requests_info{{max_lora=\"8\",running_lora_adapters=\"{running}\",waiting_lora_adapters=\"{waiting}\""
+            )
+        };
+        metrics.set_lora_requests(8, &["a"], &["c"]);
+        metrics.set_waiting(2);
+        assert_eq!(series(&metrics), (expected("a", "c"), 2));
+        let (one, two) = (metrics.cold("b"), metrics.cold("b"));
+        assert_eq!(series(&metrics), (expected("a", "b,c"), 4));
+        drop(one);
+        metrics.set_lora_requests(8, &["a", "c"], &[]);
+        metrics.set_waiting(0);
+        assert_eq!(series(&metrics), (expected("a,c", "b"), 1));
+        drop(two);
+        assert_eq!(series(&metrics), (expected("a,c", ""), 0));
     }
 }

@@ -21,14 +21,16 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             );
             for a in rows {
                 let text = |key: &str| a[key].as_str().unwrap_or("-").to_string();
+                // As texts: a JSON value does not take a width.
+                let number = |key: &str| a[key].to_string();
                 let generation: String = text("generation").chars().take(12).collect();
                 println!(
                     "{:<32} {generation:<12} {:<6} {:>5} {:>12} {:>10}",
                     text("name"),
                     text("tier"),
-                    a["rank"],
-                    a["bytes"],
-                    a["in_flight"]
+                    number("rank"),
+                    number("bytes"),
+                    number("in_flight")
                 );
             }
             Ok(())
@@ -44,6 +46,8 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             Ok(())
         }
         AdaptersCommand::Push { name, directory, if_match, server } => {
+            // Before it becomes part of a URL, where `x#y` would be `x`.
+            adapter::check_name(&name)?;
             let client = Client::new(&server.url)?;
             let mut request = client.http.put(client.at(&format!("/v1/adapters/{name}"))).multipart(form(&directory)?);
             if let Some(generation) = if_match {
@@ -54,6 +58,7 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             Ok(())
         }
         AdaptersCommand::Rm { name, server } => {
+            adapter::check_name(&name)?;
             let client = Client::new(&server.url)?;
             let request = client.http.delete(client.at(&format!("/v1/adapters/{name}")));
             let _: Value = client.json(request).await?;

@@ -60,7 +60,7 @@ pub struct ModelArgs {
     /// Base model: a Hugging Face directory, a .gguf file, or a hub id org/name[@revision]
     #[arg(long, env = "LORAMUX_MODEL", value_name = "SRC", default_value = DEFAULT_MODEL)]
     pub model: String,
-    /// Folder of adapters, one folder each, named after it; only read. Repeatable
+    /// Folder of adapters, one folder each, named after it; only read. Repeatable; `:` separates several
     #[arg(long, env = "LORAMUX_ADAPTERS", value_name = "DIR", value_delimiter = ':')]
     pub adapters: Vec<PathBuf>,
     /// auto, cpu, cuda or cuda:N
@@ -105,6 +105,10 @@ pub struct ServeArgs {
     /// Largest upload, also after unpacking
     #[arg(long, env = "LORAMUX_MAX_UPLOAD", value_name = "SIZE", default_value = "1GiB")]
     pub max_upload: Bytes,
+    /// Seconds that requests in flight may go on after SIGTERM or SIGINT; then they are answered 503. A second signal
+    /// stops at once
+    #[arg(long, env = "LORAMUX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
+    pub drain_timeout: u64,
     /// Let clients name directories of this machine in /v1/load_lora_adapter
     #[arg(long, env = "LORAMUX_ALLOW_LOCAL_PATHS")]
     pub allow_local_paths: bool,

@@ -34,7 +34,8 @@ pub struct Host {
     /// What the weights are held in, for people.
     pub dtype: String,
     /// `cpu` or `cuda`.
-    pub device: &'static str,
+    pub device_name: &'static str,
+    pub device: Device,
 }
 
 impl Host {
@@ -88,7 +89,8 @@ impl Host {
             engine,
             metrics,
             dtype: described,
-            device: device_name,
+            device_name,
+            device,
         })
     }
 }

@@ -9,10 +9,14 @@ mod config;
 mod host;
 mod oneshot;
 
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+
 use args::{BenchCommand, Cli, Command, ServeArgs};
 use host::{Host, Limits};
 
-use crate::{Result, server};
+use crate::{Error, Result, server};
 
 /// Parses the command line and runs it. Results go to stdout, everything else to stderr.
 pub fn run() -> Result<()> {
@@ -33,13 +37,23 @@ pub fn run() -> Result<()> {
     };
     tokio::runtime::Runtime::new()?.block_on(async {
         match command {
-            Command::Generate(args) => oneshot::generate(args).await,
-            Command::Classify(args) => oneshot::classify(args).await,
+            Command::Generate(args) => interruptible(oneshot::generate(args)).await,
+            Command::Classify(args) => interruptible(oneshot::classify(args)).await,
             Command::Adapters(command) => adapters::run(command).await,
             Command::Bench(BenchCommand::Serve(args)) => bench::serve(args).await,
             Command::Serve(_) | Command::Fetch { .. } => unreachable!("answered above"),
         }
     })
+}
+
+/// Ends on Ctrl-C as on an error, so that temporary files are deleted.
+async fn interruptible(work: impl Future<Output = Result<()>>) -> Result<()> {
+    tokio::select! {
+        // Loading does not wait for anything, so until it is done Ctrl-C still ends the process by itself.
+        biased;
+        done = work => done,
+        _ = tokio::signal::ctrl_c() => Err(Error::unavailable("interrupted")),
+    }
 }
 
 fn serve(args: ServeArgs) -> Result<()> {
@@ -51,19 +65,22 @@ fn serve(args: ServeArgs) -> Result<()> {
         max_queue: args.max_queue,
         max_upload: args.max_upload.0,
     };
-    let host = Host::start(&args.model, limits)?;
-    let state = server::State {
-        context: host.config.context,
-        device: host.device,
-        engine: host.engine,
-        registry: host.registry,
-        tokenizer: host.tokenizer,
-        chat: host.chat,
-        metrics: host.metrics,
-        base_id: host.base_id,
-        dtype: host.dtype,
-        allow_local_paths: args.allow_local_paths,
-        draining: false.into(),
+    let load = move || {
+        let host = Host::start(&args.model, limits)?;
+        Ok(server::State {
+            context: host.config.context,
+            device: host.device_name,
+            engine: host.engine,
+            registry: host.registry,
+            tokenizer: host.tokenizer,
+            chat: host.chat,
+            metrics: host.metrics,
+            base_id: host.base_id,
+            dtype: host.dtype,
+            allow_local_paths: args.allow_local_paths,
+            draining: false.into(),
+            uploads: Semaphore::new(server::UPLOADS),
+        })
     };
-    server::serve(state, &args.listen)
+    server::serve(&args.listen, Duration::from_secs(args.drain_timeout), load)
 }

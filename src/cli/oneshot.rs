@@ -14,7 +14,8 @@ use crate::{Error, Result};
 
 type NamedAdapter = (Arc<str>, Arc<PackedAdapter>);
 
-/// The base, and the adapter by name or by path. The store is an empty one that goes with the returned folder.
+/// The base, and the adapter by name, or by path and then read where it lies. The store is an empty one that goes with
+/// the returned folder.
 async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<NamedAdapter>, tempfile::TempDir)> {
     let store = tempfile::tempdir()?;
     let limits = Limits {
@@ -28,9 +29,8 @@ async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<
     let Some(name) = adapter else { return Ok((host, None, store)) };
     let path = Path::new(name);
     let packed = if path.join("adapter_config.json").exists() {
-        let upload = host.registry.upload_from(path)?;
-        host.registry.publish("local", upload, crate::adapter::Condition::Always).await?;
-        host.registry.acquire("local").await?
+        let loaded = crate::adapter::load(path, &host.config, &host.base_id)?;
+        Arc::new(PackedAdapter::new(&loaded.adapter, &host.config, &host.device)?)
     } else {
         host.registry.acquire(name).await?
     };

@@ -55,16 +55,13 @@ impl Continuation {
             if !end {
                 choice.matched_stop = Some(token.to_string());
             }
+            choice.end = raw.map(|raw| self.logprob(token, &raw)).transpose()?;
             self.finish(FinishReason::Stop, &mut choice);
             return Ok((token, choice));
         }
         choice.tokens.push(token);
-        if let (Some(raw), Some(count)) = (raw, self.generate.logprobs) {
-            // Of the logits as the model gave them, as vLLM does: neither penalties nor temperature are in.
-            let lse = log_sum_exp(&raw)?;
-            let logprob = raw[token as usize] - lse;
-            let top = likeliest(&raw, count).into_iter().map(|(token, logit)| (token, logit - lse)).collect();
-            choice.logprobs.push(TokenLogprob { token, logprob, top });
+        if let Some(raw) = raw {
+            choice.logprobs.push(self.logprob(token, &raw)?);
         }
         if !vocabulary.is_special(token) {
             let mut piece = String::new();
@@ -77,6 +74,14 @@ impl Continuation {
             self.finish(FinishReason::Length, &mut choice);
         }
         Ok((token, choice))
+    }
+
+    /// Of the logits as the model gave them, as vLLM does: neither penalties nor temperature are in.
+    fn logprob(&self, token: u32, raw: &[f32]) -> Result<TokenLogprob> {
+        let lse = log_sum_exp(raw)?;
+        let likeliest = likeliest(raw, self.generate.logprobs.unwrap_or(0));
+        let top = likeliest.into_iter().map(|(token, logit)| (token, logit - lse)).collect();
+        Ok(TokenLogprob { token, logprob: raw[token as usize] - lse, top })
     }
 
     /// Lets out the text that waited.

@@ -39,6 +39,10 @@ pub(super) struct Shared {
     /// Requests not yet answered.
     in_flight: AtomicUsize,
     draining: AtomicBool,
+    /// What still runs is to fail.
+    given_up: AtomicBool,
+    /// The thread has ended.
+    dead: AtomicBool,
     seeds_drawn: AtomicUsize,
     /// Told when `in_flight` becomes 0.
     idle: Notify,
@@ -47,6 +51,19 @@ pub(super) struct Shared {
 impl Shared {
     pub fn queued(&self) -> usize {
         self.queued.load(Ordering::SeqCst)
+    }
+
+    pub fn is_given_up(&self) -> bool {
+        self.given_up.load(Ordering::SeqCst)
+    }
+}
+
+/// Tells of the thread's end when dropped, so also after a panic.
+struct Life(Arc<Shared>);
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        self.0.dead.store(true, Ordering::SeqCst);
     }
 }
 
@@ -135,8 +152,18 @@ impl Engine {
         let shared = Arc::new(Shared { max_queue: options.max_queue, ..Shared::default() });
         let (inbox, outbox) = mpsc::channel();
         let stepper = Stepper::new(model, vocabulary, options, metrics, shared.clone(), limits.tokens());
-        std::thread::Builder::new().name("engine".into()).spawn(move || stepper.run(outbox))?;
+        let life = Life(shared.clone());
+        let run = move || {
+            let _life = life;
+            stepper.run(outbox);
+        };
+        std::thread::Builder::new().name("engine".into()).spawn(run)?;
         Ok(Engine { inbox, shared, limits, seeds: RandomState::new() })
+    }
+
+    /// What [`Engine::submit`] would refuse whatever the load. Errors: `BadRequest`.
+    pub fn check(&self, request: &Request) -> Result<()> {
+        self.limits.check(request)
     }
 
     /// Queues a request. Dropping the receiver cancels it at the next step.
@@ -167,6 +194,16 @@ impl Engine {
     /// Requests that wait and sequences that run.
     pub fn load(&self) -> (usize, usize) {
         (self.shared.queued(), self.shared.running.load(Ordering::SeqCst))
+    }
+
+    /// Whether the thread runs. A dead engine answers nothing any more.
+    pub fn is_alive(&self) -> bool {
+        !self.shared.dead.load(Ordering::SeqCst)
+    }
+
+    /// Fails, with `Unavailable`, what is in flight. For the end of a [`Engine::drain`] that takes too long.
+    pub fn give_up(&self) {
+        self.shared.given_up.store(true, Ordering::SeqCst);
     }
 
     /// Refuses new requests, finishes those in flight, then returns.

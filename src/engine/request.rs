@@ -120,6 +120,8 @@ pub struct Choice {
     /// One per token of `tokens`, if asked for.
     pub logprobs: Vec<TokenLogprob>,
     pub finish: Option<FinishReason>,
+    /// The end or stop token that ended it and is not in `tokens`, if log-probabilities were asked for.
+    pub end: Option<TokenLogprob>,
     /// The stop string or stop token id that matched, for `finish: Stop` without an end token.
     pub matched_stop: Option<String>,
 }

@@ -105,6 +105,7 @@ impl Stepper {
     ) -> Self {
         let (block_size, blocks) = (model.block_size(), model.blocks());
         metrics.vllm_cache_config.with_label_values(&[block_size.to_string(), blocks.to_string()]).set(1);
+        metrics.set_lora_requests(options.max_sequences, &[], &[]);
         let scheduler = Scheduler::new(SchedulerOptions {
             max_sequences: options.max_sequences,
             max_batch_tokens: options.max_batch_tokens,
@@ -149,6 +150,10 @@ impl Stepper {
                         return;
                     }
                 }
+            }
+            if self.shared.is_given_up() {
+                let all = self.active.keys().copied().collect();
+                self.fail(&all, &Error::unavailable("the server stops and waits no longer; the request was given up"));
             }
             self.drop_cancelled();
             self.step();
@@ -379,7 +384,7 @@ impl Stepper {
         metrics.vllm_running.set(running as i64);
         // Those put back wait too, but were taken off the queue's count when they first ran.
         let put_back = self.scheduler.waiting().filter(|s| self.started(s)).count();
-        metrics.vllm_waiting.set((queued + put_back) as i64);
+        metrics.set_waiting(queued + put_back);
         let preemptions = self.scheduler.preemptions();
         self.changed |= preemptions != self.preemptions;
         metrics.preemptions.inc_by(preemptions - self.preemptions);

@@ -264,7 +264,7 @@ fn join(whole: &mut Choice, part: Choice) {
     whole.tokens.extend(part.tokens);
     whole.text.push_str(&part.text);
     whole.logprobs.extend(part.logprobs);
-    (whole.finish, whole.matched_stop) = (part.finish, part.matched_stop);
+    (whole.finish, whole.matched_stop, whole.end) = (part.finish, part.matched_stop, part.end);
 }
 
 fn collect(mut events: UnboundedReceiver<Event>) -> Answer {
@@ -631,4 +631,60 @@ fn metrics_tell_what_runs_and_what_it_did() {
     ] {
         assert!(text.contains(line), "{line} is not in\n{text}");
     }
+}
+
+/// A vocabulary that breaks where nothing catches a panic.
+struct Broken;
+
+impl Vocabulary for Broken {
+    fn token_bytes(&self, _: u32) -> &[u8] {
+        panic!("no such token");
+    }
+    fn is_special(&self, _: u32) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_panic_of_the_thread_ends_what_runs_and_is_told() {
+    let model = Fake { block_size: 4, memory: vec![0; 400], control: Arc::default() };
+    let options = EngineOptions { max_sequences: 4, max_batch_tokens: 8, max_queue: 4, eos_tokens: vec![EOS] };
+    let engine = Engine::start(Box::new(model), Arc::new(Broken), options, Arc::new(Metrics::new())).unwrap();
+    assert!(engine.is_alive());
+    let ask = || engine.submit(request(None, vec![5, 6], Task::Generate(generate(4))));
+    let Answer::Failed(kind, message) = collect(ask().unwrap()) else { panic!("an answer") };
+    assert_eq!(kind, ErrorKind::Internal, "{message}");
+    wait_until(|| !engine.is_alive());
+    assert_eq!(ask().unwrap_err().kind, ErrorKind::Unavailable);
+    assert_eq!(engine.load(), (0, 0));
+}
+
+#[test]
+fn a_drain_can_be_cut_short() {
+    let bench = bench(&ROOMY);
+    bench.control.hold(true);
+    let task = Generate { ignore_eos: true, ..generate(200) };
+    let events = bench.engine.submit(request(None, vec![5, 6], Task::Generate(task))).unwrap();
+    wait_until(|| bench.control.steps.load(Ordering::SeqCst) > 0);
+    bench.engine.give_up();
+    bench.control.hold(false);
+    let Answer::Failed(kind, message) = collect(events) else { panic!("the request went on") };
+    assert_eq!(kind, ErrorKind::Unavailable, "{message}");
+    tokio::runtime::Runtime::new().unwrap().block_on(bench.engine.drain());
+    bench.settle();
+}
+
+#[test]
+fn an_end_token_comes_with_its_log_probability() {
+    let bench = bench(&ROOMY);
+    let mut task = Generate { logprobs: Some(1), ..generate(9) };
+    task.sampling.logit_bias = [(EOS, 100.0)].into();
+    let ask = |task: Generate| collect(bench.engine.submit(request(None, vec![5], Task::Generate(task))).unwrap());
+    let Answer::Choices(choices, usage) = ask(task.clone()) else { panic!("a failure") };
+    let end = choices[0].end.as_ref().unwrap();
+    assert!(end.token == EOS && end.logprob < 0.0 && end.top.len() == 1, "{end:?}");
+    assert_eq!((choices[0].logprobs.len(), usage.completion_tokens), (0, 1));
+    task.logprobs = None;
+    let Answer::Choices(choices, _) = ask(task) else { panic!("a failure") };
+    assert_eq!(choices[0].end, None);
 }

@@ -1,5 +1,6 @@
 //! `/v1/adapters`: list, look, upload, replace, remove.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use actix_multipart::Multipart;
@@ -10,9 +11,9 @@ use futures::StreamExt;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 
-use super::Shared;
+use super::body::{PAUSE, Pace};
 use super::error::ApiError;
-use super::fields::{BODY_PAUSE, next_piece};
+use super::{Shared, UPLOADS};
 use crate::adapter::{AdapterInfo, Condition, Generation, Published, Upload};
 use crate::{Error, Result};
 
@@ -54,11 +55,12 @@ fn condition(headers: &HeaderMap) -> Result<Option<Condition>> {
     }
 }
 
-/// The body's files in a private folder, and the form's `name`.
+/// The body's files in a private folder, and the form's `name`, which must be `expected` where that is given.
 async fn receive(
     state: &Shared,
     http: &HttpRequest,
     payload: web::Payload,
+    expected: Option<&str>,
 ) -> Result<(Upload, Option<String>), ApiError> {
     let limit = state.registry.max_upload();
     let too_large = || Error::too_large(format!("the upload is larger than {limit} bytes"));
@@ -67,7 +69,11 @@ async fn receive(
     if announced.is_some_and(|n| n > limit.saturating_add(1 << 16)) {
         return Err(too_large().into());
     }
+    let full = || Error::unavailable(format!("{UPLOADS} uploads are being received already; try again later"));
+    // The semaphore is never closed, so an error can only be that nobody made room.
+    let Ok(Ok(_place)) = tokio::time::timeout(PAUSE, state.uploads.acquire()).await else { return Err(full().into()) };
     let upload = state.registry.upload()?;
+    let mut pace = Pace::start();
     let mut left = limit;
     let mut name = None;
     let content_type = http.headers().get(header::CONTENT_TYPE).and_then(|t| t.to_str().ok()).unwrap_or("");
@@ -75,7 +81,7 @@ async fn receive(
         let mut payload = payload;
         let path = upload.path().join(ARCHIVE);
         let mut file = tokio::fs::File::create_new(&path).await.map_err(Error::from)?;
-        while let Some(piece) = next_piece(&mut payload).await? {
+        while let Some(piece) = pace.piece(&mut payload).await? {
             left = left.checked_sub(piece.len() as u64).ok_or_else(too_large)?;
             file.write_all(&piece).await.map_err(Error::from)?;
         }
@@ -86,8 +92,7 @@ async fn receive(
     let mut form =
         Multipart::from_request(http, &mut inner).await.map_err(|e| Error::bad_request(format!("the form: {e}")))?;
     let mut archive = None;
-    let late = || ApiError::with_status(StatusCode::REQUEST_TIMEOUT, "the upload does not go on; it was given up");
-    while let Some(field) = tokio::time::timeout(BODY_PAUSE, form.next()).await.map_err(|_| late())? {
+    while let Some(field) = pace.wait(form.next()).await? {
         let broken = |e: actix_multipart::MultipartError| Error::bad_request(format!("the form: {e}"));
         let mut field = field.map_err(broken)?;
         let disposition = field.content_disposition();
@@ -113,12 +118,16 @@ async fn receive(
                 if target == ARCHIVE {
                     archive = Some(path);
                 }
-                Some(file.map_err(|_| Error::bad_request(format!("the form has the field {key} twice")))?)
+                Some(file.map_err(|e| match e.kind() {
+                    ErrorKind::AlreadyExists => Error::bad_request(format!("the form has the field {key} twice")),
+                    _ => Error::from(e),
+                })?)
             }
         };
         let mut text = Vec::new();
-        while let Some(piece) = tokio::time::timeout(BODY_PAUSE, field.next()).await.map_err(|_| late())? {
+        while let Some(piece) = pace.wait(field.next()).await? {
             let piece = piece.map_err(broken)?;
+            pace.count(piece.len());
             left = left.checked_sub(piece.len() as u64).ok_or_else(too_large)?;
             match &mut file {
                 Some(file) => file.write_all(&piece).await.map_err(Error::from)?,
@@ -132,16 +141,24 @@ async fn receive(
         }
         match file {
             Some(mut file) => file.flush().await.map_err(Error::from)?,
-            None => {
-                let text =
-                    String::from_utf8(text).map_err(|_| Error::bad_request("name is not UTF-8").param("name"))?;
-                name = Some(text);
-            }
+            None => name = Some(form_name(text, expected)?),
         }
     }
     match archive {
         Some(path) => Ok((unpacked(upload, path).await?, name)),
         None => Ok((upload, name)),
+    }
+}
+
+/// The form's name, looked at before the files come.
+fn form_name(text: Vec<u8>, expected: Option<&str>) -> Result<String> {
+    let name = String::from_utf8(text).map_err(|_| Error::bad_request("name is not UTF-8").param("name"))?;
+    crate::adapter::check_name(&name)?;
+    match expected.filter(|expected| *expected != name) {
+        None => Ok(name),
+        Some(path) => {
+            Err(Error::bad_request(format!("name is {name:?} in the form and {path:?} in the path")).param("name"))
+        }
     }
 }
 
@@ -159,7 +176,7 @@ async fn publish(state: &Shared, name: &str, upload: Upload, when: Condition) ->
 /// `POST /v1/adapters`: a new name.
 pub async fn post(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let when = condition(http.headers())?;
-    let (upload, name) = receive(&state, &http, payload).await?;
+    let (upload, name) = receive(&state, &http, payload, None).await?;
     let name = name.ok_or_else(|| Error::bad_request("the form has no field name").param("name"))?;
     publish(&state, &name, upload, when.unwrap_or(Condition::Absent)).await
 }
@@ -173,11 +190,7 @@ pub async fn put(
 ) -> Result<HttpResponse, ApiError> {
     let when = condition(http.headers())?;
     crate::adapter::check_name(&name)?;
-    let (upload, form_name) = receive(&state, &http, payload).await?;
-    if let Some(other) = form_name.filter(|n| *n != *name) {
-        let what = format!("name is {other:?} in the form and {:?} in the path", name.as_str());
-        return Err(Error::bad_request(what).param("name").into());
-    }
+    let (upload, _) = receive(&state, &http, payload, Some(&name)).await?;
     publish(&state, &name, upload, when.unwrap_or(Condition::Always)).await
 }
 

@@ -80,7 +80,7 @@ impl ResponseError for ApiError {
             tracing::error!("{}", self.error.message);
         }
         let mut response = HttpResponse::build(self.status_code());
-        if self.error.kind == ErrorKind::QueueFull {
+        if matches!(self.error.kind, ErrorKind::QueueFull | ErrorKind::Unavailable) {
             response.insert_header(("Retry-After", "1"));
         }
         response.json(self.body())

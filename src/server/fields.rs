@@ -1,21 +1,14 @@
 //! A request's JSON object, read field by field with errors that name the field.
 
-use std::time::Duration;
-
-use actix_web::http::StatusCode;
 use actix_web::web;
-use futures::StreamExt;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use super::{beside, body};
 use crate::{Error, Result};
 
-/// Longest body of a request that is no upload.
-const MAX_BODY: usize = 16 << 20;
-/// Longest pause between two pieces of a body.
-pub const BODY_PAUSE: Duration = Duration::from_secs(20);
-/// Longest time for a whole body that is no upload.
-const BODY_TIME: Duration = Duration::from_secs(60);
+/// Bodies of more bytes are parsed beside the workers.
+const LONG_BODY: usize = 64 << 10;
 
 /// Fields of an object. `null` is the same as absent.
 #[derive(Debug, Clone, Default)]
@@ -23,45 +16,22 @@ pub struct Fields {
     map: Map<String, Value>,
     /// Path in front of the names, e.g. `parameters.`.
     prefix: String,
-}
-
-/// The next piece of a body, or `None` at its end.
-pub async fn next_piece(payload: &mut web::Payload) -> Result<Option<web::Bytes>, ApiError> {
-    match tokio::time::timeout(BODY_PAUSE, payload.next()).await {
-        Ok(None) => Ok(None),
-        Ok(Some(Ok(piece))) => Ok(Some(piece)),
-        Ok(Some(Err(e))) => Err(Error::bad_request(format!("the body broke off: {e}")).into()),
-        Err(_) => Err(ApiError::with_status(StatusCode::REQUEST_TIMEOUT, "the body does not go on; it was given up")),
-    }
-}
-
-/// Reads a body whatever its Content-Type says.
-pub async fn read_body(mut payload: web::Payload) -> Result<Vec<u8>, ApiError> {
-    let read = async {
-        let mut body = Vec::new();
-        while let Some(piece) = next_piece(&mut payload).await? {
-            if body.len() + piece.len() > MAX_BODY {
-                return Err(Error::too_large(format!("the body is longer than {MAX_BODY} bytes")).into());
-            }
-            body.extend_from_slice(&piece);
-        }
-        Ok(body)
-    };
-    let late = || ApiError::with_status(StatusCode::REQUEST_TIMEOUT, "the body took too long; it was given up");
-    tokio::time::timeout(BODY_TIME, read).await.unwrap_or_else(|_| Err(late()))
+    /// Length of the body.
+    pub bytes: usize,
 }
 
 impl Fields {
     /// The body's object.
     pub async fn read(payload: web::Payload) -> Result<Self, ApiError> {
-        Ok(Self::parse(&read_body(payload).await?)?)
+        let body = body::read(payload).await?;
+        Ok(beside(body.len() > LONG_BODY, move || Self::parse(&body)).await?)
     }
 
     pub fn parse(body: &[u8]) -> Result<Self> {
         let text = std::str::from_utf8(body)
             .map_err(|e| Error::bad_request(format!("the body is not UTF-8: byte {} is wrong", e.valid_up_to())))?;
         match serde_json::from_str(text) {
-            Ok(Value::Object(map)) => Ok(Fields { map, prefix: String::new() }),
+            Ok(Value::Object(map)) => Ok(Fields { map, prefix: String::new(), bytes: body.len() }),
             Ok(other) => Err(Error::bad_request(format!("the body is {}; expected an object", kind(&other)))),
             Err(e) => Err(Error::bad_request(format!("the body is not JSON: {e}"))),
         }
@@ -142,8 +112,8 @@ impl Fields {
     pub fn object(&self, name: &str) -> Result<Fields> {
         let prefix = format!("{}{name}.", self.prefix);
         match self.get(name) {
-            None => Ok(Fields { map: Map::new(), prefix }),
-            Some(Value::Object(map)) => Ok(Fields { map: map.clone(), prefix }),
+            None => Ok(Fields { map: Map::new(), prefix, bytes: 0 }),
+            Some(Value::Object(map)) => Ok(Fields { map: map.clone(), prefix, bytes: self.bytes }),
             Some(other) => Err(self.expected(name, other, "an object")),
         }
     }

@@ -1,18 +1,20 @@
 //! The dialect of LoRAX and Text Generation Inference.
 
+use std::collections::VecDeque;
+
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Value, json};
 
+use super::Shared;
 use super::error::ApiError;
 use super::fields::Fields;
-use super::run::{self, Generated, Target};
-use super::{Shared, State};
+use super::run::{self, Target, Window};
 use crate::Result;
-use crate::engine::{Event, FinishReason, Generate, Task, TokenLogprob};
+use crate::engine::{Detokenizer, Event, FinishReason, Generate, Task, TokenLogprob};
 
 /// New tokens where the request does not say; LoRAX's number.
 const MAX_NEW_TOKENS: usize = 20;
-const REFUSED: [&str; 8] = [
+const REFUSED: [&str; 9] = [
     "merged_adapters",
     "typical_p",
     "watermark",
@@ -21,7 +23,10 @@ const REFUSED: [&str; 8] = [
     "grammar",
     "return_k_alternatives",
     "apply_chat_template",
+    "top_n_tokens",
 ];
+/// What LoRAX calls the base in `adapter_id`, beside leaving it empty.
+const BASE_ADAPTER: &str = "__base_model__";
 
 struct Asked {
     target: Target,
@@ -33,7 +38,14 @@ struct Asked {
     prefill: bool,
 }
 
-async fn read(state: &State, http: &HttpRequest, f: &Fields) -> Result<Asked> {
+impl Asked {
+    /// The seed for the answer's details, where it was given and had an effect.
+    fn seed(&self) -> Option<u64> {
+        self.task.sampling.seed.filter(|_| self.task.sampling.temperature > 0.0)
+    }
+}
+
+async fn read(state: &Shared, http: &HttpRequest, f: &Fields) -> Result<Asked> {
     let text = f.text("inputs")?.ok_or_else(|| f.wrong("inputs", "is needed"))?;
     let p = f.object("parameters")?;
     p.refuse(&REFUSED, &[json!(1.0)])?;
@@ -44,19 +56,15 @@ async fn read(state: &State, http: &HttpRequest, f: &Fields) -> Result<Asked> {
         return Err(p.wrong("adapter_source", format!("is {source:?}; supported: \"local\"")));
     }
     let mut sampling = run::sampling(&p, 1.0)?;
-    // As in the original, nothing is sampled unless do_sample or one of its parameters asks for it. LoRAX's client sends
-    // `do_sample: false` whatever else it asks for.
-    let asks = ["temperature", "top_k", "top_p"].iter().any(|name| p.get(name).is_some());
+    // As in the original, nothing is sampled unless do_sample or a parameter that has an effect asks for it. LoRAX's
+    // client sends `do_sample: false` whatever else it asks for.
+    let asks = sampling.temperature != 1.0 || sampling.top_k != 0 || sampling.top_p < 1.0;
     if p.flag("do_sample")?.unwrap_or(false) || asks {
         if sampling.temperature == 0.0 {
             return Err(p.wrong("temperature", "is 0 where sampling is asked for; expected more than 0"));
         }
     } else {
         sampling.temperature = 0.0;
-    }
-    let mut prompt = state.encode(&text)?;
-    if let Some(keep) = p.count("truncate")? {
-        prompt.drain(..prompt.len().saturating_sub(keep));
     }
     let task = Generate {
         max_tokens: p.count("max_new_tokens")?.unwrap_or(MAX_NEW_TOKENS),
@@ -69,7 +77,13 @@ async fn read(state: &State, http: &HttpRequest, f: &Fields) -> Result<Asked> {
         logprobs: Some(0),
         n: 1,
     };
-    let target = state.target(http, p.text("adapter_id")?.as_deref()).await?;
+    state.check_size(1, &task)?;
+    let mut prompt = state.encode(text.clone(), run::prompt).await?;
+    if let Some(keep) = p.count("truncate")? {
+        prompt.drain(..prompt.len().saturating_sub(keep));
+    }
+    let adapter = p.text("adapter_id")?.filter(|id| !id.is_empty() && id != BASE_ADAPTER);
+    let target = state.target(http, adapter.as_deref()).await?;
     Ok(Asked {
         target,
         prompt,
@@ -81,10 +95,38 @@ async fn read(state: &State, http: &HttpRequest, f: &Fields) -> Result<Asked> {
     })
 }
 
-fn token_json(state: &State, entry: &TokenLogprob) -> Value {
-    let special = state.tokenizer.is_special(entry.token);
-    json!({ "id": entry.token, "text": run::token_text(state, entry.token), "logprob": entry.logprob, "special": special,
-        "alternative_tokens": null })
+/// Tokens in a row as the answer has them. Their texts together are the generated text: the token that completes a
+/// character has it all, those before it have nothing.
+struct Tokens {
+    state: Shared,
+    detokenizer: Detokenizer,
+}
+
+impl Tokens {
+    fn new(state: &Shared) -> Self {
+        Tokens { state: state.clone(), detokenizer: Detokenizer::default() }
+    }
+
+    fn json(&mut self, entry: &TokenLogprob) -> Value {
+        let special = self.state.tokenizer.is_special(entry.token);
+        let mut text = String::new();
+        match special {
+            true => text = run::token_text(&self.state, entry.token),
+            false => self.detokenizer.push(self.state.tokenizer.token_bytes(entry.token), &mut text),
+        }
+        json!({ "id": entry.token, "text": text, "logprob": entry.logprob, "special": special,
+            "alternative_tokens": null })
+    }
+
+    /// Nothing more comes: what is left of a character goes to the last token that is text.
+    fn finish<'a>(&mut self, tokens: impl DoubleEndedIterator<Item = &'a mut Value>) {
+        let mut rest = String::new();
+        self.detokenizer.finish(&mut rest);
+        if let Some(token) = tokens.rev().find(|token| token["special"] == false).filter(|_| !rest.is_empty()) {
+            let text = token["text"].as_str().unwrap_or_default();
+            token["text"] = json!(format!("{text}{rest}"));
+        }
+    }
 }
 
 fn finish(finish: Option<FinishReason>, matched: bool) -> &'static str {
@@ -95,22 +137,26 @@ fn finish(finish: Option<FinishReason>, matched: bool) -> &'static str {
     }
 }
 
-async fn answer(state: &State, asked: Asked) -> Result<Value, ApiError> {
+async fn answer(state: &Shared, asked: Asked) -> Result<Value, ApiError> {
+    let seed = asked.seed();
     let request = asked.target.request(asked.prompt.clone(), Task::Generate(asked.task));
-    let all: Generated = run::collect(state.engine.submit(request)?, 1).await?;
+    let all = &run::collect(Window::new(&state.engine, [request])?, 1, 1).await?[0];
     let choice = &all.choices[0];
     let text = if asked.full_text { format!("{}{}", asked.text, choice.text) } else { choice.text.clone() };
     let mut answer = json!({ "generated_text": text });
     if asked.details {
         let prefill = asked.prompt.iter().filter(|_| asked.prefill);
         let prefill = prefill.map(|&t| json!({ "id": t, "text": run::token_text(state, t), "logprob": null }));
+        let mut texts = Tokens::new(state);
+        let mut tokens: Vec<Value> = choice.logprobs.iter().chain(&choice.end).map(|l| texts.json(l)).collect();
+        texts.finish(tokens.iter_mut());
         answer["details"] = json!({
             "finish_reason": finish(choice.finish, choice.matched_stop.is_some()),
             "prompt_tokens": all.usage.prompt_tokens,
             "generated_tokens": all.usage.completion_tokens,
-            "seed": null,
+            "seed": seed,
             "prefill": prefill.collect::<Vec<_>>(),
-            "tokens": choice.logprobs.iter().map(|l| token_json(state, l)).collect::<Vec<_>>(),
+            "tokens": tokens,
         });
     }
     Ok(answer)
@@ -145,36 +191,48 @@ pub async fn either(state: Shared, http: HttpRequest, payload: web::Payload) -> 
 
 /// One event a token. The last carries the whole text, so a token waits for the next one or for the end.
 fn streamed(state: Shared, asked: Asked) -> Result<HttpResponse, ApiError> {
-    let events = state.engine.submit(asked.target.request(asked.prompt, Task::Generate(asked.task)))?;
+    let seed = asked.seed();
+    let window = Window::new(&state.engine, [asked.target.request(asked.prompt, Task::Generate(asked.task))])?;
     let mut text = if asked.full_text { asked.text } else { String::new() };
-    let mut held: Option<Value> = None;
-    let (mut ending, mut matched) = (None, false);
-    let each = move |_: usize, event| match event {
+    let mut tokens = Tokens::new(&state);
+    // Tokens that wait.
+    let mut held: VecDeque<Value> = VecDeque::new();
+    let (mut index, mut ending, mut matched) = (0, None, false);
+    let event =
+        |index: usize, token: Value| json!({ "index": index, "token": token, "generated_text": null, "details": null });
+    let each = move |_: usize, new| match new {
         Event::Progress(c) => {
             text.push_str(&c.text);
             ending = c.finish.or(ending);
             matched |= c.matched_stop.is_some();
-            let tokens = c
-                .logprobs
-                .iter()
-                .map(|l| json!({ "token": token_json(&state, l), "generated_text": null, "details": null }));
+            // With an end token after it, the last token of the text waits too: it gets what is left of a character.
+            let keep = 1 + usize::from(c.end.is_some());
+            held.extend(c.logprobs.iter().chain(&c.end).map(|l| tokens.json(l)));
             let mut out = String::new();
-            for token in tokens {
-                out.extend(held.replace(token).map(|t| run::sse(&t)));
+            while held.len() > keep {
+                index += 1;
+                out.extend(held.pop_front().map(|token| run::sse(&event(index, token))));
             }
             out
         }
         Event::Done(usage) => {
-            let none = json!({ "token": { "id": 0, "text": "", "logprob": null, "special": true } });
-            let mut last = held.take().unwrap_or(none);
+            tokens.finish(held.iter_mut());
+            let last =
+                held.pop_back().unwrap_or_else(|| json!({ "id": 0, "text": "", "logprob": null, "special": true }));
+            let mut out = String::new();
+            for token in held.drain(..) {
+                index += 1;
+                out += &run::sse(&event(index, token));
+            }
+            let mut last = event(index + 1, last);
             last["generated_text"] = json!(text);
             last["details"] = json!({ "finish_reason": finish(ending, matched), "prompt_tokens": usage.prompt_tokens,
-                "generated_tokens": usage.completion_tokens, "seed": null });
-            run::sse(&last)
+                "generated_tokens": usage.completion_tokens, "seed": seed });
+            out + &run::sse(&last)
         }
         _ => String::new(),
     };
-    Ok(run::stream(vec![events], String::new(), each, String::new))
+    Ok(run::stream(window, String::new(), each, String::new))
 }
 
 pub async fn info(state: Shared) -> HttpResponse {

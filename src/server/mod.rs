@@ -1,6 +1,7 @@
 //! HTTP: several dialects into one internal request, events back out. No tensor in here.
 
 mod adapters;
+mod body;
 mod error;
 mod fields;
 mod lorax;
@@ -11,14 +12,19 @@ mod openapi;
 mod run;
 mod vllm;
 
-use std::sync::Arc;
+use std::future::Ready;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use actix_web::dev::Payload;
 use actix_web::http::StatusCode;
 use actix_web::web::{self, Data};
-use actix_web::{App, HttpResponse, HttpServer, ResponseError};
+use actix_web::{App, FromRequest, HttpRequest, HttpResponse, HttpServer, ResponseError};
 use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Semaphore;
 
 use crate::adapter::Registry;
 use crate::base::{ChatTemplate, Tokenizer};
@@ -26,6 +32,11 @@ use crate::engine::Engine;
 use crate::metrics::Metrics;
 use crate::{Error, Result};
 use error::ApiError;
+
+/// Uploads received at the same time; each has its files on the disk.
+pub const UPLOADS: usize = 16;
+/// Time for the last bytes of answers to go out, and of uploads to come in, once the engine has nothing more to do.
+const LAST_BYTES: u64 = 5;
 
 /// What the handlers work with.
 pub struct State {
@@ -46,18 +57,67 @@ pub struct State {
     pub allow_local_paths: bool,
     /// Set when the server is about to stop.
     pub draining: AtomicBool,
+    /// Places for uploads, [`UPLOADS`] of them.
+    pub uploads: Semaphore,
 }
 
-type Shared = Data<State>;
+impl State {
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+}
 
-async fn live() -> HttpResponse {
-    HttpResponse::Ok().json(json!({ "status": "live" }))
+/// Where the state will be once it is loaded.
+type Door = OnceLock<Arc<State>>;
+
+fn enter(door: Option<&Data<Door>>) -> Result<Arc<State>, ApiError> {
+    let state = door.and_then(|door| door.get());
+    Ok(state.cloned().ok_or_else(|| Error::unavailable("the model is being loaded; try again soon"))?)
+}
+
+/// The state as the handlers take it.
+#[derive(Clone)]
+pub struct Shared(Arc<State>);
+
+impl Deref for Shared {
+    type Target = State;
+    fn deref(&self) -> &State {
+        &self.0
+    }
+}
+
+impl FromRequest for Shared {
+    type Error = ApiError;
+    type Future = Ready<Result<Self, ApiError>>;
+
+    fn from_request(http: &HttpRequest, _: &mut Payload) -> Self::Future {
+        std::future::ready(enter(http.app_data()).map(Shared))
+    }
+}
+
+/// Runs what takes a core for long on a thread of its own, so that other requests do not wait for it.
+async fn beside<T: Send + 'static>(long: bool, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match long {
+        true => web::block(work).await.map_err(Error::internal)?,
+        false => work(),
+    }
+}
+
+fn health(healthy: bool, status: &str) -> HttpResponse {
+    let code = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    HttpResponse::build(code).json(json!({ "status": status }))
+}
+
+async fn live(state: Shared) -> HttpResponse {
+    let alive = state.engine.is_alive();
+    health(alive, if alive { "live" } else { "the engine has stopped" })
 }
 
 async fn ready(state: Shared) -> HttpResponse {
-    match state.draining.load(Ordering::Relaxed) {
-        true => HttpResponse::ServiceUnavailable().json(json!({ "status": "draining" })),
-        false => HttpResponse::Ok().json(json!({ "status": "ready" })),
+    match (state.engine.is_alive(), state.is_draining()) {
+        (false, _) => health(false, "the engine has stopped"),
+        (true, true) => health(false, "draining"),
+        (true, false) => health(true, "ready"),
     }
 }
 
@@ -84,42 +144,58 @@ async fn no_method(http: actix_web::HttpRequest) -> HttpResponse {
     ApiError::with_status(StatusCode::METHOD_NOT_ALLOWED, &what).error_response()
 }
 
-fn routes(config: &mut web::ServiceConfig) {
-    macro_rules! route {
-        ($path:expr, $($method:ident => $handler:expr),+) => {
-            config.service(web::resource($path)$(.route(web::$method().to($handler)))+.default_service(web::to(no_method)));
-        };
-    }
-    route!("/v1/generate", post => native::generate);
-    route!("/v1/classify", post => native::classify);
-    route!("/v1/adapters", get => adapters::list, post => adapters::post);
-    route!("/v1/adapters/{name}", get => adapters::get, put => adapters::put, delete => adapters::delete);
-    route!("/v1/models", get => openai::models);
-    route!("/v1/models/{id:.+}", get => openai::model);
-    route!("/v1/completions", post => openai::completions);
-    route!("/v1/chat/completions", post => openai::chat);
-    route!("/v1/load_lora_adapter", post => vllm::load);
-    route!("/v1/unload_lora_adapter", post => vllm::unload);
-    route!("/tokenize", post => vllm::tokenize);
-    route!("/detokenize", post => vllm::detokenize);
-    route!("/version", get => vllm::version);
-    route!("/generate", post => lorax::generate);
-    route!("/generate_stream", post => lorax::generate_stream);
-    route!("/info", get => lorax::info);
-    route!("/metrics", get => metrics);
-    route!("/health", get => ready);
-    route!("/ping", get => ready);
-    route!("/health/live", get => live);
-    route!("/health/ready", get => ready);
-    route!("/openapi.json", get => openapi_document);
-    route!("/", get => page, post => lorax::either);
-    config.default_service(web::to(no_route));
+/// One table for the routes themselves and for the check that the OpenAPI document has them all.
+macro_rules! routes {
+    ($($path:literal: $($method:ident => $handler:expr),+;)+) => {
+        fn routes(config: &mut web::ServiceConfig) {
+            $(config.service(
+                web::resource($path)$(.route(web::$method().to($handler)))+.default_service(web::to(no_method)),
+            );)+
+            config.default_service(web::to(no_route));
+        }
+
+        #[cfg(test)]
+        const ROUTES: &[(&str, &[&str])] = &[$(($path, &[$(stringify!($method)),+])),+];
+    };
 }
 
-/// Serves until SIGTERM or SIGINT, then finishes what is in flight.
-pub fn serve(state: State, listen: &str) -> Result<()> {
-    let state = Data::new(state);
-    let shared = state.clone();
+routes! {
+    "/v1/generate": post => native::generate;
+    "/v1/classify": post => native::classify;
+    "/v1/adapters": get => adapters::list, post => adapters::post;
+    "/v1/adapters/{name}": get => adapters::get, put => adapters::put, delete => adapters::delete;
+    "/v1/models": get => openai::models;
+    "/v1/models/{id:.+}": get => openai::model;
+    "/v1/completions": post => openai::completions;
+    "/v1/chat/completions": post => openai::chat;
+    "/v1/load_lora_adapter": post => vllm::load;
+    "/v1/unload_lora_adapter": post => vllm::unload;
+    "/tokenize": post => vllm::tokenize;
+    "/detokenize": post => vllm::detokenize;
+    "/version": get => vllm::version;
+    "/generate": post => lorax::generate;
+    "/generate_stream": post => lorax::generate_stream;
+    "/info": get => lorax::info;
+    "/metrics": get => metrics;
+    "/health": get => ready;
+    "/ping": get => ready;
+    "/health/live": get => live;
+    "/health/ready": get => ready;
+    "/openapi.json": get => openapi_document;
+    "/": get => page, post => lorax::either;
+}
+
+/// Listens, then loads the state, then serves until SIGTERM or SIGINT and finishes what is in flight, for
+/// `drain_timeout` at most. Before the state is there only `/health/live` is answered, all else is 503.
+///
+/// Errors: that `listen` is taken; what `load` fails with.
+pub fn serve(
+    listen: &str,
+    drain_timeout: Duration,
+    load: impl FnOnce() -> Result<State> + Send + 'static,
+) -> Result<()> {
+    let door: Data<Door> = Data::new(OnceLock::new());
+    let shared = door.clone();
     let server = HttpServer::new(move || {
         App::new().app_data(shared.clone()).wrap(actix_web::middleware::from_fn(observe::observe)).configure(routes)
     })
@@ -130,34 +206,101 @@ pub fn serve(state: State, listen: &str) -> Result<()> {
     .keep_alive(Duration::from_secs(75))
     .tcp_nodelay(true)
     .disable_signals()
-    .shutdown_timeout(600)
+    .shutdown_timeout(LAST_BYTES)
     .bind(listen)
     .map_err(|e| Error::unavailable(format!("cannot listen on {listen}: {e}")))?;
     for address in server.addrs() {
         tracing::info!("listening on http://{address}");
     }
     actix_web::rt::System::new().block_on(async move {
+        let mut signals = Signals::new()?;
         let server = server.run();
         let handle = server.handle();
-        actix_web::rt::spawn(async move {
-            stop_signal().await;
-            tracing::info!("stopping: requests in flight are finished first");
-            state.draining.store(true, Ordering::Relaxed);
-            state.engine.drain().await;
-            handle.stop(true).await;
-        });
-        server.await.map_err(Error::from)
+        let server = actix_web::rt::spawn(server);
+        let (sender, loaded) = tokio::sync::oneshot::channel();
+        // No thread of the runtime's: that would be waited for when the load is cut short.
+        std::thread::Builder::new().name("load".into()).spawn(move || {
+            let _ = sender.send(load());
+        })?;
+        let state = tokio::select! {
+            loaded = loaded => loaded.unwrap_or_else(|_| Err(Error::internal("loading panicked"))),
+            () = signals.next() => Err(Error::unavailable("stopped before the model was loaded")),
+        };
+        let state = match state {
+            Ok(state) => door.get_or_init(|| Arc::new(state)).clone(),
+            Err(e) => {
+                handle.stop(false).await;
+                return Err(e);
+            }
+        };
+        tracing::info!("ready");
+        signals.next().await;
+        tracing::info!("stopping: requests in flight are finished first");
+        state.draining.store(true, Ordering::Relaxed);
+        tokio::select! {
+            () = drain(&state.engine, drain_timeout) => {}
+            () = signals.next() => {
+                tracing::warn!("a second signal: stopping at once");
+                // Whatever runs, also what could not be told to stop.
+                std::process::exit(1);
+            }
+        }
+        tokio::select! {
+            () = handle.stop(true) => {}
+            () = signals.next() => std::process::exit(1),
+        }
+        server.await.map_err(Error::internal)?.map_err(Error::from)
     })
 }
 
-async fn stop_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = match signal(SignalKind::terminate()) {
-        Ok(signal) => signal,
-        Err(e) => return tracing::error!("SIGTERM cannot be waited for: {e}"),
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
+/// Waits for the engine to finish what it has. What is not done in time fails.
+async fn drain(engine: &Engine, limit: Duration) {
+    if tokio::time::timeout(limit, engine.drain()).await.is_ok() {
+        return;
+    }
+    tracing::warn!("requests still run after {} s; they are given up", limit.as_secs());
+    engine.give_up();
+    if tokio::time::timeout(Duration::from_secs(LAST_BYTES), engine.drain()).await.is_err() {
+        tracing::error!("the engine does not stop");
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        Ok(Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_openapi_document_has_every_route() {
+        let document = openapi::document();
+        let paths = document["paths"].as_object().unwrap();
+        let documented = paths.iter().flat_map(|(path, methods)| {
+            methods.as_object().unwrap().keys().map(move |method| (path.clone(), method.clone()))
+        });
+        let served = ROUTES.iter().flat_map(|(path, methods)| {
+            let path = path.replace(":.+}", "}");
+            methods.iter().map(move |method| (path.clone(), method.to_string()))
+        });
+        assert_eq!(documented.collect::<BTreeSet<_>>(), served.collect::<BTreeSet<_>>());
     }
 }

@@ -7,11 +7,14 @@ use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::fields::Fields;
-use super::run::{self, Target};
+use super::run::{self, Target, Window};
 use super::{Shared, State};
+use crate::base::Tokenizer;
 use crate::engine::{Event, Task, Usage};
 use crate::{Error, Result};
 
+/// Texts that one request may have scored: its inputs times its labels.
+const MAX_SCORES: usize = 1 << 16;
 /// Tokens a generation has where the request does not say.
 const MAX_TOKENS: usize = 128;
 
@@ -39,16 +42,17 @@ pub async fn generate(
     if task.n != 1 {
         return Err(f.wrong("n", format!("is {}; this route gives 1", task.n)).into());
     }
+    state.check_size(1, &task)?;
     let prompt = match (f.text("prompt")?, f.list("messages")?) {
-        (Some(prompt), None) => state.encode(&prompt)?,
-        (None, Some(messages)) => state.chat_prompt(messages)?,
+        (Some(prompt), None) => state.encode(prompt, run::prompt).await?,
+        (None, Some(_)) => state.chat_prompt(&f, true).await?,
         (None, None) => return Err(f.wrong("prompt", "or messages is needed").into()),
         (Some(_), Some(_)) => return Err(f.wrong("prompt", "and messages exclude each other").into()),
     };
     let stream = f.flag("stream")?.unwrap_or(false);
     let target = state.target(&http, name.as_deref()).await?;
     let logprobs = task.logprobs;
-    let events = state.engine.submit(target.request(prompt, Task::Generate(task)))?;
+    let window = Window::new(&state.engine, [target.request(prompt, Task::Generate(task))])?;
     let head = move |target: &Target| {
         let mut map = Map::new();
         map.insert("adapter".into(), json!(target.name()));
@@ -78,9 +82,9 @@ pub async fn generate(
             }
             _ => String::new(),
         };
-        return Ok(run::stream(vec![events], String::new(), each, || "data: [DONE]\n\n".into()));
+        return Ok(run::stream(window, String::new(), each, || "data: [DONE]\n\n".into()));
     }
-    let all = run::collect(events, 1).await?;
+    let all = &run::collect(window, 1, 1).await?[0];
     let choice = &all.choices[0];
     let mut answer = head(&target);
     answer.insert("text".into(), json!(choice.text));
@@ -126,53 +130,49 @@ pub async fn classify(
     }
     let asked = f.texts("labels")?;
     let target = state.target(&http, name.as_deref()).await?;
+    let named = target.clone();
     let head = target.adapter.as_ref().and_then(|(_, a)| a.labels.clone());
     let mut usage = Usage::default();
-    let mut results = Vec::with_capacity(inputs.len());
-    match (head, asked) {
+    let count = inputs.len();
+    let results: Vec<Value> = match (head, asked) {
         (Some(_), Some(_)) => {
             return Err(f
                 .wrong("labels", "is for adapters without a classification head; this one's head has its own")
                 .into());
         }
         (Some(labels), None) => {
-            let submit = |text: &String| {
-                let prompt = state.encode_for_head(text)?;
-                state.engine.submit(target.request(prompt, Task::Classify))
-            };
-            let answers = inputs.iter().map(submit).collect::<Result<Vec<_>>>()?;
-            for events in answers {
-                let (logits, used) = run::numbers(events).await?;
-                run::add(&mut usage, &used);
-                results.push(verdict(&labels, &logits, top_k));
-            }
+            let prompts = state.encode_all(inputs, Tokenizer::encode_for_head).await?;
+            let requests = prompts.into_iter().map(move |prompt| target.request(prompt, Task::Classify));
+            let answers = run::numbers(Window::new(&state.engine, requests)?, count).await?;
+            answers.iter().for_each(|(_, used)| run::add(&mut usage, used));
+            answers.iter().map(|(logits, _)| verdict(&labels, logits, top_k)).collect()
         }
         (None, Some(labels)) => {
             if labels.len() < 2 || labels.iter().any(String::is_empty) {
                 return Err(f.wrong("labels", "needs two or more texts, none empty").into());
             }
-            let submit = |text: &String, label: &String| {
-                let prompt = state.encode(text)?;
-                let from = prompt.len();
-                if from == 0 {
-                    return Err(f.wrong("input", "is an empty text, which no label can continue"));
-                }
-                let label = state.tokenizer.encode(&format!(" {label}"), false)?;
-                let request = target.request([prompt, label].concat(), Task::Score { from });
-                state.engine.submit(request)
-            };
-            let pairs = inputs.iter().flat_map(|text| labels.iter().map(move |label| (text, label)));
-            let mut answers = pairs.map(|(text, label)| submit(text, label)).collect::<Result<Vec<_>>>()?.into_iter();
-            for _ in &inputs {
-                let mut logits = Vec::with_capacity(labels.len());
-                for events in answers.by_ref().take(labels.len()) {
-                    let (logprobs, used) = run::numbers(events).await?;
-                    run::add(&mut usage, &used);
-                    // The mean, so that a label of many tokens is not less likely for its length alone.
-                    logits.push(logprobs.iter().sum::<f32>() / logprobs.len().max(1) as f32);
-                }
-                results.push(verdict(&labels, &logits, top_k));
+            let scores = count.saturating_mul(labels.len());
+            if scores > MAX_SCORES {
+                let what = format!("times the inputs are {scores} texts to score; the limit is {MAX_SCORES}");
+                return Err(f.wrong("labels", what).into());
             }
+            if inputs.iter().any(String::is_empty) {
+                return Err(f.wrong("input", "has an empty text, which no label can continue").into());
+            }
+            let prompts = state.encode_all(inputs, run::prompt).await?;
+            let endings = labels.iter().map(|label| format!(" {label}")).collect();
+            let endings = state.encode_all(endings, run::plain).await?;
+            let ways = labels.len();
+            let requests = (0..scores).map(move |i| {
+                let (prompt, ending) = (&prompts[i / ways], &endings[i % ways]);
+                target.request([&prompt[..], ending].concat(), Task::Score { from: prompt.len() })
+            });
+            let answers = run::numbers(Window::new(&state.engine, requests)?, scores).await?;
+            answers.iter().for_each(|(_, used)| run::add(&mut usage, used));
+            // The mean, so that a label of many tokens is not less likely for its length alone.
+            let mean = |logprobs: &[f32]| logprobs.iter().sum::<f32>() / logprobs.len().max(1) as f32;
+            let logits: Vec<f32> = answers.iter().map(|(logprobs, _)| mean(logprobs)).collect();
+            logits.chunks(ways).map(|logits| verdict(&labels, logits, top_k)).collect()
         }
         (None, None) => {
             let who = target.name().map_or("the base model".to_string(), |n| format!("adapter {n:?}"));
@@ -180,10 +180,10 @@ pub async fn classify(
                 format!("{who} has no classification head; send labels: [text, ...] to score texts as continuations");
             return Err(Error::bad_request(what).param("labels").into());
         }
-    }
+    };
     Ok(HttpResponse::Ok().json(json!({
-        "adapter": target.name(),
-        "generation": target.generation(),
+        "adapter": named.name(),
+        "generation": named.generation(),
         "results": results,
         "usage": run::usage_json(&usage),
     })))

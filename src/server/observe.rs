@@ -1,59 +1,112 @@
-//! Counts every request, and times it to the last byte of its answer.
+//! Counts every request, and times it to the last byte of its answer. Answers for the server where it is not there yet.
 
+use std::cell::RefCell;
 use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use actix_web::body::{BodySize, MessageBody};
-use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::body::{BodySize, BoxBody, MessageBody};
+use actix_web::dev::{Payload, ServiceRequest, ServiceResponse};
+use actix_web::error::PayloadError;
+use actix_web::http::ConnectionType;
 use actix_web::middleware::Next;
 use actix_web::web::Bytes;
-use actix_web::{Error, HttpMessage};
+use actix_web::{Error, HttpMessage, ResponseError};
+use futures::{Stream, StreamExt};
 
-use super::Shared;
-use super::run::Counted;
+use super::error::ApiError;
+use super::{State, enter, health};
+
+/// The name under which the metrics count a request, put down where it is known to be an adapter's or the base's.
+#[derive(Clone, Default)]
+pub struct Counted(Rc<RefCell<Option<Option<String>>>>);
+
+impl Counted {
+    pub fn set(&self, adapter: Option<&str>) {
+        *self.0.borrow_mut() = Some(adapter.map(str::to_string));
+    }
+}
 
 pub async fn observe(
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<Observed>, Error> {
-    let start = Instant::now();
-    let state = request.app_data::<Shared>().cloned();
-    let response = next.call(request).await?;
-    let http = response.request();
-    let route = http.match_pattern().unwrap_or_else(|| "other".into());
-    let adapter = http.extensions().get::<Counted>().map(|c| c.0.clone());
-    let status = response.status().as_u16().to_string();
-    let end = End { start, state, route, adapter, status };
-    Ok(response.map_body(|_, body| Observed { body: body.boxed(), _end: end }))
+    let payload = Held(Rc::new(RefCell::new(request.take_payload())));
+    request.set_payload(Payload::Stream { payload: Box::pin(payload.clone()) });
+    let state = match enter(request.app_data()) {
+        Ok(state) => state,
+        Err(e) => return Ok(alone(request, e, payload)),
+    };
+    let counted = Counted::default();
+    request.extensions_mut().insert(counted.clone());
+    let mut end = End {
+        start: Instant::now(),
+        state,
+        route: request.match_pattern().unwrap_or_else(|| "other".into()),
+        counted,
+        // nginx's code for a client that hung up: it stands if `next` is dropped before there is an answer.
+        status: 499,
+    };
+    let mut response =
+        next.call(request).await.inspect_err(|e| end.status = e.as_response_error().status_code().as_u16())?;
+    end.status = response.status().as_u16();
+    if end.state.is_draining() {
+        response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
+    }
+    Ok(response.map_body(|_, body| Observed { body: body.boxed(), _payload: payload, _end: Some(end) }))
+}
+
+/// The answer of a server that is still loading: it is alive, and nothing else.
+fn alone(request: ServiceRequest, loading: ApiError, payload: Held) -> ServiceResponse<Observed> {
+    let response = match request.path() {
+        "/health/live" => health(true, "live"),
+        _ => loading.error_response(),
+    };
+    request.into_response(response).map_body(|_, body| Observed { body, _payload: payload, _end: None })
+}
+
+/// A request's body, kept until the answer is out. Of a chunked body that nobody holds actix reads on, be it endless;
+/// with one that is there and not read to its end it closes the connection.
+#[derive(Clone)]
+struct Held(Rc<RefCell<Payload>>);
+
+impl Stream for Held {
+    type Item = Result<Bytes, PayloadError>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context) -> Poll<Option<Self::Item>> {
+        self.0.borrow_mut().poll_next_unpin(cx)
+    }
 }
 
 /// Counts when it is dropped: at the end of the body, or when the client has hung up.
 struct End {
     start: Instant,
-    state: Option<Shared>,
+    state: Arc<State>,
     route: String,
-    /// `None` where the request never came to name an adapter or the base.
-    adapter: Option<Option<String>>,
-    status: String,
+    counted: Counted,
+    status: u16,
 }
 
 impl Drop for End {
     fn drop(&mut self) {
-        let Some(state) = &self.state else { return };
-        let adapter = match &self.adapter {
+        let metrics = &self.state.metrics;
+        let counted = self.counted.0.take();
+        let adapter = match &counted {
+            // The request never came to name an adapter or the base.
             None => "-",
-            Some(name) => state.metrics.adapter_label(name.as_deref()),
+            Some(name) => metrics.adapter_label(name.as_deref()),
         };
-        let metrics = &state.metrics;
-        metrics.requests.with_label_values(&[self.route.as_str(), adapter, self.status.as_str()]).inc();
-        metrics.request_seconds.with_label_values(&[self.route.as_str()]).observe(self.start.elapsed().as_secs_f64());
+        metrics.requests.with_label_values(&[&self.route, adapter, &self.status.to_string()]).inc();
+        metrics.request_seconds.with_label_values(&[&self.route]).observe(self.start.elapsed().as_secs_f64());
     }
 }
 
 pub struct Observed {
-    body: actix_web::body::BoxBody,
-    _end: End,
+    body: BoxBody,
+    _payload: Held,
+    _end: Option<End>,
 }
 
 impl MessageBody for Observed {

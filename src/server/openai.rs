@@ -8,9 +8,9 @@ use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::fields::{Fields, token_ids};
-use super::run::{self, Target};
+use super::run::{self, Target, Window};
 use super::{Shared, State};
-use crate::engine::{Choice, Event, Task, TokenLogprob, Usage};
+use crate::engine::{Choice, Detokenizer, Event, Request, Task, TokenLogprob, Usage};
 use crate::{Error, ErrorKind, Result};
 
 /// Tokens of a completion where the request does not say; OpenAI's number.
@@ -18,7 +18,7 @@ const MAX_TOKENS: usize = 16;
 /// Prompts of one request.
 const MAX_PROMPTS: usize = 1024;
 /// Fields that would change the answer and are not supported.
-const REFUSED: [&str; 14] = [
+const REFUSED: [&str; 19] = [
     "allowed_token_ids",
     "bad_words",
     "suffix",
@@ -33,13 +33,23 @@ const REFUSED: [&str; 14] = [
     "use_beam_search",
     "min_tokens",
     "prompt_logprobs",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "documents",
+    "truncate_prompt_tokens",
 ];
 
 fn refuse(f: &Fields) -> Result<()> {
     f.refuse(&REFUSED, &[])?;
-    match f.object("response_format")?.text("type")?.is_some_and(|t| t != "text") {
-        true => Err(f.wrong("response_format", "is not supported but for {\"type\": \"text\"}")),
-        false => Ok(()),
+    if f.flag("skip_special_tokens")? == Some(false) {
+        return Err(f.wrong("skip_special_tokens", "is false, which is not supported"));
+    }
+    match f.object("response_format")?.text("type")?.filter(|t| t != "text") {
+        Some(other) => {
+            Err(f.wrong("response_format", format!("is of type {other:?}; supported: {{\"type\": \"text\"}}")))
+        }
+        None => Ok(()),
     }
 }
 
@@ -89,47 +99,57 @@ async fn target(state: &State, http: &HttpRequest, f: &Fields) -> Result<(String
     Ok((name, target))
 }
 
-fn prompts(state: &State, f: &Fields) -> Result<Vec<Vec<u32>>> {
-    let special = f.flag("add_special_tokens")?.unwrap_or(true);
+/// The prompts as token ids, each such that `request` makes something of it that the engine takes.
+async fn prompts(state: &Shared, f: &Fields, request: impl Fn(Vec<u32>) -> Request) -> Result<Vec<Request>> {
+    let encode = if f.flag("add_special_tokens")?.unwrap_or(true) { run::prompt } else { run::plain };
     let wrong = || f.wrong("prompt", "is no text, list of texts, list of token ids or list of lists of token ids");
     let value = f.get("prompt").ok_or_else(|| f.wrong("prompt", "is needed"))?;
-    let encode = |text: &str| {
-        state.check_length(text)?;
-        state.tokenizer.encode(text, special)
-    };
     let list = match value {
-        Value::String(text) => return Ok(vec![encode(text)?]),
-        Value::Array(list) => list,
+        Value::String(_) => std::slice::from_ref(value),
+        Value::Array(list) if list.first().is_some_and(Value::is_number) => std::slice::from_ref(value),
+        Value::Array(list) if (1..=MAX_PROMPTS).contains(&list.len()) => list,
+        Value::Array(list) => {
+            return Err(f.wrong("prompt", format!("has {} prompts; expected 1 to {MAX_PROMPTS}", list.len())));
+        }
         _ => return Err(wrong()),
     };
-    if list.is_empty() || list.len() > MAX_PROMPTS && !list[0].is_number() {
-        return Err(f.wrong("prompt", format!("has {} prompts; expected 1 to {MAX_PROMPTS}", list.len())));
+    let mut requests = Vec::with_capacity(list.len());
+    for prompt in list {
+        let tokens = match prompt {
+            Value::String(text) => state.encode(text.clone(), encode).await?,
+            list => token_ids(list).ok_or_else(wrong)?,
+        };
+        let request = request(tokens);
+        // Before the next is encoded, and before a stream has begun.
+        state.engine.check(&request)?;
+        requests.push(request);
     }
-    if list[0].is_number() {
-        return Ok(vec![token_ids(value).ok_or_else(wrong)?]);
-    }
-    let one = |v: &Value| match v {
-        Value::String(text) => encode(text),
-        list => token_ids(list).ok_or_else(wrong),
-    };
-    list.iter().map(one).collect()
+    Ok(requests)
 }
 
 fn include_usage(f: &Fields) -> Result<bool> {
     Ok(f.object("stream_options")?.flag("include_usage")?.unwrap_or(false))
 }
 
+/// How far the text of a choice has come.
+#[derive(Clone, Default)]
+struct Place {
+    detokenizer: Detokenizer,
+    characters: usize,
+}
+
 /// Completions' form of log-probabilities.
-fn logprobs_json(state: &State, entries: &[TokenLogprob], top: usize, offset: &mut usize) -> Value {
-    let text = |token| run::token_text(state, token);
-    let offsets: Vec<usize> = entries
-        .iter()
-        .map(|e| {
-            let at = *offset;
-            *offset += text(e.token).chars().count();
-            at
-        })
-        .collect();
+fn logprobs_json(state: &State, entries: &[TokenLogprob], top: usize, place: &mut Place) -> Value {
+    let text = |token| spelling(state.tokenizer.token_bytes(token));
+    let mut offsets = Vec::with_capacity(entries.len());
+    for entry in entries {
+        offsets.push(place.characters);
+        if !state.tokenizer.is_special(entry.token) {
+            let mut piece = String::new();
+            place.detokenizer.push(state.tokenizer.token_bytes(entry.token), &mut piece);
+            place.characters += piece.chars().count();
+        }
+    }
     let tops = entries
         .iter()
         .map(|e| e.top.iter().take(top).map(|&(t, l)| (text(t), json!(l))).collect::<Map<String, Value>>());
@@ -139,6 +159,14 @@ fn logprobs_json(state: &State, entries: &[TokenLogprob], top: usize, offset: &m
         "top_logprobs": tops.collect::<Vec<_>>(),
         "text_offset": offsets,
     })
+}
+
+/// A token's text; one that is no whole characters is spelled as OpenAI does, so that no two of them are the same.
+fn spelling(bytes: &[u8]) -> String {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => text.to_string(),
+        Err(_) => bytes.iter().fold("bytes:".into(), |text: String, byte| format!("{text}\\x{byte:02x}")),
+    }
 }
 
 pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
@@ -155,38 +183,40 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
         return Err(f.wrong("echo", "together with logprobs is not supported").into());
     }
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
-    let prompts = prompts(&state, &f)?;
     let (model, target) = target(&state, &http, &f).await?;
     let logprobs = task.logprobs;
+    let requests = prompts(&state, &f, |prompt| target.request(prompt, Task::Generate(task.clone()))).await?;
+    state.check_size(requests.len(), &task)?;
+    let count = requests.len();
     let echoed: Vec<String> = match echo {
-        true => prompts.iter().map(|p| state.tokenizer.decode(p, true)).collect(),
-        false => vec![String::new(); prompts.len()],
+        true => requests.iter().map(|r| state.tokenizer.decode(&r.prompt, true)).collect(),
+        false => vec![String::new(); count],
     };
-    let submit = |prompt| state.engine.submit(target.request(prompt, Task::Generate(task.clone())));
-    let receivers = prompts.into_iter().map(submit).collect::<Result<Vec<_>>>()?;
+    let window = Window::new(&state.engine, requests)?;
     let (id, created) = (new_id("cmpl"), now());
-    let choice_json = move |state: &State, index: usize, text: String, c: &Choice, offset: &mut usize| {
-        let logprobs = logprobs.map(|top| logprobs_json(state, &c.logprobs, top, offset));
+    let choice_json = move |state: &State, index: usize, text: String, c: &Choice, place: &mut Place| {
+        let logprobs = logprobs.map(|top| logprobs_json(state, &c.logprobs, top, place));
         json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": run::finish_text(c.finish),
             "stop_reason": c.matched_stop })
     };
     if stream {
         let whole = move |choices: Value| json!({ "id": id, "object": "text_completion", "created": created, "model": model, "choices": choices });
         let start: String = match echo {
-            true => (0..echoed.len() * n)
+            true => (0..count * n)
                 .map(|i| {
-                    run::sse(&whole(json!([choice_json(&state, i, echoed[i / n].clone(), &Choice::default(), &mut 0)])))
+                    let (text, place) = (echoed[i / n].clone(), &mut Place::default());
+                    run::sse(&whole(json!([choice_json(&state, i, text, &Choice::default(), place)])))
                 })
                 .collect(),
             false => String::new(),
         };
-        let mut offsets = vec![0; echoed.len() * n];
+        let mut places = vec![Place::default(); count * n];
         let total = std::rc::Rc::new(std::cell::Cell::new(Usage::default()));
         let (sum, last) = (total.clone(), whole.clone());
         let each = move |i: usize, event| match event {
             Event::Progress(c) => {
                 let index = i * n + c.index;
-                run::sse(&whole(json!([choice_json(&state, index, c.text.clone(), &c, &mut offsets[index])])))
+                run::sse(&whole(json!([choice_json(&state, index, c.text.clone(), &c, &mut places[index])])))
             }
             Event::Done(usage) => {
                 let mut all = sum.get();
@@ -205,15 +235,14 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
             }
             text + "data: [DONE]\n\n"
         };
-        return Ok(run::stream(receivers, start, each, end));
+        return Ok(run::stream(window, start, each, end));
     }
     let (mut choices, mut usage) = (Vec::new(), Usage::default());
-    for (i, events) in receivers.into_iter().enumerate() {
-        let all = run::collect(events, n).await?;
+    for (i, all) in run::collect(window, count, n).await?.iter().enumerate() {
         run::add(&mut usage, &all.usage);
         for c in &all.choices {
             let text = format!("{}{}", echoed[i], c.text);
-            choices.push(choice_json(&state, i * n + c.index, text, c, &mut 0));
+            choices.push(choice_json(&state, i * n + c.index, text, c, &mut Place::default()));
         }
     }
     Ok(HttpResponse::Ok().json(json!({ "id": id, "object": "text_completion", "created": created, "model": model,
@@ -223,8 +252,9 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
 pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
     refuse(&f)?;
-    let messages = f.list("messages")?.ok_or_else(|| f.wrong("messages", "is needed"))?;
-    let prompt = state.chat_prompt(messages)?;
+    f.refuse(&["echo"], &[])?;
+    f.list("messages")?.ok_or_else(|| f.wrong("messages", "is needed"))?;
+    let prompt = state.chat_prompt(&f, f.flag("add_generation_prompt")?.unwrap_or(true)).await?;
     let asked = f.count("max_completion_tokens")?.or(f.count("max_tokens")?);
     let mut task = run::generation(&f, 1.0, asked.unwrap_or(state.context.saturating_sub(prompt.len()).max(1)))?;
     let top = f.count("top_logprobs")?;
@@ -236,7 +266,8 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
     let n = task.n;
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
     let (model, target) = target(&state, &http, &f).await?;
-    let events = state.engine.submit(target.request(prompt, Task::Generate(task)))?;
+    state.check_size(1, &task)?;
+    let window = Window::new(&state.engine, [target.request(prompt, Task::Generate(task))])?;
     let (id, created) = (new_id("chatcmpl"), now());
     let logprobs_of = move |state: &State, c: &Choice| {
         with_logprobs.then(|| {
@@ -267,9 +298,9 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
             }
             _ => String::new(),
         };
-        return Ok(run::stream(vec![events], start, each, || "data: [DONE]\n\n".into()));
+        return Ok(run::stream(window, start, each, || "data: [DONE]\n\n".into()));
     }
-    let all = run::collect(events, n).await?;
+    let all = &run::collect(window, 1, n).await?[0];
     let choices: Vec<Value> = all
         .choices
         .iter()
@@ -280,4 +311,15 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
         .collect();
     Ok(HttpResponse::Ok().json(json!({ "id": id, "object": "chat.completion", "created": created, "model": model,
         "choices": choices, "usage": run::usage_json(&all.usage) })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_of_characters_keep_apart() {
+        assert_eq!(spelling("é".as_bytes()), "é");
+        assert_eq!(spelling(b" \xf0\x9f"), "bytes:\\x20\\xf0\\x9f");
+    }
 }

@@ -34,6 +34,8 @@ pub fn document() -> Value {
         ("seed", whole.clone()),
         ("stop", one_or_more.clone()),
         ("stop_token_ids", json!({ "type": "array", "items": whole.clone() })),
+        ("logit_bias", json!({ "type": "object", "additionalProperties": number.clone() })),
+        ("include_stop_str_in_output", flag.clone()),
         ("ignore_eos", flag.clone()),
         ("stream", flag.clone()),
     ];
@@ -50,7 +52,15 @@ pub fn document() -> Value {
     let openai =
         with(&sampling, &[("model", text()), ("n", whole.clone()), ("stream_options", json!({ "type": "object" }))]);
     let completion = object(
-        &with(&openai, &[("prompt", json!({})), ("logprobs", whole.clone()), ("echo", flag.clone())]),
+        &with(
+            &openai,
+            &[
+                ("prompt", json!({})),
+                ("logprobs", whole.clone()),
+                ("echo", flag.clone()),
+                ("add_special_tokens", flag.clone()),
+            ],
+        ),
         &["prompt"],
     );
     let chat = object(
@@ -61,11 +71,32 @@ pub fn document() -> Value {
                 ("logprobs", flag.clone()),
                 ("top_logprobs", whole.clone()),
                 ("max_completion_tokens", whole.clone()),
+                ("add_generation_prompt", flag.clone()),
             ],
         ),
         &["messages"],
     );
-    let lorax = object(&[("inputs", text()), ("parameters", json!({ "type": "object" }))], &["inputs"]);
+    let parameters = object(
+        &[
+            ("adapter_id", text()),
+            ("max_new_tokens", whole.clone()),
+            ("do_sample", flag.clone()),
+            ("temperature", number.clone()),
+            ("top_p", number.clone()),
+            ("top_k", whole.clone()),
+            ("repetition_penalty", number.clone()),
+            ("frequency_penalty", number.clone()),
+            ("seed", whole.clone()),
+            ("stop", json!({ "type": "array", "items": text() })),
+            ("truncate", whole.clone()),
+            ("ignore_eos_token", flag.clone()),
+            ("return_full_text", flag.clone()),
+            ("details", flag.clone()),
+            ("decoder_input_details", flag.clone()),
+        ],
+        &[],
+    );
+    let lorax = object(&[("inputs", text()), ("parameters", parameters), ("stream", flag.clone())], &["inputs"]);
     let file = json!({ "type": "string", "format": "binary" });
     let upload = object(
         &[
@@ -77,10 +108,22 @@ pub fn document() -> Value {
         ],
         &[],
     );
-    let load =
-        object(&[("lora_name", text()), ("lora_path", text()), ("load_inplace", flag)], &["lora_name", "lora_path"]);
+    let load = object(
+        &[("lora_name", text()), ("lora_path", text()), ("load_inplace", flag.clone())],
+        &["lora_name", "lora_path"],
+    );
     let unload = object(&[("lora_name", text())], &["lora_name"]);
-    let tokenize = object(&[("model", text()), ("prompt", text()), ("messages", messages)], &[]);
+    let tokenize = object(
+        &[
+            ("model", text()),
+            ("prompt", text()),
+            ("messages", messages),
+            ("add_special_tokens", flag.clone()),
+            ("add_generation_prompt", flag.clone()),
+            ("return_token_strs", flag),
+        ],
+        &[],
+    );
     let detokenize = object(&[("tokens", json!({ "type": "array", "items": whole }))], &["tokens"]);
 
     let error = json!({ "description": "What was found and what was expected",
@@ -103,6 +146,18 @@ pub fn document() -> Value {
     let query = json!({ "name": "adapter", "in": "query", "required": false, "schema": text() });
     let form =
         |summary: &str, parameters| operation(summary, Some(("multipart/form-data", upload.clone())), parameters);
+    let mut post_adapter = form("Upload a new adapter", vec![]);
+    let mut put_adapter =
+        form("Upload or replace an adapter", vec![name.clone(), header("If-Match"), header("If-None-Match")]);
+    for operation in [&mut post_adapter, &mut put_adapter] {
+        operation["responses"]["201"] = json!({ "description": "The name is new" });
+        operation["responses"]["200"]["description"] = json!("The name was there already");
+    }
+    let health = |summary: &str| {
+        let mut operation = plain(summary);
+        operation["responses"]["503"] = json!({ "description": "Not so" });
+        operation
+    };
     let mut native_generate = json_body("Continue a prompt or a chat", generate);
     native_generate["parameters"] = json!([query]);
     let mut native_classify = json_body("Classify texts", classify);
@@ -114,10 +169,10 @@ pub fn document() -> Value {
         "paths": {
             "/v1/generate": { "post": native_generate },
             "/v1/classify": { "post": native_classify },
-            "/v1/adapters": { "get": plain("List adapters"), "post": form("Upload a new adapter", vec![]) },
+            "/v1/adapters": { "get": plain("List adapters"), "post": post_adapter },
             "/v1/adapters/{name}": {
                 "get": operation("One adapter", None, vec![name.clone()]),
-                "put": form("Upload or replace an adapter", vec![name.clone(), header("If-Match"), header("If-None-Match")]),
+                "put": put_adapter,
                 "delete": operation("Remove an uploaded adapter", None, vec![name, header("If-Match")]),
             },
             "/v1/models": { "get": plain("The base and the adapters as OpenAI's models") },
@@ -134,10 +189,10 @@ pub fn document() -> Value {
             "/": { "get": plain("The web page"), "post": json_body("LoRAX and TGI: either of the two", lorax) },
             "/info": { "get": plain("LoRAX and TGI: about the model") },
             "/metrics": { "get": plain("Prometheus metrics") },
-            "/health": { "get": plain("As /health/ready") },
-            "/ping": { "get": plain("As /health/ready") },
-            "/health/live": { "get": plain("The process is alive") },
-            "/health/ready": { "get": plain("The server takes requests") },
+            "/health": { "get": health("As /health/ready") },
+            "/ping": { "get": health("As /health/ready") },
+            "/health/live": { "get": health("The process is alive") },
+            "/health/ready": { "get": health("The server takes requests") },
             "/openapi.json": { "get": plain("This document") },
         },
         "components": { "schemas": { "Error": object(&[("error", object(

@@ -1,19 +1,33 @@
 //! From a named adapter and a task to the engine's answer.
 
+use std::iter::Peekable;
 use std::sync::Arc;
+use std::task::Poll;
 
 use actix_web::web::Bytes;
 use actix_web::{HttpMessage, HttpRequest, HttpResponse};
 use futures::StreamExt;
+use futures::stream::{LocalBoxStream, SelectAll, poll_fn};
 use serde_json::{Value, json};
-use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::State;
 use super::error::ApiError;
 use super::fields::Fields;
-use crate::engine::{Choice, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};
+use super::observe::Counted;
+use super::{Shared, State, beside};
+use crate::base::Tokenizer;
+use crate::engine::{Choice, Engine, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};
 use crate::lora::PackedAdapter;
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
+
+/// Requests to the engine that one HTTP request has in flight at most: enough to fill batches, few beside the queue.
+const WINDOW: usize = 64;
+/// Texts of more bytes are tokenized beside the workers.
+const LONG_TEXT: usize = 8 << 10;
+/// What one answer may take in memory, roughly: [`TOKEN_BYTES`] a token, and [`LOGPROB_BYTES`] each log-probability.
+const MAX_ANSWER: usize = 128 << 20;
+const TOKEN_BYTES: usize = 8;
+const LOGPROB_BYTES: usize = 128;
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
 /// The adapter that a request runs on; `None` is the base.
 #[derive(Clone)]
@@ -36,23 +50,8 @@ impl Target {
     }
 }
 
-/// The name under which the metrics count a request, put down where it is known to be an adapter's.
-pub struct Counted(pub Option<String>);
-
 impl State {
-    /// Token ids of a prompt. A text too long for any tokenization to fit the context is refused before the work.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.check_length(text)?;
-        self.tokenizer.encode(text, true)
-    }
-
-    /// Token ids of a text for a classification head.
-    pub fn encode_for_head(&self, text: &str) -> Result<Vec<u32>> {
-        self.check_length(text)?;
-        self.tokenizer.encode_for_head(text)
-    }
-
-    pub fn check_length(&self, text: &str) -> Result<()> {
+    fn check_length(&self, text: &str) -> Result<()> {
         let longest = self.tokenizer.longest_token().saturating_mul(self.context);
         match text.len() <= longest {
             true => Ok(()),
@@ -66,29 +65,93 @@ impl State {
 
     /// The adapter called `name`, pinned; the base for none, `base` or the base's own id.
     pub async fn target(&self, http: &HttpRequest, name: Option<&str>) -> Result<Target> {
+        let count = |name| http.extensions().get::<Counted>().map(|counted| counted.set(name));
         let name = name.filter(|n| *n != "base" && *n != self.base_id);
         let Some(name) = name else {
-            http.extensions_mut().insert(Counted(None));
+            count(None);
             return Ok(Target { adapter: None });
         };
-        let packed = self.registry.acquire(name).await?;
-        http.extensions_mut().insert(Counted(Some(name.to_string())));
+        let packed = {
+            let acquire = self.registry.acquire(name);
+            tokio::pin!(acquire);
+            // Ready at the first look where the adapter is in memory; else the request is counted as waiting.
+            match futures::poll!(&mut acquire) {
+                Poll::Ready(packed) => packed?,
+                Poll::Pending => {
+                    let _cold = self.metrics.cold(name);
+                    acquire.await?
+                }
+            }
+        };
+        count(Some(name));
         Ok(Target { adapter: Some((name.into(), packed)) })
     }
 
-    /// Token ids of a chat, by the model's template.
-    pub fn chat_prompt(&self, messages: &[Value]) -> Result<Vec<u32>> {
-        if messages.is_empty() {
-            return Err(Error::bad_request("messages is empty; expected one message or more").param("messages"));
+    /// Refuses what would take more memory than one request may: `prompts` continuations as `task` asks for.
+    pub fn check_size(&self, prompts: usize, task: &Generate) -> Result<()> {
+        let entries = task.logprobs.map_or(0, |top| top.saturating_add(1));
+        let token = entries.saturating_mul(LOGPROB_BYTES).saturating_add(TOKEN_BYTES);
+        let tokens = prompts.saturating_mul(task.n).saturating_mul(task.max_tokens.min(self.context));
+        let bytes = tokens.saturating_mul(token);
+        match bytes <= MAX_ANSWER {
+            true => Ok(()),
+            false => Err(Error::bad_request(format!(
+                "the answer may take {} MiB; the limit is {} MiB: ask for fewer prompts, a smaller n, max_tokens or \
+                 logprobs",
+                bytes >> 20,
+                MAX_ANSWER >> 20
+            ))
+            .param("max_tokens")),
         }
-        let chat = self.chat.as_ref();
-        let chat = chat.ok_or_else(|| {
+    }
+}
+
+impl Shared {
+    /// Token ids of texts, each as `encode` makes them. A text too long for any tokenization to fit the context is
+    /// refused before the work.
+    pub async fn encode_all(&self, texts: Vec<String>, encode: Encode) -> Result<Vec<Vec<u32>>> {
+        texts.iter().try_for_each(|text| self.check_length(text))?;
+        let long = texts.iter().map(String::len).sum::<usize>() > LONG_TEXT;
+        let tokenizer = self.tokenizer.clone();
+        beside(long, move || texts.iter().map(|text| encode(&tokenizer, text)).collect()).await
+    }
+
+    /// Token ids of one text.
+    pub async fn encode(&self, text: String, encode: Encode) -> Result<Vec<u32>> {
+        Ok(self.encode_all(vec![text], encode).await?.concat())
+    }
+
+    /// Token ids of the chat `messages` of `f`, by the model's template.
+    pub async fn chat_prompt(&self, f: &Fields, add_generation_prompt: bool) -> Result<Vec<u32>> {
+        let messages = f.list("messages")?.unwrap_or_default().to_vec();
+        if messages.is_empty() {
+            return Err(f.wrong("messages", "is empty; expected one message or more"));
+        }
+        for (i, message) in messages.iter().enumerate() {
+            if let Some(role) = message["role"].as_str().filter(|role| !ROLES.contains(role)) {
+                let what = format!("messages[{i}].role is {role:?}; expected one of {}", ROLES.join(", "));
+                return Err(Error::bad_request(what).param("messages"));
+            }
+        }
+        let chat = self.chat.clone().ok_or_else(|| {
             Error::bad_request("the base model has no chat template; send a prompt").param("messages")
         })?;
-        let text = chat.render(messages, true)?;
-        self.check_length(&text)?;
-        self.tokenizer.encode(&text, false)
+        let text = beside(f.bytes > LONG_TEXT, move || chat.render(&messages, add_generation_prompt)).await?;
+        self.encode(text, plain).await
     }
+}
+
+/// How a text becomes token ids.
+pub type Encode = fn(&Tokenizer, &str) -> Result<Vec<u32>>;
+
+/// As a prompt.
+pub fn prompt(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+    tokenizer.encode(text, true)
+}
+
+/// Nothing added, as for a text that has its special tokens already.
+pub fn plain(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+    tokenizer.encode(text, false)
 }
 
 /// The sampling fields that all dialects share, over the dialect's own defaults.
@@ -137,7 +200,7 @@ pub fn generation(f: &Fields, temperature: f32, max_tokens: usize) -> Result<Gen
 }
 
 /// All that a generation answered.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Generated {
     pub choices: Vec<Choice>,
     pub usage: Usage,
@@ -147,38 +210,99 @@ fn ended() -> Error {
     Error::unavailable("the server stops; the request was given up")
 }
 
-/// Waits for a whole generation.
-pub async fn collect(mut events: UnboundedReceiver<Event>, n: usize) -> Result<Generated> {
-    let mut all = Generated::default();
-    all.choices.extend((0..n).map(|index| Choice { index, ..Choice::default() }));
-    loop {
-        match events.recv().await.ok_or_else(ended)? {
-            Event::Progress(new) => {
-                let choice = &mut all.choices[new.index];
-                choice.tokens.extend(new.tokens);
-                choice.text.push_str(&new.text);
-                choice.logprobs.extend(new.logprobs);
-                choice.finish = new.finish.or(choice.finish);
-                choice.matched_stop = new.matched_stop.or(choice.matched_stop.take());
-            }
-            Event::Done(usage) => {
-                all.usage = usage;
-                return Ok(all);
-            }
-            Event::Failed(e) => return Err(e),
-            other => return Err(Error::internal(format!("a generation was answered with {other:?}"))),
+/// Requests of one HTTP request on their way through the engine, at most [`WINDOW`] at a time. Dropping it cancels
+/// them.
+pub struct Window {
+    engine: Engine,
+    waiting: Peekable<Box<dyn Iterator<Item = Request>>>,
+    /// Index of the next of `waiting`.
+    next: usize,
+    events: SelectAll<LocalBoxStream<'static, (usize, Event)>>,
+}
+
+impl Window {
+    /// Sends off as many as the queue takes.
+    ///
+    /// Errors: `QueueFull` if it takes none; what else [`Engine::submit`] says of one.
+    pub fn new(engine: &Engine, requests: impl IntoIterator<Item = Request, IntoIter: 'static>) -> Result<Self> {
+        let requests: Box<dyn Iterator<Item = Request>> = Box::new(requests.into_iter());
+        let mut window =
+            Window { engine: engine.clone(), waiting: requests.peekable(), next: 0, events: SelectAll::new() };
+        window.fill()?;
+        Ok(window)
+    }
+
+    fn fill(&mut self) -> Result<()> {
+        while self.events.len() < WINDOW
+            && let Some(request) = self.waiting.peek()
+        {
+            let mut receiver = match self.engine.submit(request.clone()) {
+                Ok(receiver) => receiver,
+                // One's own requests will make room.
+                Err(e) if e.kind == ErrorKind::QueueFull && !self.events.is_empty() => return Ok(()),
+                Err(e) => return Err(e),
+            };
+            self.waiting.next();
+            let index = self.next;
+            self.next += 1;
+            let events = poll_fn(move |cx| receiver.poll_recv(cx).map(|e| e.map(|e| (index, e))));
+            self.events.push(events.boxed_local());
+        }
+        Ok(())
+    }
+
+    /// The next event of any request, with the request's index; `None` when all are answered.
+    pub async fn next(&mut self) -> Option<(usize, Event)> {
+        let event = self.events.next().await;
+        let room = !matches!(event, Some((_, Event::Progress(_))));
+        match if room { self.fill() } else { Ok(()) } {
+            Err(e) => Some((self.next, Event::Failed(e))),
+            Ok(()) if event.is_none() && !self.events.is_empty() => Box::pin(self.next()).await,
+            Ok(()) => event,
         }
     }
 }
 
-/// Waits for the numbers that answer a classification or a score.
-pub async fn numbers(mut events: UnboundedReceiver<Event>) -> Result<(Vec<f32>, Usage)> {
-    match events.recv().await.ok_or_else(ended)? {
-        Event::Classified { logits, usage } => Ok((logits, usage)),
-        Event::Scored { logprobs, usage } => Ok((logprobs, usage)),
-        Event::Failed(e) => Err(e),
-        other => Err(Error::internal(format!("numbers were asked for, the answer is {other:?}"))),
+/// Waits for the whole generations of `count` requests, `n` choices each.
+pub async fn collect(mut window: Window, count: usize, n: usize) -> Result<Vec<Generated>> {
+    let choices: Vec<Choice> = (0..n).map(|index| Choice { index, ..Choice::default() }).collect();
+    let mut all = vec![Generated { choices, usage: Usage::default() }; count];
+    let mut left = count;
+    while left > 0 {
+        match window.next().await.ok_or_else(ended)? {
+            (i, Event::Progress(new)) => {
+                let choice = &mut all[i].choices[new.index];
+                choice.tokens.extend(new.tokens);
+                choice.text.push_str(&new.text);
+                choice.logprobs.extend(new.logprobs);
+                choice.finish = new.finish.or(choice.finish);
+                choice.end = new.end.or(choice.end.take());
+                choice.matched_stop = new.matched_stop.or(choice.matched_stop.take());
+            }
+            (i, Event::Done(usage)) => {
+                all[i].usage = usage;
+                left -= 1;
+            }
+            (_, Event::Failed(e)) => return Err(e),
+            (_, other) => return Err(Error::internal(format!("a generation was answered with {other:?}"))),
+        }
     }
+    Ok(all)
+}
+
+/// Waits for the numbers that answer `count` classifications or scores.
+pub async fn numbers(mut window: Window, count: usize) -> Result<Vec<(Vec<f32>, Usage)>> {
+    let mut all = vec![(vec![], Usage::default()); count];
+    for _ in 0..count {
+        let (i, answer) = match window.next().await.ok_or_else(ended)? {
+            (i, Event::Classified { logits, usage }) => (i, (logits, usage)),
+            (i, Event::Scored { logprobs, usage }) => (i, (logprobs, usage)),
+            (_, Event::Failed(e)) => return Err(e),
+            (_, other) => return Err(Error::internal(format!("numbers were asked for, the answer is {other:?}"))),
+        };
+        all[i] = answer;
+    }
+    Ok(all)
 }
 
 /// One server-sent event.
@@ -188,19 +312,16 @@ pub fn sse(data: &Value) -> String {
 
 /// Server-sent events: `start`, what `each` makes of every event of every request as they come, then `end`. `each` gets
 /// the index of the request. An error goes out as an event and ends the stream. Dropping the body, as when the client
-/// has hung up, drops the receivers and so cancels the requests.
+/// has hung up, drops the window and so cancels the requests.
 pub fn stream(
-    receivers: Vec<UnboundedReceiver<Event>>,
+    window: Window,
     start: String,
     each: impl FnMut(usize, Event) -> String + 'static,
     end: impl FnOnce() -> String + 'static,
 ) -> HttpResponse {
-    let events = futures::stream::select_all(receivers.into_iter().enumerate().map(|(i, mut receiver)| {
-        futures::stream::poll_fn(move |cx| receiver.poll_recv(cx).map(|e| e.map(|e| (i, e))))
-    }));
-    let pieces = futures::stream::unfold((events, each, Some(end)), |(mut events, mut each, mut end)| async move {
+    let pieces = futures::stream::unfold((window, each, Some(end)), |(mut window, mut each, mut end)| async move {
         end.as_ref()?;
-        let piece = match events.next().await {
+        let piece = match window.next().await {
             Some((_, Event::Failed(e))) => {
                 end = None;
                 sse(&ApiError::from(e).body())
@@ -208,7 +329,7 @@ pub fn stream(
             Some((i, event)) => each(i, event),
             None => end.take()?(),
         };
-        Some((piece, (events, each, end)))
+        Some((piece, (window, each, end)))
     });
     // An empty piece would end a chunked body.
     let body = futures::stream::once(async { start })

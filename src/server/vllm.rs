@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::error::ApiError;
 use super::fields::Fields;
-use super::{Shared, State};
+use super::{Shared, State, run};
 use crate::adapter::Condition;
 use crate::{Error, ErrorKind, Result};
 
@@ -41,7 +41,6 @@ pub async fn load(state: Shared, payload: web::Payload) -> Result<HttpResponse, 
 /// `POST /v1/unload_lora_adapter`.
 pub async fn unload(state: Shared, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
-    check_allowed(&state)?;
     let name = needed(&f, "lora_name")?;
     state.registry.remove(&name, Condition::Always).await?;
     Ok(HttpResponse::Ok().body(format!("Success: LoRA adapter '{name}' removed successfully.")))
@@ -51,12 +50,15 @@ pub async fn tokenize(state: Shared, http: HttpRequest, payload: web::Payload) -
     let f = Fields::read(payload).await?;
     state.target(&http, f.text("model")?.as_deref()).await?;
     let tokens = match (f.text("prompt")?, f.list("messages")?) {
-        (Some(prompt), None) => state.tokenizer.encode(&prompt, f.flag("add_special_tokens")?.unwrap_or(true))?,
-        (None, Some(messages)) => state.chat_prompt(messages)?,
+        (Some(prompt), None) => {
+            let special = f.flag("add_special_tokens")?.unwrap_or(true);
+            state.encode(prompt, if special { run::prompt } else { run::plain }).await?
+        }
+        (None, Some(_)) => state.chat_prompt(&f, f.flag("add_generation_prompt")?.unwrap_or(true)).await?,
         _ => return Err(f.wrong("prompt", "or messages is needed").into()),
     };
     let texts = f.flag("return_token_strs")?.unwrap_or(false);
-    let texts = texts.then(|| tokens.iter().map(|&t| super::run::token_text(&state, t)).collect::<Vec<_>>());
+    let texts = texts.then(|| tokens.iter().map(|&t| run::token_text(&state, t)).collect::<Vec<_>>());
     Ok(HttpResponse::Ok().json(json!({ "count": tokens.len(), "max_model_len": state.context, "tokens": tokens,
         "token_strs": texts })))
 }

@@ -14,6 +14,10 @@ assert base.details.generated_tokens == 12 and base.details.finish_reason == "le
 assert "".join(t.text for t in base.details.tokens) == base.generated_text
 adapted = client.generate(prompt, adapter_id=ADAPTER, max_new_tokens=12)
 assert adapted.generated_text != base.generated_text, "the adapter changes nothing"
+for name in ["", "__base_model__"]:
+    assert client.generate(prompt, adapter_id=name, max_new_tokens=12).generated_text == base.generated_text, name
+# What has no effect does not turn sampling on.
+assert client.generate(prompt, temperature=1.0, max_new_tokens=12).generated_text == base.generated_text
 
 streamed, last = "", None
 for response in client.generate_stream(prompt, adapter_id=ADAPTER, max_new_tokens=12):

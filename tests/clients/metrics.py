@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 import socket
@@ -36,6 +37,23 @@ lora = families["vllm:lora_requests_info"].samples[0]
 assert {"max_lora", "running_lora_adapters", "waiting_lora_adapters"} <= set(lora.labels) and lora.value > 1.6e9, lora
 statuses = {(s.labels["route"], s.labels["status"]) for s in families["loramux_requests"].samples}
 assert any(route == "/v1/completions" and status == "200" for route, status in statuses), statuses
+
+# While a request runs its adapter is listed, and there is always exactly one series.
+body = json.dumps({"model": ADAPTER, "prompt": "A long story:", "max_tokens": 150, "ignore_eos": True}).encode()
+request = urllib.request.Request(URL + "/v1/completions", body, {"Content-Type": "application/json"})
+running = threading.Thread(target=lambda: urllib.request.urlopen(request).read())
+running.start()
+listed = 0
+while running.is_alive():
+    scraped = {f.name: f for f in text_string_to_metric_families(get(URL + "/metrics"))}
+    samples = scraped["vllm:lora_requests_info"].samples
+    assert len(samples) == 1, samples
+    if samples[0].labels["running_lora_adapters"] == ADAPTER:
+        listed += 1
+        assert scraped["vllm:num_requests_running"].samples[0].value == 1
+    time.sleep(0.05)
+running.join()
+assert listed > 5, listed
 
 with socket.socket() as s:
     s.bind(("127.0.0.1", 0))

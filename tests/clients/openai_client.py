@@ -31,6 +31,35 @@ for chunk in client.completions.create(
 assert "".join(parts) == choice.text and len(parts) > 2, parts
 assert usage.completion_tokens == 12
 
+scored = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+for chunk in client.completions.create(
+    model=ADAPTER, prompt=prompt, max_tokens=12, temperature=0, logprobs=3, stream=True
+):
+    for c in chunk.choices:
+        for key, list in scored.items():
+            list += getattr(c.logprobs, key)
+assert scored == {key: getattr(choice.logprobs, key) for key in scored}, scored
+
+# Characters of several tokens: whole in the text; their tokens are spelled as bytes, no two alike.
+party = "🎉🎉🎉🎉🎉🎉"
+emoji = client.completions.create(model="base", prompt=party, max_tokens=12, temperature=0, logprobs=5).choices[0]
+spelled = [t for t in emoji.logprobs.tokens if t.startswith("bytes:")]
+assert "🎉" in emoji.text and spelled, emoji
+
+
+def token_bytes(token):
+    return bytes.fromhex(token[6:].replace("\\x", "")) if token.startswith("bytes:") else token.encode()
+
+
+joined = b"".join(token_bytes(t) for t in emoji.logprobs.tokens)
+assert joined.decode("utf8", "replace") == emoji.text, (joined, emoji.text)
+assert all(len(top) == 5 for top in emoji.logprobs.top_logprobs), emoji.logprobs.top_logprobs
+for token, offset in zip(emoji.logprobs.tokens, emoji.logprobs.text_offset):
+    assert token.startswith("bytes:") or emoji.text[offset:].startswith(token), (token, offset, emoji.text)
+parts = [c.text for chunk in client.completions.create(
+    model="base", prompt=party, max_tokens=12, temperature=0, stream=True) for c in chunk.choices]
+assert "".join(parts) == emoji.text, parts
+
 base = client.completions.create(model="base", prompt=prompt, max_tokens=12, temperature=0)
 assert base.choices[0].text == client.completions.create(
     model=BASE, prompt=prompt, max_tokens=12, temperature=0).choices[0].text
@@ -41,6 +70,13 @@ assert [c.index for c in several.choices] == [0, 1, 2, 3]
 again = client.completions.create(model=ADAPTER, prompt=[prompt, "Once upon a time"], n=2, max_tokens=8, seed=7)
 assert [c.text for c in several.choices] == [c.text for c in again.choices]
 assert several.choices[0].text != several.choices[1].text
+streams = {}
+for chunk in client.completions.create(
+    model=ADAPTER, prompt=[prompt, "Once upon a time"], n=2, max_tokens=8, seed=7, stream=True
+):
+    for c in chunk.choices:
+        streams[c.index] = streams.get(c.index, "") + c.text
+assert [streams[i] for i in range(4)] == [c.text for c in several.choices], streams
 
 echo = client.completions.create(model=ADAPTER, prompt=prompt, max_tokens=2, temperature=0, echo=True)
 assert echo.choices[0].text.startswith(prompt)
@@ -67,6 +103,19 @@ for chunk in client.chat.completions.create(
         role = c.delta.role or role
         deltas.append(c.delta.content or "")
 assert "".join(deltas) == message.content and role == "assistant", deltas
+whole = client.chat.completions.create(model="base", messages=messages, max_tokens=8, n=2, seed=3, logprobs=True)
+streams, entries = {}, {0: [], 1: []}
+for chunk in client.chat.completions.create(
+    model="base", messages=messages, max_tokens=8, n=2, seed=3, logprobs=True, stream=True
+):
+    for c in chunk.choices:
+        streams[c.index] = streams.get(c.index, "") + (c.delta.content or "")
+        entries[c.index] += (c.logprobs and c.logprobs.content) or []
+for c in whole.choices:
+    assert streams[c.index] == c.message.content and entries[c.index] == c.logprobs.content, (streams, whole)
+bare = client.chat.completions.create(
+    model="base", messages=messages, max_tokens=4, temperature=0, extra_body={"add_generation_prompt": False})
+assert bare.usage.prompt_tokens < chat.usage.prompt_tokens
 parts = [{"role": "user", "content": [{"type": "text", "text": "Write one sentence about autumn."}]}]
 assert client.chat.completions.create(
     model="base", messages=parts, max_tokens=16, temperature=0).choices[0].message.content == message.content

@@ -1,8 +1,8 @@
 //! Bad input: every one gets an error that says what is wrong, and the server goes on.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
@@ -183,49 +183,117 @@ async fn archives_that_attack() {
         assert!(!message(&body).is_empty());
         assert_eq!(server.get("/v1/adapters/new").await.unwrap().0, 404, "{what}");
     }
-    assert!(!server.store.join("../escape").exists() && !server.store.join("../../escape").exists());
+    server.left_nothing().await;
     server.still_answers().await;
 }
 
-/// Sends bytes as they are and returns the start of the answer.
-fn raw(server: &Server, bytes: &[u8]) -> String {
-    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
-    stream.write_all(bytes).unwrap();
+fn connect(server: &Server) -> TcpStream {
+    TcpStream::connect(server.url.trim_start_matches("http://")).unwrap()
+}
+
+/// The start of the answer; nothing if the server closes the connection. It must do one of the two in time.
+fn answer_to(mut stream: TcpStream, limit: Duration) -> String {
+    let start = Instant::now();
     let mut answer = Vec::new();
     let mut buffer = [0; 4096];
-    while let Ok(n) = stream.read(&mut buffer) {
-        answer.extend_from_slice(&buffer[..n]);
-        if n == 0 || answer.windows(4).any(|w| w == b"\r\n\r\n") {
-            break;
+    while !answer.windows(4).any(|w| w == b"\r\n\r\n") {
+        let left = limit.checked_sub(start.elapsed()).filter(|left| !left.is_zero());
+        let left = left.unwrap_or_else(|| panic!("the server neither answers nor closes after {limit:?}"));
+        stream.set_read_timeout(Some(left)).unwrap();
+        match stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => answer.extend_from_slice(&buffer[..n]),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(_) => break,
         }
     }
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+/// Sends a request whose body comes in chunks, as many as the server takes; its answer.
+fn chunked<'a>(server: &Server, head: &str, chunks: impl Iterator<Item = &'a [u8]>) -> String {
+    let mut stream = connect(server);
+    stream.write_all(format!("{head}transfer-encoding: chunked\r\n\r\n").as_bytes()).unwrap();
+    let start = Instant::now();
+    for chunk in chunks {
+        let framed = [format!("{:x}\r\n", chunk.len()).as_bytes(), chunk, b"\r\n"].concat();
+        // The server may have answered and closed the connection; the answer is there to be read all the same.
+        if stream.write_all(&framed).is_err() {
+            return answer_to(stream, Duration::from_secs(20));
+        }
+        assert!(start.elapsed() < Duration::from_secs(40), "the server reads on and on");
+    }
+    let _ = stream.write_all(b"0\r\n\r\n");
+    answer_to(stream, Duration::from_secs(20))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_that_never_fit() {
     let server = tiny().await;
-    let head = "PUT /v1/adapters/big HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=b\r\n";
-    let start = std::time::Instant::now();
-    let text = raw(&server, format!("{head}content-length: 3221225472\r\n\r\n").as_bytes());
-    assert!(text.starts_with("HTTP/1.1 413"), "3 GB announced: {text}");
-    assert!(start.elapsed() < Duration::from_secs(10));
-    let big = Part::bytes(vec![0; 9 << 20]).file_name("w");
-    let chunked = Form::new().part("weights", big);
-    let request = server.http.put(server.at("/v1/adapters/big")).multipart(chunked);
-    // The server may close the connection while the client still writes.
-    if let Ok((status, body)) = answer(request).await {
-        assert_eq!(status, 413, "9 MB where 8 are allowed: {body}");
-    }
+    let put = "PUT /v1/adapters/big HTTP/1.1\r\nhost: x\r\n";
+    let head = format!("{put}content-type: multipart/form-data; boundary=b\r\n");
+    let part = "--b\r\ncontent-disposition: form-data; name=\"weights\"; filename=\"w\"\r\n\r\n";
+    let zeros = vec![0; 1 << 16];
+    let megabytes = |n: usize| std::iter::repeat_n(&zeros[..], 16 * n);
+    tokio::task::block_in_place(|| {
+        let mut stream = connect(&server);
+        stream.write_all(format!("{head}content-length: 3221225472\r\n\r\n").as_bytes()).unwrap();
+        let text = answer_to(stream, Duration::from_secs(10));
+        assert!(text.starts_with("HTTP/1.1 413"), "3 GB announced: {text}");
+        // Nothing is announced, so that the bytes must be counted.
+        let text = chunked(&server, &head, std::iter::once(part.as_bytes()).chain(megabytes(12)));
+        assert!(text.starts_with("HTTP/1.1 413"), "a form of 12 MB where 8 are allowed: {text}");
+        let text = chunked(&server, put, megabytes(12));
+        assert!(text.starts_with("HTTP/1.1 413"), "an archive of 12 MB where 8 are allowed: {text}");
+        let end = "\r\n--b--\r\n".as_bytes();
+        let fits = [part.as_bytes()].into_iter().chain(megabytes(7)).chain([end]);
+        let text = chunked(&server, &head, fits);
+        assert!(text.starts_with("HTTP/1.1 422"), "a form that fits, of no use: {text}");
+    });
     // A client that stops in the middle leaves nothing behind.
-    let mut stream = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
-    let part = "--b\r\ncontent-disposition: form-data; name=\"weights\"; filename=\"w\"\r\n\r\nabc";
-    stream.write_all(format!("{head}content-length: 100000\r\n\r\n{part}").as_bytes()).unwrap();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    let mut stream = connect(&server);
+    stream.write_all(format!("{head}content-length: 100000\r\n\r\n{part}abc").as_bytes()).unwrap();
+    let start = Instant::now();
+    while std::fs::read_dir(server.store.join("incoming")).unwrap().count() == 0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "the upload does not begin");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     drop(stream);
+    server.left_nothing().await;
     assert_eq!(server.get("/v1/adapters/big").await.unwrap().0, 404);
     server.still_answers().await;
+}
+
+/// A form's name is looked at as soon as it is there: no file is taken for one that is none.
+#[tokio::test(flavor = "multi_thread")]
+async fn forms_that_contradict_themselves() {
+    let server = tiny().await;
+    let field =
+        |name: &str, text: &str| format!("--b\r\ncontent-disposition: form-data; name=\"{name}\"\r\n\r\n{text}\r\n");
+    let head = "content-type: multipart/form-data; boundary=b\r\n";
+    tokio::task::block_in_place(|| {
+        for (path, name) in [("POST /v1/adapters", "a/b"), ("PUT /v1/adapters/x", "y")] {
+            let start = field("name", name) + &field("config", "{}").replace("{}\r\n", "");
+            let mut stream = connect(&server);
+            let text = format!("{path} HTTP/1.1\r\nhost: x\r\n{head}content-length: 100000\r\n\r\n{start}");
+            stream.write_all(text.as_bytes()).unwrap();
+            let answer = answer_to(stream, Duration::from_secs(10));
+            assert!(answer.starts_with("HTTP/1.1 400"), "{path} {name}: {answer}");
+        }
+    });
+    let part = |bytes: &str| Part::bytes(bytes.as_bytes().to_vec()).file_name("f");
+    let form = Form::new().part("config", part("{}")).part("config", part("{}"));
+    let (status, body) = answer(server.http.put(server.at("/v1/adapters/x")).multipart(form)).await.unwrap();
+    assert!(status == 400 && message(&body).contains("twice"), "{status} {body}");
+    // What the server cannot write is its own fault, and said so.
+    let incoming = server.store.join("incoming");
+    std::fs::rename(&incoming, server.store.join("elsewhere")).unwrap();
+    let (config, weights) = good();
+    let (status, body) = server.put("x", config.to_string().into(), weights.clone()).await;
+    assert_eq!(status, 500, "{body}");
+    std::fs::rename(server.store.join("elsewhere"), &incoming).unwrap();
+    assert_eq!(server.put("x", config.to_string().into(), weights).await.0, 201);
+    server.left_nothing().await;
 }
 
 #[tokio::test]
@@ -303,6 +371,53 @@ async fn requests_that_make_no_sense() {
             assert!(body.to_string().contains(field), "{path} {field} {value}: {body}");
         }
     }
+    let chat = |role: &str| json!([{ "role": role, "content": "x" }]);
+    let inputs = |parameters: Value| json!({ "inputs": "t5", "parameters": parameters });
+    // Unknown values of enums, fields that would change the answer: refused, with the field and what was found.
+    for (path, body, words) in [
+        ("/v1/chat/completions", json!({ "messages": chat("robot") }), ["messages[0].role", "robot"]),
+        ("/v1/generate", json!({ "messages": chat("User") }), ["messages[0].role", "User"]),
+        (
+            "/v1/completions",
+            json!({ "prompt": "t5", "response_format": { "type": "yaml" } }),
+            ["response_format", "yaml"],
+        ),
+        ("/generate", inputs(json!({ "adapter_id": "kept", "adapter_source": "moon" })), ["adapter_source", "moon"]),
+        ("/generate", inputs(json!({ "top_n_tokens": 2 })), ["parameters.top_n_tokens", "not supported"]),
+        (
+            "/v1/completions",
+            json!({ "prompt": "t5", "skip_special_tokens": false }),
+            ["skip_special_tokens", "not supported"],
+        ),
+        ("/v1/completions", json!({ "prompt": "t5", "truncate_prompt_tokens": 3 }), ["truncate_prompt_tokens", "not"]),
+        ("/v1/chat/completions", json!({ "messages": chat("user"), "echo": true }), ["echo", "not supported"]),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": chat("user"), "documents": [{}] }),
+            ["documents", "not supported"],
+        ),
+        ("/v1/chat/completions", json!({ "messages": chat("user"), "chat_template": "x" }), ["chat_template", "not"]),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": chat("user"), "chat_template_kwargs": { "a": 1 } }),
+            ["kwargs", "not"],
+        ),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": chat("user"), "continue_final_message": true }),
+            ["continue", "not"],
+        ),
+        (
+            "/v1/completions",
+            json!({ "prompt": vec!["t5"; 1024], "n": 128, "max_tokens": 250, "logprobs": 20 }),
+            ["limit is 128 MiB", "max_tokens"],
+        ),
+        ("/v1/classify", json!({ "input": vec!["t5"; 1000], "labels": vec!["t6"; 66] }), ["66000", "65536"]),
+    ] {
+        let (status, answer) = server.post(path, body.clone()).await;
+        assert_eq!(status, 400, "{path} {body}: {answer}");
+        assert!(words.iter().all(|w| message(&answer).contains(w)), "{path} {words:?}: {answer}");
+    }
     let (status, body) = server.post("/v1/generate", json!({ "prompt": "t5 ".repeat(300) })).await;
     assert_eq!(status, 400, "{body}");
     assert!(message(&body).contains("300") && message(&body).contains("256"), "{body}");
@@ -318,10 +433,6 @@ async fn requests_that_make_no_sense() {
     let (status, body) = answer(server.http.delete(server.at("/v1/generate"))).await.unwrap();
     assert_eq!(status, 405);
     message(&body);
-    let huge = vec![b' '; 40 << 20];
-    if let Ok((status, body)) = answer(server.http.post(server.at("/v1/generate")).body(huge)).await {
-        assert_eq!(status, 413, "{body}");
-    }
     server.still_answers().await;
 }
 
@@ -363,13 +474,34 @@ async fn clients_that_hang_up() {
     }
 }
 
-/// A body that never ends is given up, and nobody waits for it.
+/// Bodies that stop, crawl or never end are given up, and nobody waits for them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_never_ends() {
     let server = tiny().await;
-    let head = b"POST /v1/generate HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{\"prompt\": ";
-    let slow = tokio::task::block_in_place(|| raw(&server, head));
-    let status = slow.split_whitespace().nth(1).unwrap_or("closed").to_string();
-    assert!(["400", "408", "closed"].contains(&status.as_str()), "{slow}");
+    let head = "POST /v1/generate HTTP/1.1\r\nhost: x\r\n";
+    let stops = || {
+        let mut stream = connect(&server);
+        stream.write_all(format!("{head}content-length: 1000\r\n\r\n{{\"prompt\": ").as_bytes()).unwrap();
+        answer_to(stream, Duration::from_secs(40))
+    };
+    let crawls = || {
+        let mut stream = connect(&server);
+        stream.write_all(format!("{head}content-length: 1000\r\n\r\n{{\"prompt\": \"").as_bytes()).unwrap();
+        let mut drip = stream.try_clone().unwrap();
+        std::thread::spawn(move || {
+            while drip.write_all(b"x").is_ok() {
+                std::thread::sleep(Duration::from_secs(2));
+            }
+        });
+        answer_to(stream, Duration::from_secs(40))
+    };
+    let goes_on = || chunked(&server, head, std::iter::repeat(&[b' '; 1 << 16][..]));
+    let answers = std::thread::scope(|threads| {
+        let tasks = [threads.spawn(stops), threads.spawn(crawls), threads.spawn(goes_on)];
+        tasks.map(|task| task.join().unwrap())
+    });
+    for (answer, status) in answers.iter().zip(["408", "408", "413"]) {
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{status} was expected: {answers:?}");
+    }
     server.still_answers().await;
 }

@@ -1,99 +1,199 @@
 //! Traffic while adapters come, change and go.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::collections::HashSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use loramux::base::DEFAULT_MODEL;
 use serde_json::{Value, json};
 
 use crate::common::fixtures;
-use crate::host::Server;
+use crate::host::{Server, answer};
 
 const PROMPT: &str = "The review said the novel was";
-const TOKENS: usize = 8;
+const TOKENS: usize = 4;
+/// Tasks that change names. Number `t` owns the name `t`, which always stands for something, and `4 + t`, which comes
+/// and goes.
+const CHANGERS: usize = 4;
+const NAMES: usize = 2 * CHANGERS;
+/// Longest growth of the resident memory from one churn to the next, equal one. Each of its generations has 1 MiB or
+/// more, so that it would show if one in seven stayed.
+const GROWTH: i64 = 32 << 20;
 
-async fn ask(server: &Server, adapter: &str) -> (u16, Value) {
+/// What adapters are made of here: what one says depends on its kind alone.
+struct Kind {
+    config: Value,
+    weights: Vec<u8>,
+    says: String,
+}
+
+impl Kind {
+    fn new(folder: &str, scale: f64) -> Self {
+        let folder = fixtures().join("smollm2").join(folder);
+        let mut config: Value =
+            serde_json::from_slice(&std::fs::read(folder.join("adapter_config.json")).unwrap()).unwrap();
+        config["lora_alpha"] = json!(config["lora_alpha"].as_f64().unwrap() * scale);
+        let weights = std::fs::read(folder.join("adapter_model.safetensors")).unwrap();
+        Kind { config, weights, says: String::new() }
+    }
+
+    /// Uploads it. `number` goes into a field that changes nothing but the generation.
+    async fn put(&self, server: &Server, name: &str, number: usize) -> String {
+        let mut config = self.config.clone();
+        config["revision"] = json!(format!("number {number}"));
+        let (status, info) = server.put(name, config.to_string().into(), self.weights.clone()).await;
+        assert!(status == 200 || status == 201, "{name}: {status} {info}");
+        info["generation"].as_str().unwrap().to_string()
+    }
+}
+
+/// A name was made to stand for something else. Which of the two holds between `sent` and `done` is open.
+struct Change {
+    name: usize,
+    sent: Instant,
+    done: Instant,
+    /// The generation and its kind; `None`: the name was removed.
+    to: Option<(String, usize)>,
+}
+
+/// A request of a client.
+struct Asked {
+    name: usize,
+    start: Instant,
+    end: Instant,
+    status: u16,
+    body: Value,
+}
+
+async fn ask(server: &Server, adapter: &str, tokens: usize) -> (u16, Value) {
     let body =
-        json!({ "adapter": adapter, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": true });
+        json!({ "adapter": adapter, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": true });
     server.post("/v1/generate", body).await
 }
 
-/// 16 clients on 8 adapters, 200 changes meanwhile. Names 0 to 3 always stand for something and change what; names 4 to 7
-/// come and go.
-#[tokio::test(flavor = "multi_thread")]
-async fn traffic_goes_on_while_adapters_change() {
-    let server = Server::start(DEFAULT_MODEL, &[]).await;
-    let folder = fixtures().join("smollm2");
-    let kinds = ["adapter_causal_r8", "adapter_causal_r16", "adapter_seqcls"].map(|k| folder.join(k));
-
-    // What each generation says, asked for in peace.
-    let mut says: HashMap<String, String> = HashMap::new();
-    for kind in &kinds {
-        let (status, info) = server.put_directory("probe", kind).await;
-        assert!(status == 200 || status == 201, "{info}");
-        let (status, body) = ask(&server, "probe").await;
-        assert_eq!(status, 200, "{body}");
-        assert_eq!(body["generation"], info["generation"]);
-        says.insert(info["generation"].as_str().unwrap().into(), body["text"].as_str().unwrap().into());
+/// Changes names `count` times in each task while 16 clients ask, and checks every answer. Uploads count from `first`.
+async fn churn(server: &Server, kinds: &[Kind], first: usize, count: usize) {
+    let (done, changes, answers) = (AtomicBool::new(false), Mutex::new(vec![]), Mutex::new(vec![]));
+    let (done, changes, answers) = (&done, &changes, &answers);
+    let upload = async |name: usize, number: usize| {
+        let (kind, sent) = (number % kinds.len(), Instant::now());
+        let generation = kinds[kind].put(server, &format!("a{name}"), number).await;
+        let to = Some((generation.clone(), kind));
+        changes.lock().unwrap().push(Change { name, sent, done: Instant::now(), to });
+        generation
+    };
+    for name in 0..NAMES {
+        upload(name, first + name).await;
     }
-    assert_eq!(says.len(), 3);
-    assert_eq!(says.values().collect::<std::collections::HashSet<_>>().len(), 3, "the adapters say the same: {says:?}");
-    for i in 0..8 {
-        let (status, body) = server.put_directory(&format!("a{i}"), &kinds[i % 3]).await;
-        assert_eq!(status, 201, "{body}");
-    }
-    let before = server.memory();
-
-    let (done, answered, gone) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
-    let (server, says, done, answered, gone) = (&server, &says, &done, &answered, &gone);
-    let clients = (0..16).map(|c| async move {
+    let client = async |c: usize| {
         let mut i = c;
         while !done.load(Ordering::Relaxed) {
-            let name = i % 8;
+            let (name, start) = (i % NAMES, Instant::now());
             i += 3;
-            let (status, body) = ask(server, &format!("a{name}")).await;
-            if status == 404 && name >= 4 {
-                gone.fetch_add(1, Ordering::Relaxed);
-                continue;
-            }
-            assert_eq!(status, 200, "a{name}: {body}");
-            let generation = body["generation"].as_str().unwrap();
-            assert_eq!(body["text"].as_str(), says.get(generation).map(String::as_str), "a{name}: wrong generation");
-            answered.fetch_add(1, Ordering::Relaxed);
+            let (status, body) = ask(server, &format!("a{name}"), TOKENS).await;
+            answers.lock().unwrap().push(Asked { name, start, end: Instant::now(), status, body });
         }
-    });
-    let changes = async {
-        for i in 0..200 {
-            let name = format!("a{}", (i * 5) % 8);
-            let (status, body) = match (i * 5) % 8 {
-                4.. if (i / 8) % 2 == 0 => {
-                    let request = server.http.delete(server.at(&format!("/v1/adapters/{name}")));
-                    crate::host::answer(request).await.unwrap()
-                }
-                _ => server.put_directory(&name, &kinds[(i / 3) % 3]).await,
-            };
-            assert!([200, 201, 204].contains(&status), "{name}: {status} {body}");
-            // Every change meets traffic.
-            let seen = answered.load(Ordering::Relaxed);
-            while answered.load(Ordering::Relaxed) == seen {
-                tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    let changer = async |t: usize| {
+        let mut there = true;
+        for i in 0..count {
+            let number = first + NAMES + t * count + i;
+            let name = if i % 2 == 0 { t } else { CHANGERS + t };
+            let url = format!("a{name}");
+            if name < CHANGERS || !there {
+                let generation = upload(name, number).await;
+                there |= name >= CHANGERS;
+                let (status, body) = ask(server, &url, 1).await;
+                assert_eq!((status, body["generation"].as_str()), (200, Some(&*generation)), "{url} after its upload");
+            } else {
+                let sent = Instant::now();
+                let request = server.http.delete(server.at(&format!("/v1/adapters/{url}")));
+                let (status, body) = answer(request).await.unwrap();
+                assert_eq!(status, 200, "{url}: {body}");
+                there = false;
+                changes.lock().unwrap().push(Change { name, sent, done: Instant::now(), to: None });
+                assert_eq!(ask(server, &url, 1).await.0, 404, "{url} after its removal");
             }
         }
+    };
+    let change = async {
+        futures::future::join_all((0..CHANGERS).map(changer)).await;
         done.store(true, Ordering::Relaxed);
     };
-    tokio::join!(futures::future::join_all(clients), changes);
-    println!("{} answers, {} times gone", answered.load(Ordering::Relaxed), gone.load(Ordering::Relaxed));
-    assert!(answered.load(Ordering::Relaxed) >= 200);
+    tokio::join!(futures::future::join_all((0..16).map(client)), change);
 
-    let (_, list) = server.get("/v1/adapters").await.unwrap();
-    for adapter in list["adapters"].as_array().unwrap() {
-        assert_eq!(adapter["in_flight"], 0, "{adapter}");
+    check(kinds, &changes.lock().unwrap(), &answers.lock().unwrap());
+    let start = Instant::now();
+    loop {
+        let (_, list) = server.get("/v1/adapters").await.unwrap();
+        if list["adapters"].as_array().unwrap().iter().all(|adapter| adapter["in_flight"] == 0) {
+            return;
+        }
+        assert!(start.elapsed() < Duration::from_secs(5), "held by nobody's requests: {list}");
     }
-    let grown = server.memory() as i64 - before as i64;
-    assert!(grown < 64 << 20, "memory grew by {grown} bytes");
+}
+
+/// Every answer is of a generation that its name stood for at some time of the request, and says what that one says.
+fn check(kinds: &[Kind], changes: &[Change], answers: &[Asked]) {
+    let (mut gone, mut old) = (0, 0);
+    for Asked { name, start, end, status, body } in answers {
+        let history: Vec<&Change> = changes.iter().filter(|c| c.name == *name).collect();
+        let held = |i: usize| history[i].sent <= *end && history.get(i + 1).is_none_or(|next| next.done >= *start);
+        let told = match status {
+            200 => body["generation"].as_str(),
+            404 => None,
+            _ => panic!("a{name}: {status} {body}"),
+        };
+        let which = (0..history.len()).find(|&i| history[i].to.as_ref().map(|(g, _)| &**g) == told && held(i));
+        let which = which.unwrap_or_else(|| panic!("a{name} stood for {told:?} at no time of a request: {body}"));
+        gone += usize::from(told.is_none());
+        old += usize::from(which + 1 < history.len());
+        if let Some((_, kind)) = history[which].to {
+            assert_eq!(body["text"], kinds[kind].says, "a{name}: {body}");
+        }
+    }
+    println!("{} changes, {} answers, {gone} of a name that was gone", changes.len(), answers.len());
+    assert!(gone > 0 && old > answers.len() / 2, "{gone} gone, {old} later replaced: the traffic met few changes");
+    assert!(answers.len() >= 200, "{} answers", answers.len());
+}
+
+/// 16 clients on 8 adapters, 200 changes meanwhile, most requests with a load from the disk, since the adapters do not
+/// fit the memory together.
+#[tokio::test(flavor = "multi_thread")]
+async fn traffic_goes_on_while_adapters_change() {
+    // A KV cache so small that the first round touches all of it.
+    let server = Server::start(DEFAULT_MODEL, &["--kv-memory", "48MiB", "--adapter-memory", "3MiB"]).await;
+    let plain =
+        [("adapter_causal_r8", 1.0), ("adapter_causal_r8", 12.0), ("adapter_seqcls", 1.0), ("adapter_seqcls", 12.0)];
+    let mut kinds = plain.map(|(folder, scale)| Kind::new(folder, scale));
+    // What each kind says, asked for in peace.
+    for kind in &mut kinds {
+        kind.put(&server, "probe", 0).await;
+        let (status, body) = ask(&server, "probe", TOKENS).await;
+        assert_eq!(status, 200, "{body}");
+        kind.says = body["text"].as_str().unwrap().into();
+    }
+    let texts: HashSet<&str> = kinds.iter().map(|k| k.says.as_str()).collect();
+    assert_eq!(texts.len(), kinds.len(), "the kinds do not differ: {texts:?}");
+
+    churn(&server, &kinds, 1000, 50).await;
+    let before = server.memory() as i64;
+    churn(&server, &kinds, 2000, 50).await;
+    let grown = server.memory() as i64 - before;
+    println!("{} MiB before, {} KiB more after", before >> 20, grown >> 10);
+    assert!(grown < GROWTH, "memory grew by {grown} bytes, from {before}");
+
+    let (_, metrics) = server.get("/metrics").await.unwrap();
+    let loads = metrics
+        .as_str()
+        .unwrap()
+        .lines()
+        .find_map(|l| l.strip_prefix("loramux_adapter_load_seconds_count{from=\"disk\"} ")?.parse::<f64>().ok());
+    assert!(loads.is_some_and(|n| n > 100.0), "{loads:?} loads from the disk");
     let objects = walk(&server.store);
-    assert!(objects < 40 << 20, "the store holds {objects} bytes, three adapters have 13 MB");
+    assert!(objects < 24 << 20, "the store holds {objects} bytes; nine adapters have less than 2 MiB each");
+    server.left_nothing().await;
 }
 
 fn walk(folder: &std::path::Path) -> u64 {

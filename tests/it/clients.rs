@@ -10,7 +10,8 @@ use crate::host::Server;
 
 fn run(script: &str, arguments: &[&str]) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients").join(script);
-    let output = Command::new("python3").arg(&script).args(arguments).output().unwrap();
+    let python = std::env::var("LORAMUX_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
+    let output = Command::new(python).arg(&script).args(arguments).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{} (`make test` installs what it imports): {text}", script.display());
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "ok");
@@ -29,6 +30,7 @@ async fn real_clients() {
     tokio::task::block_in_place(|| {
         run("openai_client.py", &[&server.url, "fairy"]);
         run("lorax_client.py", &[&server.url, "fairy"]);
+        run("tgi_client.py", &[&server.url]);
         run("vllm_calls.py", &[&server.url, r8.to_str().unwrap(), r16.to_str().unwrap()]);
         run("metrics.py", &[&server.url, "fairy", &prometheus]);
     });

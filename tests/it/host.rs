@@ -1,10 +1,15 @@
 //! A real `loramux serve` for a test, and what it takes to talk to it.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+
+/// What the store's folder has in it.
+const STORE: [&str; 4] = ["incoming", "lock", "names", "objects"];
 
 pub struct Server {
     child: Child,
@@ -12,11 +17,6 @@ pub struct Server {
     pub http: reqwest::Client,
     pub store: PathBuf,
     _folder: Option<tempfile::TempDir>,
-}
-
-/// A port that nobody listens on now.
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 impl Server {
@@ -31,28 +31,46 @@ impl Server {
 
     /// On a store that outlives it.
     pub async fn start_on(model: &str, store: &Path, extra: &[&str]) -> Self {
-        let listen = format!("127.0.0.1:{}", free_port());
-        let child = Command::new(env!("CARGO_BIN_EXE_loramux"))
-            .args(["serve", "--model", model, "--listen", &listen, "--store"])
+        let mut server = Self::listening(model, store, extra);
+        let start = Instant::now();
+        while !server.get("/health/ready").await.is_ok_and(|(status, _)| status == 200) {
+            assert!(server.child.try_wait().unwrap().is_none(), "the server has stopped");
+            assert!(start.elapsed() < Duration::from_secs(120), "the server does not become ready");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        server
+    }
+
+    /// One that has a port, and loads its model still.
+    pub fn listening(model: &str, store: &Path, extra: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_loramux"))
+            .args(["serve", "--model", model, "--listen", "127.0.0.1:0", "--store"])
             .arg(store)
             .args(extra)
-            .env("LORAMUX_LOG", "warn")
+            .env("LORAMUX_LOG", "warn,loramux::server=info")
             .stdout(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
+        let (sender, address) = mpsc::channel();
+        let log = BufReader::new(child.stderr.take().unwrap());
+        std::thread::spawn(move || {
+            for line in log.lines().map_while(Result::ok) {
+                match line.split_once("listening on ") {
+                    Some((_, url)) => sender.send(url.trim().to_string()).unwrap_or_default(),
+                    None => eprintln!("{line}"),
+                }
+            }
+        });
+        let url = address.recv_timeout(Duration::from_secs(20));
         let mut server = Server {
             child,
-            url: format!("http://{listen}"),
+            url: url.clone().unwrap_or_default(),
             http: reqwest::Client::new(),
             store: store.into(),
             _folder: None,
         };
-        let start = Instant::now();
-        while !server.get("/health/ready").await.is_ok_and(|(status, _)| status == 200) {
-            assert!(start.elapsed() < Duration::from_secs(120), "the server does not become ready");
-            assert!(server.child.try_wait().unwrap().is_none(), "the server has stopped");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        assert!(url.is_ok(), "the server does not listen: {:?}", server.child.try_wait());
         server
     }
 
@@ -96,6 +114,40 @@ impl Server {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 1024
+    }
+
+    pub fn signal(&self, name: &str) {
+        assert!(Command::new("kill").args([format!("-{name}"), self.pid().to_string()]).status().unwrap().success());
+    }
+
+    /// Waits for the process to end.
+    pub async fn ended(&mut self, limit: Duration) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < limit, "the server still runs after {limit:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until no upload is half done, and looks for files outside of where they belong.
+    pub async fn left_nothing(&self) {
+        let names = |folder: &Path| -> Vec<String> {
+            let entries = std::fs::read_dir(folder).unwrap();
+            entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
+        };
+        let start = Instant::now();
+        while let Some(name) = names(&self.store.join("incoming")).first() {
+            assert!(start.elapsed() < Duration::from_secs(10), "incoming/{name} stays");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let mut there = names(&self.store);
+        there.sort();
+        assert_eq!(there, STORE, "in the store");
+        // The store's own folder is a temporary one with nothing else in it.
+        assert_eq!(names(self.store.parent().unwrap()), ["store"]);
     }
 
     /// `kill -9`.

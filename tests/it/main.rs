@@ -2,8 +2,10 @@
 
 mod bad_input;
 mod churn;
+mod cli;
 mod clients;
 mod common;
 mod host;
 mod llama;
+mod server;
 mod smollm2;

@@ -1,0 +1,98 @@
+//! The program's commands, as a user types them.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::common::fixtures;
+use crate::host::Server;
+
+/// Runs `loramux`; its standard output, and whether it succeeded with its standard error.
+fn loramux(arguments: &[&str], url: &str) -> (String, Result<(), String>) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_loramux"));
+    let output = command.args(arguments).env("LORAMUX_URL", url).env("LORAMUX_LOG", "warn").output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let failed = (!output.status.success()).then(|| text(&output.stderr));
+    (text(&output.stdout), failed.map_or(Ok(()), Err))
+}
+
+fn succeeds(arguments: &[&str], url: &str) -> String {
+    let (out, result) = loramux(arguments, url);
+    assert_eq!(result, Ok(()), "{arguments:?}");
+    out
+}
+
+fn fails(arguments: &[&str], url: &str) -> String {
+    let (out, result) = loramux(arguments, url);
+    result.expect_err(&format!("{arguments:?} succeeds: {out}"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_shot_commands_answer_as_the_server_does() {
+    let tiny = fixtures().join("tiny/llama");
+    let (base, causal, head) = (tiny.join("base"), tiny.join("adapter_qv_r4"), tiny.join("adapter_seqcls"));
+    let path = |p: &Path| p.display().to_string();
+    let (base, causal, head) = (path(&base), path(&causal), path(&head));
+    let server = Server::start(&base, &[]).await;
+    assert!(server.put_directory("causal", Path::new(&causal)).await.0 == 201);
+    assert!(server.put_directory("head", Path::new(&head)).await.0 == 201);
+    let body = serde_json::json!({ "adapter": "causal", "prompt": "t5 t6 t7", "max_tokens": 6 });
+    let (_, said) = server.post("/v1/generate", body).await;
+    let generate = ["generate", "--model", &base, "--adapter", &causal, "--max-tokens", "6", "t5 t6 t7"];
+    let out = succeeds(&generate, "");
+    assert_eq!(out.trim_end_matches('\n'), said["text"].as_str().unwrap());
+    assert!(!out.trim().is_empty());
+
+    let body = serde_json::json!({ "adapter": "head", "input": ["t5 t6", "t9"] });
+    let (_, said) = server.post("/v1/classify", body).await;
+    let out = succeeds(&["classify", "--model", &base, "--adapter", &head, "t5 t6", "t9"], "");
+    let lines: Vec<Value> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.len(), 2);
+    for (line, result) in lines.iter().zip(said["results"].as_array().unwrap()) {
+        assert_eq!(line["label"], result["label"]);
+    }
+    let error = fails(&["classify", "--model", &base, "--adapter", &causal, "t5"], "");
+    assert!(error.contains("no classification head"), "{error}");
+    let error = fails(&["generate", "--model", &base, "--adapter", "none", "t5"], "");
+    assert!(error.contains("none"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn adapters_from_the_shell() {
+    let tiny = fixtures().join("tiny/llama");
+    let (base, adapter) = (tiny.join("base").display().to_string(), tiny.join("adapter_qv_r4").display().to_string());
+    let other = fixtures().join("smollm2/adapter_causal_r8").display().to_string();
+    let server = Server::start(&base, &[]).await;
+    let url = &server.url;
+    let inspection: Value = serde_json::from_str(&succeeds(&["adapters", "inspect", &adapter], url)).unwrap();
+    assert!(inspection.to_string().contains("q_proj"), "{inspection}");
+    let out = succeeds(&["adapters", "verify", &adapter, "--model", &base], url);
+    assert!(out.contains(&format!("{adapter} fits")), "{out}");
+    let error = fails(&["adapters", "verify", &other, "--model", &base], url);
+    assert!(error.contains("layer"), "{error}");
+
+    let out = succeeds(&["adapters", "push", "mine", &adapter], url);
+    let generation = out.trim().strip_prefix("mine ").unwrap();
+    assert_eq!(server.get("/v1/adapters/mine").await.unwrap().1["generation"], generation);
+    let error = fails(&["adapters", "push", "mine", &adapter, "--if-match", "0123"], url);
+    assert!(error.contains("409") && error.contains(generation), "{error}");
+    let list = succeeds(&["adapters", "list"], url);
+    let rows: Vec<&str> = list.lines().collect();
+    assert_eq!(rows.len(), 2, "{list}");
+    assert!(rows[1].starts_with("mine ") && rows[1].contains(&generation[..12]), "{list}");
+    // Columns of numbers end where their titles end.
+    for title in ["RANK", "BYTES", "IN FLIGHT"] {
+        let end = rows[0].find(title).unwrap() + title.len();
+        let last = rows[1].as_bytes()[end - 1];
+        assert!(last.is_ascii_digit() && rows[1].as_bytes().get(end).is_none_or(|b| *b == b' '), "{title}\n{list}");
+    }
+    // What would be cut off a URL is no name.
+    let error = fails(&["adapters", "rm", "mine#v2"], url);
+    assert!(error.contains("mine#v2"), "{error}");
+    assert_eq!(server.get("/v1/adapters/mine").await.unwrap().0, 200);
+    succeeds(&["adapters", "rm", "mine"], url);
+    assert_eq!(server.get("/v1/adapters/mine").await.unwrap().0, 404);
+    let error = fails(&["adapters", "rm", "mine"], url);
+    assert!(error.contains("404"), "{error}");
+}

@@ -1,0 +1,205 @@
+//! The server as a process: while it loads, under a full queue, when it is told to stop; and bytes that clients count.
+
+use std::time::{Duration, Instant};
+
+use loramux::base::DEFAULT_MODEL;
+use serde_json::{Value, json};
+
+use crate::common::fixtures;
+use crate::host::{Server, answer};
+
+fn tiny() -> String {
+    fixtures().join("tiny/llama/base").display().to_string()
+}
+
+/// A request that goes on for as long as the context lets it.
+fn long() -> Value {
+    json!({ "prompt": "A long story:", "max_tokens": 8000, "ignore_eos": true })
+}
+
+#[tokio::test]
+async fn a_server_that_loads_is_alive_and_not_ready() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Server::listening(DEFAULT_MODEL, &folder.path().join("store"), &[]);
+    let response = server.http.get(server.at("/health/ready")).send().await.unwrap();
+    assert_eq!((response.status().as_u16(), response.headers().get("retry-after").is_some()), (503, true));
+    let (status, body) = server.post("/v1/generate", json!({ "prompt": "x" })).await;
+    assert_eq!((status, body["error"]["type"].as_str()), (503, Some("unavailable_error")), "{body}");
+    assert_eq!(server.get("/health/live").await.unwrap().0, 200);
+    let start = Instant::now();
+    while server.get("/health/ready").await.unwrap().0 != 200 {
+        assert_eq!(server.get("/health/live").await.unwrap().0, 200);
+        assert!(start.elapsed() < Duration::from_secs(120), "the server does not become ready");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(server.post("/v1/generate", json!({ "prompt": "x", "max_tokens": 1 })).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_model_that_cannot_be_loaded_ends_the_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Server::listening("/no/such/model", &folder.path().join("store"), &[]);
+    assert!(!server.ended(Duration::from_secs(20)).await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_of_many_parts_waits_for_its_own() {
+    let server = Server::start(&tiny(), &["--max-queue", "3"]).await;
+    let inputs: Vec<String> = (0..20).map(|i| format!("t{} t6", i + 5)).collect();
+    let body = json!({ "input": inputs, "labels": ["t9", "t10", "t11 t12"] });
+    let (status, whole) = server.post("/v1/classify", body).await;
+    assert_eq!(status, 200, "{whole}");
+    // Each part is what it is alone.
+    for (input, result) in inputs.iter().zip(whole["results"].as_array().unwrap()) {
+        let body = json!({ "input": input, "labels": ["t9", "t10", "t11 t12"] });
+        assert_eq!(server.post("/v1/classify", body).await.1["results"][0], *result, "{input}");
+    }
+    let ask = |prompt: Value, stream: bool| {
+        json!({ "model": "base", "prompt": prompt, "max_tokens": 3, "temperature": 0, "ignore_eos": true,
+            "stream": stream, "stream_options": if stream { json!({ "include_usage": true }) } else { Value::Null } })
+    };
+    let (status, whole) = server.post("/v1/completions", ask(json!(inputs), false)).await;
+    assert_eq!(status, 200, "{whole}");
+    let (status, events) = server.post("/v1/completions", ask(json!(inputs), true)).await;
+    assert_eq!(status, 200, "{events}");
+    let mut streamed = vec![String::new(); inputs.len()];
+    let events = events.as_str().unwrap();
+    assert!(events.ends_with("data: [DONE]\n\n"), "{events}");
+    let mut tokens = 0;
+    for event in events.lines().filter_map(|l| l.strip_prefix("data: {")) {
+        let event: Value = serde_json::from_str(&format!("{{{event}")).unwrap();
+        for choice in event["choices"].as_array().unwrap() {
+            streamed[choice["index"].as_u64().unwrap() as usize] += choice["text"].as_str().unwrap();
+        }
+        tokens += event["usage"]["completion_tokens"].as_u64().unwrap_or(0);
+    }
+    assert_eq!(tokens, 60);
+    for (i, choice) in whole["choices"].as_array().unwrap().iter().enumerate() {
+        assert_eq!(choice["index"], i);
+        assert_eq!(choice["text"], streamed[i], "{i}");
+        let (_, alone) = server.post("/v1/completions", ask(json!(inputs[i]), false)).await;
+        assert_eq!(alone["choices"][0]["text"], streamed[i], "{i}");
+    }
+}
+
+/// Waits until something runs.
+async fn busy(server: &Server) {
+    let start = Instant::now();
+    loop {
+        let (_, text) = server.get("/metrics").await.unwrap();
+        if text.as_str().unwrap().contains("\nvllm:num_requests_running 1\n") {
+            return;
+        }
+        assert!(start.elapsed() < Duration::from_secs(30), "nothing runs");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_told_to_stop_finishes_what_it_has() {
+    let mut server = Server::start(DEFAULT_MODEL, &["--drain-timeout", "120"]).await;
+    let body = json!({ "prompt": "A story:", "max_tokens": 60, "ignore_eos": true });
+    let asked = tokio::spawn(answer(server.http.post(server.at("/v1/generate")).json(&body)));
+    busy(&server).await;
+    server.signal("TERM");
+    let (status, body) = asked.await.unwrap().unwrap();
+    assert_eq!((status, body["usage"]["completion_tokens"].as_u64()), (200, Some(60)), "{body}");
+    // Clients that keep their connections hold nothing up.
+    assert!(server.ended(Duration::from_secs(15)).await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_has_an_end() {
+    let mut server = Server::start(DEFAULT_MODEL, &["--drain-timeout", "2"]).await;
+    let asked = tokio::spawn(answer(server.http.post(server.at("/v1/generate")).json(&long())));
+    busy(&server).await;
+    server.signal("TERM");
+    let start = Instant::now();
+    while server.get("/health/ready").await.unwrap().0 != 503 {
+        assert!(start.elapsed() < Duration::from_secs(2), "a draining server says that it is ready");
+    }
+    assert_eq!(server.post("/v1/generate", json!({ "prompt": "x" })).await.0, 503);
+    let (status, body) = asked.await.unwrap().unwrap();
+    assert_eq!((status, body["error"]["type"].as_str()), (503, Some("unavailable_error")), "{body}");
+    assert!(start.elapsed() > Duration::from_millis(1500), "given up after {:?}", start.elapsed());
+    assert!(server.ended(Duration::from_secs(15)).await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_stops_at_once() {
+    let mut server = Server::start(DEFAULT_MODEL, &[]).await;
+    let asked = tokio::spawn(answer(server.http.post(server.at("/v1/generate")).json(&long())));
+    busy(&server).await;
+    server.signal("TERM");
+    while server.get("/health/ready").await.unwrap().0 != 503 {}
+    server.signal("INT");
+    assert!(!server.ended(Duration::from_secs(5)).await.success());
+    assert!(asked.await.unwrap().is_err());
+}
+
+/// Token texts of LoRAX's dialect add up to the text, also where a character has several tokens, or is cut short.
+#[tokio::test(flavor = "multi_thread")]
+async fn token_texts_add_up_to_the_text() {
+    let server = Server::start(DEFAULT_MODEL, &[]).await;
+    let (_, body) = server.post("/tokenize", json!({ "prompt": "🎉", "add_special_tokens": false })).await;
+    let party: Vec<u64> = body["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap()).collect();
+    assert!(party.len() > 1, "one token: {party:?}");
+    let (mut parts, mut whole, mut cut) = (0, 0, 0);
+    for max in 1..=2 * party.len() {
+        let bias: serde_json::Map<String, Value> = party.iter().map(|t| (t.to_string(), json!(100))).collect();
+        let parameters = json!({ "max_new_tokens": max, "details": true, "logit_bias": bias });
+        let body = json!({ "inputs": "🎉🎉🎉🎉🎉🎉", "parameters": parameters });
+        let (status, answer) = server.post("/generate", body.clone()).await;
+        assert_eq!(status, 200, "{answer}");
+        let text = answer["generated_text"].as_str().unwrap();
+        let tokens = answer["details"]["tokens"].as_array().unwrap();
+        let texts = |tokens: &[Value]| tokens.iter().map(|t| t["text"].as_str().unwrap()).collect::<String>();
+        assert_eq!(texts(tokens), text);
+        let (_, events) = server.post("/generate_stream", body).await;
+        let events = events.as_str().unwrap().lines().filter_map(|l| l.strip_prefix("data: "));
+        let events: Vec<Value> = events.map(|e| serde_json::from_str(e).unwrap()).collect();
+        let streamed: Vec<Value> = events.iter().map(|e| e["token"].clone()).collect();
+        assert_eq!(streamed, *tokens);
+        assert!(events.iter().enumerate().all(|(i, e)| e["index"] == i + 1), "{events:?}");
+        assert_eq!(events.last().unwrap()["generated_text"], text);
+        parts += tokens.iter().filter(|t| t["text"] == "").count();
+        whole += text.matches('🎉').count();
+        cut += text.matches('\u{fffd}').count();
+    }
+    assert!(parts > 0 && whole > 0 && cut > 0, "{parts} parts, {whole} whole, {cut} cut");
+}
+
+/// LoRAX's and TGI's clients see the end token, and the seed that was used.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_token_is_told() {
+    let server = Server::start(DEFAULT_MODEL, &[]).await;
+    let (_, body) = server.post("/tokenize", json!({ "prompt": "<|im_end|>", "add_special_tokens": false })).await;
+    let end = body["tokens"][0].as_u64().unwrap();
+    let parameters = json!({ "details": true, "logit_bias": { end.to_string(): 100 }, "do_sample": true, "seed": 7 });
+    let body = json!({ "inputs": "x", "parameters": parameters });
+    let (_, answer) = server.post("/generate", body.clone()).await;
+    let details = &answer["details"];
+    assert_eq!((answer["generated_text"].as_str(), details["finish_reason"].as_str()), (Some(""), Some("eos_token")));
+    assert_eq!((&details["seed"], &details["generated_tokens"]), (&json!(7), &json!(1)));
+    let token = &details["tokens"][0];
+    assert_eq!((&token["id"], &token["special"], &token["text"]), (&json!(end), &json!(true), &json!("<|im_end|>")));
+    assert!(token["logprob"].as_f64().unwrap() < 0.0, "{token}");
+    let (_, events) = server.post("/generate_stream", body).await;
+    let event: Value = serde_json::from_str(events.as_str().unwrap().trim().strip_prefix("data: ").unwrap()).unwrap();
+    assert_eq!((&event["token"], &event["index"], &event["details"]["seed"]), (token, &json!(1), &json!(7)));
+}
+
+/// Clients that hang up while they wait are counted too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_hangs_up_is_counted() {
+    let server = Server::start(DEFAULT_MODEL, &[]).await;
+    let asked = tokio::spawn(answer(server.http.post(server.at("/v1/generate")).json(&long())));
+    busy(&server).await;
+    asked.abort();
+    let start = Instant::now();
+    let line = "loramux_requests_total{adapter=\"base\",route=\"/v1/generate\",status=\"499\"} 1\n";
+    while !server.get("/metrics").await.unwrap().1.as_str().unwrap().contains(line) {
+        assert!(start.elapsed() < Duration::from_secs(20), "no {line}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
