@@ -4,10 +4,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use loramux::base::DEFAULT_MODEL;
 use serde_json::{Value, json};
 
-use crate::common::fixtures;
+use crate::common::{fixtures, packaged};
 use crate::host::Server;
 
 const PROMPT: &str = "The review said the novel was";
@@ -23,7 +22,7 @@ async fn ask(server: &Server, adapter: &str) -> (u16, Value) {
 /// come and go.
 #[tokio::test(flavor = "multi_thread")]
 async fn traffic_goes_on_while_adapters_change() {
-    let server = Server::start(DEFAULT_MODEL, &[]).await;
+    let server = Server::start(&packaged(), &[]).await;
     let folder = fixtures().join("smollm2");
     let kinds = ["adapter_causal_r8", "adapter_causal_r16", "adapter_seqcls"].map(|k| folder.join(k));
 
