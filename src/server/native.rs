@@ -157,7 +157,7 @@ pub async fn classify(
                 if from == 0 {
                     return Err(f.wrong("input", "is an empty text, which no label can continue"));
                 }
-                let label = state.tokenizer.encode(&format!(" {label}"), false)?;
+                let label = state.tokenizer.continuation(label)?;
                 let request = target.request([prompt, label].concat(), Task::Score { from });
                 state.engine.submit(request)
             };
