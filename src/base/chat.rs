@@ -169,7 +169,7 @@ mod tests {
     fn the_default_models_chat_is_as_transformers_renders_it() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/smollm2/expected.json");
         let expected: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        let base = crate::base::Base::open(crate::base::DEFAULT_MODEL).unwrap();
+        let base = crate::base::Base::open(&crate::base::packaged().unwrap().to_string_lossy()).unwrap();
         let (chat, case) = (base.chat.unwrap(), &expected["chat"]);
         let text = chat.render(case["messages"].as_array().unwrap(), true).unwrap();
         assert_eq!(text, case["rendered"].as_str().unwrap());

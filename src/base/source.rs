@@ -62,9 +62,13 @@ impl Base {
                 config.eos_tokens.push(end as u32);
             }
         }
-        let tokenizer = Tokenizer::from_file(&directory.join("tokenizer.json"))?.with_bos(config.bos_token);
         let settings = json("tokenizer_config.json")?;
+        let tokenizer = Tokenizer::from_file(&directory.join("tokenizer.json"))?.with_settings(&settings)?;
+        let tokenizer = tokenizer.with_bos(config.bos_token);
         let token = |key: &str| settings[key].as_str().or(settings[key]["content"].as_str());
+        // A tuned model's turns may end with a token that only its tokenizer names.
+        let end = token("eos_token").and_then(|text| tokenizer.token_id(text));
+        config.eos_tokens.extend(end.filter(|id| !config.eos_tokens.contains(id)));
         let template = match (read("chat_template.jinja")?, &settings["chat_template"]) {
             (Some(file), _) => Some(file),
             (None, Value::String(text)) => Some(text.clone()),
@@ -134,7 +138,14 @@ mod tests {
         put("tokenizer_config.json", settings.to_string());
         let base = open(folder.path()).unwrap();
         assert_eq!(base.config.eos_tokens, [2, 7]);
+        assert_eq!(base.tokenizer.encode("t9", true).unwrap(), [9]);
         assert_eq!(base.chat.unwrap().render(&[], true).unwrap(), "t1");
+
+        let settings = json!({ "bos_token": "t1", "eos_token": "t8", "tokenizer_class": "LlamaTokenizerFast" });
+        put("tokenizer_config.json", settings.to_string());
+        let base = open(folder.path()).unwrap();
+        assert_eq!(base.config.eos_tokens, [2, 7, 8]);
+        assert_eq!(base.tokenizer.encode("t9", true).unwrap(), [1, 9]);
 
         put("chat_template.jinja", "file {{ bos_token }}".into());
         assert_eq!(open(folder.path()).unwrap().chat.unwrap().render(&[], true).unwrap(), "file t1");

@@ -4,8 +4,11 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokenizers::{
+    NormalizedString, Normalizer, OffsetReferential, OffsetType, PostProcessorWrapper, PreTokenizedString, PreTokenizer,
+};
 
-use super::gguf::Gguf;
+use super::gguf::{CONTROL, Gguf, NORMAL, UNKNOWN, USER_DEFINED};
 use crate::{Error, Result};
 
 /// A tokenizer with the bytes of each token at hand.
@@ -14,10 +17,15 @@ pub struct Tokenizer {
     /// By id: the bytes a token stands for, and whether it is special.
     tokens: Vec<(Box<[u8]>, bool)>,
     bos: Option<u32>,
+    /// Whether it begins each text with a space of its own, as SentencePiece does.
+    adds_space: bool,
 }
 
 /// Far more than any vocabulary has; keeps a lying id from asking for a table of billions.
 const MAX_VOCABULARY: usize = 1 << 22;
+
+/// Far longer than any token of a SentencePiece vocabulary; keeps a lying one from being cut in billions of ways.
+const MAX_PIECE: usize = 1 << 10;
 
 /// What is read of `tokenizer.json` here; the rest is for the tokenizers crate.
 #[derive(Deserialize)]
@@ -47,12 +55,27 @@ fn byte_of(c: char) -> Option<u8> {
     }
 }
 
+/// Whether a text without a space at its start is given one.
+fn adds_space(inner: &tokenizers::Tokenizer) -> Result<bool> {
+    let failed = |e| Error::unprocessable(format!("tokenizer: it cannot take apart the text \"a\": {e}"));
+    let mut text = NormalizedString::from("a");
+    if let Some(normalizer) = inner.get_normalizer() {
+        normalizer.normalize(&mut text).map_err(failed)?;
+    }
+    let mut words = PreTokenizedString::from(text);
+    if let Some(pre_tokenizer) = inner.get_pre_tokenizer() {
+        pre_tokenizer.pre_tokenize(&mut words).map_err(failed)?;
+    }
+    let first = words.get_splits(OffsetReferential::Normalized, OffsetType::Byte).into_iter().next();
+    Ok(first.is_some_and(|(word, ..)| word.starts_with([' ', '▁', 'Ġ'])))
+}
+
 impl Tokenizer {
     /// From `tokenizer.json`.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let wrong = |e: String| Error::unprocessable(format!("{}: {e}", path.display()));
-        let bytes = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
-        Self::from_json(&bytes).map_err(|e| wrong(e.message))
+        let named = |e: String| Error::unprocessable(format!("{}: {e}", path.display()));
+        let bytes = std::fs::read(path).map_err(|e| named(e.to_string()))?;
+        Self::from_json(&bytes).map_err(|e| named(e.message))
     }
 
     fn from_json(bytes: &[u8]) -> Result<Self> {
@@ -101,112 +124,56 @@ impl Tokenizer {
             (bytes.into_boxed_slice(), false)
         };
         let tokens = (0..size).map(token).collect();
-        Ok(Tokenizer { inner, tokens, bos: None })
+        let adds_space = spelling == Spelling::Words || adds_space(&inner)?;
+        Ok(Tokenizer { inner, tokens, bos: None, adds_space })
     }
 
-    /// From GGUF metadata: the byte-level BPE of `tokenizer.ggml.model = gpt2`, cut into words as `tokenizer.ggml.pre` says.
+    /// From GGUF metadata. `tokenizer.ggml.model` is `gpt2` for byte-level BPE and `llama` for SentencePiece.
     pub(super) fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        let model = gguf.text("tokenizer.ggml.model")?;
-        if model != "gpt2" {
-            let what = format!("tokenizer.ggml.model is {model:?}; supported: \"gpt2\" (byte-level BPE)");
-            return Err(Error::unprocessable(format!(
-                "GGUF: {what}; a Hugging Face directory brings its own tokenizer"
-            )));
-        }
-        let gpt2 = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
-        let after_regex = |pattern: &str| {
-            let split =
-                json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
-            let bytes =
-                json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
-            json!({ "type": "Sequence", "pretokenizers": [split, bytes] })
-        };
-        let words = |digits: &str| {
-            let contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)";
-            format!(
-                r"{contractions}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-            )
-        };
-        let pre =
-            if gguf.meta.contains_key("tokenizer.ggml.pre") { gguf.text("tokenizer.ggml.pre")? } else { "default" };
-        if pre == "default" {
-            tracing::warn!("the GGUF does not say how text is cut into words (tokenizer.ggml.pre); taking GPT-2's way");
-        }
-        let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
-        let pre_tokenizer = match pre {
-            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" => {
-                let digits = json!({ "type": "Digits", "individual_digits": true });
-                json!({ "type": "Sequence", "pretokenizers": [digits, gpt2] })
-            }
-            "gpt-2" | "gpt2" | "default" | "olmo" | "jais" | "phi-2" => gpt2,
-            _ if llama3 => after_regex(&words("{1,3}")),
-            "qwen2" | "qwen" | "deepseek-r1-qwen" => after_regex(&words("")),
-            other => {
-                let what = "supported: smollm, starcoder, gpt-2, default, llama-bpe, qwen2 and their kin";
-                return Err(Error::unprocessable(format!("GGUF: tokenizer.ggml.pre is {other:?}; {what}")));
-            }
-        };
         let tokens = gguf.texts("tokenizer.ggml.tokens")?;
-        let types = gguf.get("tokenizer.ggml.token_type").ok().and_then(|t| t.as_list()).unwrap_or_default();
+        let vocab: Vocabulary = tokens.iter().enumerate().map(|(id, token)| (token.to_string(), id.into())).collect();
+        let mut recipe = match gguf.text("tokenizer.ggml.model")? {
+            "gpt2" => byte_level(gguf, &vocab)?,
+            "llama" => sentencepiece(gguf, &tokens, &vocab)?,
+            other => {
+                let what = "supported: \"gpt2\" (byte-level BPE) and \"llama\" (SentencePiece BPE)";
+                let hint = "a Hugging Face directory brings its own tokenizer";
+                return Err(wrong(format!("tokenizer.ggml.model is {other:?}; {what}; {hint}")));
+            }
+        };
         let mut ends = vec![];
         for key in ["bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"] {
             ends.extend(gguf.token(&format!("tokenizer.ggml.{key}"))?.map(|id| id as usize));
         }
-        // 1 is a normal token, 3 a control token, 4 one that a user added. Some files call an end of text normal.
-        let kind = |id: usize| match types.get(id).and_then(|t| t.as_u64()).unwrap_or(1) {
-            1 if ends.contains(&id) => 3,
+        // Some files call an end of text normal.
+        let kind = |id: usize| match gguf.token_kind(id) {
+            NORMAL if ends.contains(&id) => CONTROL,
             kind => kind,
         };
         let added: Vec<Value> = tokens
             .iter()
             .enumerate()
-            .filter(|(id, _)| matches!(kind(*id), 3 | 4))
+            .filter(|(id, _)| matches!(kind(*id), UNKNOWN | CONTROL | USER_DEFINED))
             .map(|(id, content)| {
-                json!({ "id": id, "content": content, "special": kind(id) == 3, "single_word": false, "lstrip": false,
-                "rstrip": false, "normalized": false })
+                json!({ "id": id, "content": content, "special": kind(id) != USER_DEFINED, "single_word": false,
+                    "lstrip": false, "rstrip": false, "normalized": false })
             })
             .collect();
-        let vocab: serde_json::Map<String, Value> =
-            tokens.iter().enumerate().map(|(id, token)| (token.to_string(), id.into())).collect();
-        let merges: Vec<[&str; 2]> = gguf
-            .texts("tokenizer.ggml.merges")?
-            .into_iter()
-            .map(|m| match m.split_once(' ') {
-                Some((a, b)) => Ok([a, b]),
-                None => {
-                    Err(Error::unprocessable(format!("GGUF: tokenizer.ggml.merges holds {m:?}, which is not a pair")))
-                }
-            })
-            .collect::<Result<_>>()?;
-        // Files of the Llama 3 family often leave the key out; their tokenizer always begins with BOS.
-        let bos = match gguf.meta.get("tokenizer.ggml.add_bos_token") {
-            None => llama3 && gguf.meta.contains_key("tokenizer.ggml.bos_token_id"),
-            Some(flag) => flag.as_bool().ok_or_else(|| {
-                Error::unprocessable(format!("GGUF: tokenizer.ggml.add_bos_token is {flag}, expected true or false"))
-            })?,
-        };
-        let bos = match bos {
-            false => None,
-            true => {
-                let id = gguf.number("tokenizer.ggml.bos_token_id")?;
-                let missing = || format!("GGUF: the BOS token {id} is not among the {} tokens", tokens.len());
-                Some(tokens.get(id).ok_or_else(|| Error::unprocessable(missing()))?)
+        let spelling = |key: &str, wanted: bool| -> Result<Option<(&str, u32)>> {
+            if !gguf.flag(&format!("tokenizer.ggml.add_{key}_token"))?.unwrap_or(wanted) {
+                return Ok(None);
             }
+            let id = gguf.number(&format!("tokenizer.ggml.{key}_token_id"))?;
+            let token = tokens.get(id).map(|token| (*token, id as u32));
+            let what = format!("the {} token {id} is not among the {} tokens", key.to_uppercase(), tokens.len());
+            token.map(Some).ok_or_else(|| wrong(what))
         };
-        let normalizer = if pre == "qwen2" { json!({ "type": "NFC" }) } else { Value::Null };
-        let post_processor = bos.map(|bos| {
-            let token = json!({ "SpecialToken": { "id": bos, "type_id": 0 } });
-            let text = |id: &str| json!({ "Sequence": { "id": id, "type_id": 0 } });
-            json!({ "type": "TemplateProcessing", "single": [token, text("A")], "pair": [token, text("A"), text("B")],
-                "special_tokens": { *bos: { "id": bos, "ids": [vocab[*bos]], "tokens": [bos] } } })
-        });
-        let json = json!({
-            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": normalizer,
-            "pre_tokenizer": pre_tokenizer, "post_processor": post_processor,
-            "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
-            "model": { "type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": llama3 },
-        });
-        Self::from_json(json.to_string().as_bytes())
+        let bos = spelling("bos", recipe.adds_bos)?;
+        let eos = spelling("eos", false)?;
+        recipe.parts["added_tokens"] = added.into();
+        recipe.parts["post_processor"] = frame(bos, eos);
+        recipe.parts["version"] = "1.0".into();
+        Self::from_json(recipe.parts.to_string().as_bytes())
     }
 
     /// Token ids of `text`. Text that spells a special token becomes that token. `special` adds what the tokenizer's
@@ -214,6 +181,41 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, special);
         Ok(encoding.map_err(|e| Error::bad_request(format!("the text cannot be tokenized: {e}")))?.get_ids().to_vec())
+    }
+
+    /// Token ids of `text` as it goes on after another text, with a space between.
+    pub fn continuation(&self, text: &str) -> Result<Vec<u32>> {
+        if self.adds_space { self.encode(text, false) } else { self.encode(&format!(" {text}"), false) }
+    }
+
+    /// Puts BOS and EOS around texts as the flags in `tokenizer_config.json` say. As in transformers, they count for Llama's
+    /// tokenizer, and there before what `tokenizer.json` says.
+    pub(super) fn with_settings(mut self, settings: &Value) -> Result<Self> {
+        let is_llama = matches!(settings["tokenizer_class"].as_str(), Some("LlamaTokenizer" | "LlamaTokenizerFast"));
+        let flags = ["add_bos_token", "add_eos_token"].map(|key| settings[key].as_bool());
+        if !is_llama || (self.inner.get_post_processor().is_some() && flags == [None, None]) {
+            return Ok(self);
+        }
+        let token = |key: &str, flag: Option<bool>, usually: bool, usual: &'static str| {
+            if !flag.unwrap_or(usually) {
+                return Ok(None);
+            }
+            let text = settings[key].as_str().or(settings[key]["content"].as_str()).unwrap_or(usual);
+            match self.token_id(text) {
+                Some(id) => Ok(Some((text, id))),
+                // Nobody asked for it.
+                None if flag.is_none() => Ok(None),
+                None => Err(Error::unprocessable(format!(
+                    "tokenizer_config.json: add_{key} is true and its {key} {text:?} is no token of tokenizer.json"
+                ))),
+            }
+        };
+        let bos = token("bos_token", flags[0], true, "<s>")?;
+        let eos = token("eos_token", flags[1], false, "</s>")?;
+        let processor: Option<PostProcessorWrapper> = serde_json::from_value(frame(bos, eos))
+            .map_err(|e| Error::internal(format!("the tokenizer's post-processor: {e}")))?;
+        self.inner.with_post_processor(processor);
+        Ok(self)
     }
 
     /// Names the token that starts a sequence.
@@ -233,11 +235,13 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Text of `ids`, special tokens left out if `skip_special`; bytes that are no UTF-8 become U+FFFD.
+    /// Text of `ids` from its start, so without the space that the tokenizer adds there; special tokens left out if
+    /// `skip_special`; bytes that are no UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         let kept = ids.iter().filter(|&&id| !(skip_special && self.is_special(id)));
         let bytes: Vec<u8> = kept.flat_map(|&id| self.token_bytes(id)).copied().collect();
-        String::from_utf8_lossy(&bytes).into_owned()
+        let added = if self.adds_space { bytes.strip_prefix(b" ") } else { None };
+        String::from_utf8_lossy(added.unwrap_or(&bytes)).into_owned()
     }
 
     /// The bytes a token stands for in running text; empty for an id outside the vocabulary.
@@ -265,11 +269,143 @@ impl Tokenizer {
     }
 }
 
+type Vocabulary = serde_json::Map<String, Value>;
+
+/// What a kind of GGUF tokenizer brings of its own.
+struct Recipe {
+    /// `tokenizer.json` without added tokens and post-processor.
+    parts: Value,
+    /// Whether a text begins with BOS where the file does not say.
+    adds_bos: bool,
+}
+
+fn wrong(what: String) -> Error {
+    Error::unprocessable(format!("GGUF: {what}"))
+}
+
+/// A post-processor that puts these tokens around a text.
+fn frame(bos: Option<(&str, u32)>, eos: Option<(&str, u32)>) -> Value {
+    if bos.is_none() && eos.is_none() {
+        return Value::Null;
+    }
+    let special =
+        |token: Option<(&str, u32)>| token.map(|(token, _)| json!({ "SpecialToken": { "id": token, "type_id": 0 } }));
+    let around = |id: &str| {
+        let text = json!({ "Sequence": { "id": id, "type_id": 0 } });
+        special(bos).into_iter().chain([text]).chain(special(eos))
+    };
+    let tokens: Vocabulary = [bos, eos]
+        .into_iter()
+        .flatten()
+        .map(|(token, id)| (token.to_string(), json!({ "id": token, "ids": [id], "tokens": [token] })))
+        .collect();
+    json!({ "type": "TemplateProcessing", "single": around("A").collect::<Vec<_>>(),
+        "pair": around("A").chain(around("B")).collect::<Vec<_>>(), "special_tokens": tokens })
+}
+
+/// Byte-level BPE, cut into words as `tokenizer.ggml.pre` says.
+fn byte_level(gguf: &Gguf, vocab: &Vocabulary) -> Result<Recipe> {
+    let gpt2 = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+    let after_regex = |pattern: &str| {
+        let split =
+            json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
+        let bytes = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+        json!({ "type": "Sequence", "pretokenizers": [split, bytes] })
+    };
+    let words = |digits: &str| {
+        let contractions = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)";
+        format!(
+            r"{contractions}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+    };
+    let pre = if gguf.meta.contains_key("tokenizer.ggml.pre") { gguf.text("tokenizer.ggml.pre")? } else { "default" };
+    if pre == "default" {
+        tracing::warn!("the GGUF does not say how text is cut into words (tokenizer.ggml.pre); taking GPT-2's way");
+    }
+    let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
+    let pre_tokenizer = match pre {
+        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" => {
+            let digits = json!({ "type": "Digits", "individual_digits": true });
+            json!({ "type": "Sequence", "pretokenizers": [digits, gpt2] })
+        }
+        "gpt-2" | "gpt2" | "default" | "olmo" | "jais" | "phi-2" => gpt2,
+        _ if llama3 => after_regex(&words("{1,3}")),
+        "qwen2" | "qwen" | "deepseek-r1-qwen" => after_regex(&words("")),
+        other => {
+            let what = "supported: smollm, starcoder, gpt-2, default, llama-bpe, qwen2 and their kin";
+            return Err(wrong(format!("tokenizer.ggml.pre is {other:?}; {what}")));
+        }
+    };
+    let merges: Vec<[&str; 2]> = gguf
+        .texts("tokenizer.ggml.merges")?
+        .into_iter()
+        .map(|m| match m.split_once(' ') {
+            Some((a, b)) => Ok([a, b]),
+            None => Err(wrong(format!("tokenizer.ggml.merges holds {m:?}, which is not a pair"))),
+        })
+        .collect::<Result<_>>()?;
+    let normalizer = if pre == "qwen2" { json!({ "type": "NFC" }) } else { Value::Null };
+    let parts = json!({
+        "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+        "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+        "model": { "type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": llama3 },
+    });
+    // Files of the Llama 3 family often leave the key out; their tokenizer always begins with BOS.
+    Ok(Recipe { parts, adds_bos: llama3 && gguf.meta.contains_key("tokenizer.ggml.bos_token_id") })
+}
+
+/// SentencePiece's BPE: of all neighbours whose join is a token, those whose token has the highest score are joined first.
+/// Characters outside the vocabulary become bytes.
+fn sentencepiece(gguf: &Gguf, tokens: &[&str], vocab: &Vocabulary) -> Result<Recipe> {
+    let key = "tokenizer.ggml.scores";
+    let scores: Option<Vec<f64>> = gguf.get(key)?.as_list().and_then(|l| l.iter().map(|x| x.as_f64()).collect());
+    let scores = scores.filter(|scores| scores.len() == tokens.len() && scores.iter().all(|x| x.is_finite()));
+    let scores =
+        scores.ok_or_else(|| wrong(format!("{key} is not a list of a number for each of {} tokens", tokens.len())))?;
+    let joins = |id: usize| matches!(gguf.token_kind(id), NORMAL | USER_DEFINED);
+    let is_part = |text: &str| vocab.get(text).and_then(Value::as_u64).is_some_and(|id| joins(id as usize));
+    let mut merges: Vec<(f64, bool, [&str; 2])> = Vec::new();
+    for (id, token) in tokens.iter().enumerate().filter(|(id, _)| joins(*id)) {
+        if token.len() > MAX_PIECE {
+            return Err(wrong(format!("the token {id} has {} bytes; at most {MAX_PIECE} are possible", token.len())));
+        }
+        for (cut, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(cut);
+            if is_part(left) && is_part(right) {
+                // SentencePiece joins the leftmost first. Where two joins to the same token overlap, as of `ab` and `a`
+                // and of `a` and `ba` in `ab|a|ba`, the left part of the right one is also the end of the token.
+                merges.push((scores[id], token.ends_with(left), [left, right]));
+            }
+        }
+    }
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)).then(b.2[0].len().cmp(&a.2[0].len())));
+    let merges: Vec<[&str; 2]> = merges.into_iter().map(|(_, _, pair)| pair).collect();
+    let unknown = gguf.optional_number("tokenizer.ggml.unknown_token_id")?.unwrap_or(0);
+    let spaces = json!({ "type": "Replace", "pattern": { "String": " " }, "content": "▁" });
+    let prefix = gguf.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let prefix = prefix.then(|| json!({ "type": "Prepend", "prepend": "▁" }));
+    let parts = json!({
+        "normalizer": { "type": "Sequence", "normalizers": prefix.into_iter().chain([spaces]).collect::<Vec<_>>() },
+        "pre_tokenizer": null,
+        "decoder": { "type": "Sequence", "decoders": [
+            { "type": "Replace", "pattern": { "String": "▁" }, "content": " " }, { "type": "ByteFallback" },
+            { "type": "Fuse" }] },
+        "model": { "type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": true, "fuse_unk": true,
+            "unk_token": tokens.get(unknown) },
+    });
+    Ok(Recipe { parts, adds_bos: gguf.meta.contains_key("tokenizer.ggml.bos_token_id") })
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::gguf::Meta;
     use super::super::gguf::tests::write;
     use super::*;
+
+    /// The model that the reference texts were made with.
+    fn packaged() -> Result<crate::base::Base> {
+        crate::base::Base::open(&crate::base::packaged()?.to_string_lossy())
+    }
 
     #[test]
     fn every_byte_has_one_character() {
@@ -285,7 +421,7 @@ mod tests {
 
     #[test]
     fn the_default_models_tokens_spell_the_text() {
-        let base = crate::base::Base::open(crate::base::DEFAULT_MODEL).unwrap();
+        let base = packaged().unwrap();
         let t = &base.tokenizer;
         for text in ["  two  spaces\n\n\ttab", "naïve café, 北京 Ελλάδα", "👩‍👩‍👧 🏳️‍🌈", "1234567890 3.14", "", "don't we'll"]
         {
@@ -302,7 +438,7 @@ mod tests {
 
     #[test]
     fn a_megabyte_of_anything_is_tokenized_in_time() {
-        let base = crate::base::Base::open(crate::base::DEFAULT_MODEL).unwrap();
+        let base = packaged().unwrap();
         for piece in ["word 12 ", "a", " ", "7", "京", "\0", "<|im_"] {
             let long = piece.repeat((1 << 20) / piece.len());
             let start = std::time::Instant::now();
@@ -317,7 +453,7 @@ mod tests {
     fn the_reference_texts_have_the_reference_ids() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/smollm2/expected.json");
         let expected: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        let base = crate::base::Base::open(crate::base::DEFAULT_MODEL).unwrap();
+        let base = packaged().unwrap();
         let prompts = expected["prompts"].as_array().unwrap();
         assert!(!prompts.is_empty());
         for prompt in prompts {
@@ -365,9 +501,9 @@ mod tests {
     fn words_are_cut_as_the_gguf_says() {
         let cut = |pre: &str, text: &str| {
             let t = tiny(&[("tokenizer.ggml.pre", Meta::Text(pre.into()))]).unwrap();
-            let mut words = tokenizers::PreTokenizedString::from(text);
-            tokenizers::PreTokenizer::pre_tokenize(t.inner.get_pre_tokenizer().unwrap(), &mut words).unwrap();
-            let splits = words.get_splits(tokenizers::OffsetReferential::Original, tokenizers::OffsetType::Byte);
+            let mut words = PreTokenizedString::from(text);
+            t.inner.get_pre_tokenizer().unwrap().pre_tokenize(&mut words).unwrap();
+            let splits = words.get_splits(OffsetReferential::Original, OffsetType::Byte);
             splits.into_iter().map(|(_, (from, to), _)| text[from..to].to_string()).collect::<Vec<_>>()
         };
         let text = "It's 1234 x\n\n y";
@@ -377,8 +513,8 @@ mod tests {
         assert_eq!(cut("qwen2", text), ["It", "'s", " ", "1", "2", "3", "4", " x", "\n\n", " y"]);
         let error = tiny(&[("tokenizer.ggml.pre", Meta::Text("tekken".into()))]).err().unwrap().message;
         assert!(error.contains("\"tekken\""), "{error}");
-        let error = tiny(&[("tokenizer.ggml.model", Meta::Text("llama".into()))]).err().unwrap().message;
-        assert!(error.contains("\"llama\""), "{error}");
+        let error = tiny(&[("tokenizer.ggml.model", Meta::Text("t5".into()))]).err().unwrap().message;
+        assert!(error.contains("\"t5\""), "{error}");
     }
 
     #[test]
@@ -390,6 +526,131 @@ mod tests {
         let huge = r#"{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel","vocab":{"a":4294967295},"unk_token":"a"}}"#;
         assert!(Tokenizer::from_json(huge.as_bytes()).err().unwrap().message.contains("4294967295"));
         assert!(Tokenizer::from_json(b"{").is_err());
+    }
+
+    /// The pieces of a small SentencePiece vocabulary, by falling score.
+    fn pieces() -> Vec<String> {
+        let mut pieces: Vec<String> = Vec::new();
+        let words = "ab ba aba bab ▁a ▁b ▁ab ▁ba abab aab ▁▁ ▁▁▁▁ bb abb bba ▁aab é aé ▁bab baab abba";
+        pieces.extend(words.split(' ').map(String::from));
+        pieces.extend(["▁", "a", "b", "c"].map(String::from));
+        pieces
+    }
+
+    /// A GGUF tokenizer of [`pieces`] after `<unk>`, `<s>`, `</s>` and the 256 bytes; then a token of a user's.
+    fn spm(changes: &[(&str, Meta)]) -> Result<Tokenizer> {
+        let text = |t: &str| Meta::Text(t.into());
+        let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(String::from).into();
+        let mut kinds = vec![2, 3, 3];
+        tokens.extend((0..=255u8).map(|b| format!("<0x{b:02X}>")));
+        kinds.resize(tokens.len(), 6);
+        let first = tokens.len();
+        tokens.extend(pieces());
+        kinds.resize(tokens.len(), 1);
+        tokens.push("<tool>".into());
+        kinds.push(4);
+        let scores = (0..tokens.len()).map(|id| Meta::Float(first as f64 - id.max(first) as f64)).collect();
+        let mut meta = vec![
+            ("tokenizer.ggml.model", text("llama")),
+            ("tokenizer.ggml.tokens", Meta::List(tokens.iter().map(|t| text(t)).collect())),
+            ("tokenizer.ggml.scores", Meta::List(scores)),
+            ("tokenizer.ggml.token_type", Meta::List(kinds.into_iter().map(Meta::Unsigned).collect())),
+            ("tokenizer.ggml.bos_token_id", Meta::Unsigned(1)),
+            ("tokenizer.ggml.eos_token_id", Meta::Unsigned(2)),
+        ];
+        for (key, value) in changes {
+            meta.retain(|(k, _)| k != key);
+            meta.push((*key, value.clone()));
+        }
+        Tokenizer::from_gguf(&Gguf::read(&write(&meta, &[])).unwrap())
+    }
+
+    /// SentencePiece's algorithm, plainly: of all neighbours that join to a piece, join the best, the leftmost of equals.
+    fn reference(text: &str) -> Vec<String> {
+        let pieces = pieces();
+        let text = if text.is_empty() { String::new() } else { format!("▁{}", text.replace(' ', "▁")) };
+        let mut symbols: Vec<String> = text.chars().map(String::from).collect();
+        loop {
+            let rank = |i: usize| pieces.iter().position(|p| *p == format!("{}{}", symbols[i], symbols[i + 1]));
+            let best = (0..symbols.len().saturating_sub(1)).filter_map(|i| Some((rank(i)?, i))).min();
+            let Some((_, i)) = best else { break };
+            let right = symbols.remove(i + 1);
+            symbols[i].push_str(&right);
+        }
+        let spelled = |s: &String| match pieces.contains(s) {
+            true => vec![s.clone()],
+            false => s.bytes().map(|b| format!("<0x{b:02X}>")).collect(),
+        };
+        symbols.iter().flat_map(spelled).collect()
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn a_sentencepiece_vocabulary_cuts_texts_as_sentencepiece_does(text in "[ab é北]{0,24}") {
+            thread_local!(static TOKENIZER: Tokenizer = spm(&[]).unwrap());
+            TOKENIZER.with(|t| {
+                let ids = t.encode(&text, false).unwrap();
+                let spelled: Vec<String> = ids.iter().map(|&id| t.inner.id_to_token(id).unwrap()).collect();
+                assert_eq!(spelled, reference(&text), "{text:?}");
+                assert_eq!(t.decode(&ids, false), text);
+            });
+        }
+    }
+
+    #[test]
+    fn a_sentencepiece_gguf_says_what_surrounds_a_text() {
+        let t = spm(&[]).unwrap();
+        let id = |token: &str| t.token_id(token).unwrap();
+        assert_eq!(t.encode("ab</s>", true).unwrap(), [1, id("▁ab"), 2]);
+        assert_eq!(t.encode("a<tool>b", false).unwrap(), [id("▁a"), id("<tool>"), id("▁b")]);
+        assert!(t.is_special(0) && t.is_special(1) && !t.is_special(id("<tool>")));
+        // A text that goes on has one space before it, and no more.
+        assert_eq!(t.continuation("ab").unwrap(), [id("▁ab")]);
+        assert_eq!(t.decode(&[1, id("▁ab"), id("▁a")], true), "ab a");
+        assert_eq!(t.token_bytes(id("▁ab")), b" ab");
+
+        let flag = |key, value| (key, Meta::Bool(value));
+        let around = [flag("tokenizer.ggml.add_bos_token", false), flag("tokenizer.ggml.add_eos_token", true)];
+        assert_eq!(spm(&around).unwrap().encode("ab", true).unwrap(), [id("▁ab"), 2]);
+        let t = spm(&[flag("tokenizer.ggml.add_space_prefix", false)]).unwrap();
+        assert_eq!(t.encode("ab", false).unwrap(), [id("ab")]);
+        assert_eq!(t.continuation("ab").unwrap(), [id("▁ab")]);
+        assert_eq!(t.decode(&[id("▁ab")], true), " ab");
+        let scores = Meta::List(vec![Meta::Float(1.0)]);
+        for (key, bad) in [("tokenizer.ggml.scores", scores), ("tokenizer.ggml.add_space_prefix", Meta::Unsigned(1))] {
+            assert!(spm(&[(key, bad)]).err().unwrap().message.contains(key));
+        }
+    }
+
+    #[test]
+    fn llamas_flags_say_what_surrounds_a_text() {
+        let vocabulary = json!({ "<s>": 0, "</s>": 1, "▁a": 2, "a": 3, "▁": 4, "[B]": 5 });
+        let tokenizer = |processor: Value| {
+            let json = json!({ "version": "1.0", "added_tokens": [], "post_processor": processor,
+                "normalizer": { "type": "Prepend", "prepend": "▁" }, "decoder": { "type": "ByteFallback" },
+                "model": { "type": "BPE", "vocab": vocabulary, "merges": [["▁", "a"]] } });
+            Tokenizer::from_json(json.to_string().as_bytes()).unwrap()
+        };
+        let kept = || frame(Some(("</s>", 1)), None);
+        let ids = |processor: Value, mut settings: Value| {
+            if settings["tokenizer_class"].is_null() {
+                settings["tokenizer_class"] = "LlamaTokenizer".into();
+            }
+            tokenizer(processor).with_settings(&settings).unwrap().encode("a", true).unwrap()
+        };
+        assert_eq!(ids(Value::Null, json!({})), [0, 2]);
+        assert_eq!(ids(Value::Null, json!({ "add_bos_token": false })), [2]);
+        assert_eq!(ids(Value::Null, json!({ "add_eos_token": true })), [0, 2, 1]);
+        assert_eq!(ids(Value::Null, json!({ "bos_token": { "content": "[B]" } })), [5, 2]);
+        assert_eq!(ids(Value::Null, json!({ "bos_token": "none" })), [2]);
+        assert_eq!(ids(kept(), json!({})), [1, 2]);
+        assert_eq!(ids(kept(), json!({ "add_bos_token": true })), [0, 2]);
+        assert_eq!(ids(kept(), json!({ "add_bos_token": true, "tokenizer_class": "Other" })), [1, 2]);
+        let settings = json!({ "tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "bos_token": "none" });
+        let error = tokenizer(Value::Null).with_settings(&settings).err().unwrap().message;
+        assert!(error.contains("add_bos_token") && error.contains("\"none\""), "{error}");
     }
 
     #[test]

@@ -35,7 +35,8 @@ pub struct Host {
     pub dtype: String,
     /// `cpu` or `cuda`.
     pub device_name: &'static str,
-    pub device: Device,
+    /// How the weights are held; an adapter is packed alike.
+    pub decoder: DecoderOptions,
 }
 
 impl Host {
@@ -51,15 +52,15 @@ impl Host {
         let metrics = Arc::new(Metrics::new());
         let device_name = if device.is_cpu() { "cpu" } else { "cuda" };
         tracing::info!("loading {} on {}", base.id, device_name);
-        let options = DecoderOptions { device, kernels, format, dtype };
-        let decoder = Decoder::load(&base.config, &base.weights, options.clone())?;
+        let held = DecoderOptions { device, kernels, format, dtype };
+        let decoder = Decoder::load(&base.config, &base.weights, held.clone())?;
         metrics.base_bytes.set(decoder.bytes() as i64);
         tracing::info!("weights take {:.1} MB", decoder.bytes() as f64 / 1e6);
         let registry = Registry::open(
             RegistryOptions {
                 config: base.config.clone(),
                 base: base.id.clone(),
-                decoder: options,
+                decoder: held.clone(),
                 directories: args.adapters.clone(),
                 store: limits.store,
                 memory: args.adapter_memory.0 as usize,
@@ -90,7 +91,7 @@ impl Host {
             metrics,
             dtype: described,
             device_name,
-            device,
+            decoder: held,
         })
     }
 }

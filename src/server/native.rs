@@ -160,8 +160,7 @@ pub async fn classify(
                 return Err(f.wrong("input", "has an empty text, which no label can continue").into());
             }
             let prompts = state.encode_all(inputs, run::prompt).await?;
-            let endings = labels.iter().map(|label| format!(" {label}")).collect();
-            let endings = state.encode_all(endings, run::plain).await?;
+            let endings = state.encode_all(labels.clone(), run::continuation).await?;
             let ways = labels.len();
             let requests = (0..scores).map(move |i| {
                 let (prompt, ending) = (&prompts[i / ways], &endings[i % ways]);

@@ -154,6 +154,11 @@ pub fn plain(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     tokenizer.encode(text, false)
 }
 
+/// As a text that goes on after another one, e.g. a label after its input.
+pub fn continuation(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+    tokenizer.continuation(text)
+}
+
 /// The sampling fields that all dialects share, over the dialect's own defaults.
 pub fn sampling(f: &Fields, temperature: f32) -> Result<Sampling> {
     let default = Sampling::default();

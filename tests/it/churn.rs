@@ -5,10 +5,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use loramux::base::DEFAULT_MODEL;
 use serde_json::{Value, json};
 
-use crate::common::fixtures;
+use crate::common::{fixtures, packaged};
 use crate::host::{Server, answer};
 
 const PROMPT: &str = "The review said the novel was";
@@ -163,7 +162,7 @@ fn check(kinds: &[Kind], changes: &[Change], answers: &[Asked]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn traffic_goes_on_while_adapters_change() {
     // A KV cache so small that the first round touches all of it.
-    let server = Server::start(DEFAULT_MODEL, &["--kv-memory", "48MiB", "--adapter-memory", "3MiB"]).await;
+    let server = Server::start(&packaged(), &["--kv-memory", "48MiB", "--adapter-memory", "3MiB"]).await;
     let plain =
         [("adapter_causal_r8", 1.0), ("adapter_causal_r8", 12.0), ("adapter_seqcls", 1.0), ("adapter_seqcls", 12.0)];
     let mut kinds = plain.map(|(folder, scale)| Kind::new(folder, scale));

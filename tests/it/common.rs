@@ -17,6 +17,11 @@ pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
 }
 
+/// The real model as the fixtures were made with: the package's file, also where the hub has the unquantised one.
+pub fn packaged() -> String {
+    loramux::base::packaged().unwrap().to_str().unwrap().to_string()
+}
+
 /// Every implementation of the layers that this machine can run.
 pub fn all_kernels() -> Vec<Kernels> {
     Simd::all().into_iter().map(Kernels::Packed).chain([Kernels::Tensor]).collect()

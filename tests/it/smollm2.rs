@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use loramux::base::matmul::Format;
 use loramux::base::simd::Simd;
-use loramux::base::{Base, DEFAULT_MODEL, Kernels};
+use loramux::base::{Base, Kernels};
 use loramux::engine::{Engine, Task};
 use loramux::lora::PackedAdapter;
 use serde_json::Value;
@@ -96,7 +96,7 @@ fn start(base: &Base, kernels: Kernels, format: Option<Format>) -> Engine {
 
 #[tokio::test]
 async fn equals_the_reference_alone_and_mixed() {
-    let base = Base::open(DEFAULT_MODEL).unwrap();
+    let base = Base::open(&packaged()).unwrap();
     let kernels = Kernels::Packed(Simd::detect());
     let cases = cases(&base, kernels);
     // Kept in the file's 4 bits or unpacked to f32: the same numbers, so the same results.
@@ -114,7 +114,7 @@ async fn equals_the_reference_alone_and_mixed() {
 
 #[tokio::test]
 async fn candle_operations_equal_the_reference() {
-    let base = Base::open(DEFAULT_MODEL).unwrap();
+    let base = Base::open(&packaged()).unwrap();
     let cases = cases(&base, Kernels::Tensor);
     let engine = start(&base, Kernels::Tensor, None);
     for (case, answer) in cases.iter().zip(answers(&engine, requests(&cases)).await) {
@@ -125,7 +125,7 @@ async fn candle_operations_equal_the_reference() {
 /// 32 requests, all their own adapter and sampling, together and one by one.
 #[tokio::test]
 async fn a_request_does_not_see_the_others() {
-    let base = Base::open(DEFAULT_MODEL).unwrap();
+    let base = Base::open(&packaged()).unwrap();
     let kernels = Kernels::Packed(Simd::detect());
     let folder = fixtures().join("smollm2");
     let adapters = [
