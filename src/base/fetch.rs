@@ -211,7 +211,7 @@ async fn from_hub(hub: &Hub, repo: &Repo) -> Result<PathBuf, Missing> {
         verify(&path).map_err(|e| Missing::Refused(e.context(format!("{file} from the hub"))))?;
         Ok(path)
     };
-    // The configuration comes last: a directory that has it has the rest.
+    // The configuration comes last, so that a directory left by a fetch that was cut short is not taken for whole.
     let first = get(weights).await?;
     if weights == index {
         let names = fs::read(&first).ok().and_then(|b| shards(&b));
