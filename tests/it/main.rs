@@ -6,4 +6,5 @@ mod clients;
 mod common;
 mod host;
 mod llama;
+mod shapes;
 mod smollm2;
