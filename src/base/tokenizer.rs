@@ -255,7 +255,7 @@ impl Tokenizer {
     }
 
     /// The id of a token by its exact spelling in the vocabulary.
-    pub fn token_id(&self, token: &str) -> Option<u32> {
+    pub(super) fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
@@ -430,7 +430,7 @@ mod tests {
             assert_eq!(t.decode(&ids, true), t.inner.decode(&ids, true).unwrap());
         }
         assert_eq!(t.encode("12345", false).unwrap().len(), 5);
-        let end = t.token_id("<|im_end|>").unwrap();
+        let end = t.inner.token_to_id("<|im_end|>").unwrap();
         assert_eq!(t.encode("a<|im_end|>", false).unwrap().last(), Some(&end));
         assert!(t.is_special(end) && t.decode(&[end], true).is_empty());
         assert_eq!(t.decode(&[end, u32::MAX], false), "<|im_end|>");

@@ -180,7 +180,8 @@ impl Weights {
         Weights { files: vec![map], places }
     }
 
-    pub fn names(&self) -> Vec<String> {
+    #[cfg(test)]
+    pub(super) fn names(&self) -> Vec<String> {
         let mut names: Vec<_> = self.places.keys().cloned().collect();
         names.sort();
         names

@@ -61,7 +61,7 @@ pub struct BlockCounts {
     pub free: usize,
 }
 
-/// A fixed number of blocks. Each operation takes constant time and allocates nothing.
+/// A fixed number of blocks. Each operation takes constant time for a block and allocates nothing.
 #[derive(Debug)]
 pub struct BlockPool {
     blocks: Vec<Block>,

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use crate::Error;
 use crate::lora::PackedAdapter;
 
-/// How the next token is drawn. The order of the steps is that of Hugging Face's and vLLM's samplers: penalties, bias,
-/// temperature, then min-p, top-k, top-p.
+/// How the next token is drawn. The order of the steps is that of vLLM's sampler: bias, penalties, temperature, then min-p,
+/// top-k, top-p.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// 0 is greedy.

@@ -65,9 +65,15 @@ impl Sampler {
         Ok(token)
     }
 
-    /// Penalties and bias. Each token's logit is changed once by each, so the order of the tokens is of no matter.
+    /// Bias, then the repetition penalty, then the other two: vLLM's order, which matters because the repetition penalty
+    /// scales a logit. Each token's logit is changed once by each, so the order of the tokens is of no matter.
     fn adjust(&self, logits: &mut [f32]) {
         let s = &self.sampling;
+        for (&token, &bias) in &s.logit_bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
         for &token in &self.seen {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit = if *logit > 0.0 { *logit / s.repetition_penalty } else { *logit * s.repetition_penalty };
@@ -78,14 +84,11 @@ impl Sampler {
                 *logit -= count as f32 * s.frequency_penalty + s.presence_penalty;
             }
         }
-        for (&token, &bias) in &s.logit_bias {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit += bias;
-            }
-        }
     }
 
     /// Temperature, min-p, top-k, top-p, then a token by its probability among those left. `max` is the largest logit.
+    /// Where tokens are equally likely at the edge of top-k or top-p, the lower ones stay, so that the same logits always
+    /// leave the same tokens; vLLM keeps all that tie with the k-th.
     fn draw(&mut self, logits: &mut [f32], max: f32) -> u32 {
         let s = &self.sampling;
         for logit in logits.iter_mut() {
@@ -220,6 +223,7 @@ mod tests {
     fn reference(s: &Sampling, prompt: &[u32], drawn: &[u32], logits: &[f32]) -> Vec<f64> {
         let mut l: Vec<f64> = logits.iter().map(|&l| f64::from(l)).collect();
         for (l, token) in l.iter_mut().zip(0u32..) {
+            *l += f64::from(s.logit_bias.get(&token).copied().unwrap_or(0.0));
             if prompt.contains(&token) || drawn.contains(&token) {
                 let p = f64::from(s.repetition_penalty);
                 *l = if *l > 0.0 { *l / p } else { *l * p };
@@ -227,7 +231,6 @@ mod tests {
             let count = drawn.iter().filter(|&&t| t == token).count();
             *l -= count as f64 * f64::from(s.frequency_penalty);
             *l -= if count > 0 { f64::from(s.presence_penalty) } else { 0.0 };
-            *l += f64::from(s.logit_bias.get(&token).copied().unwrap_or(0.0));
         }
         let softmax = |l: &[f64]| {
             let max = l.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -370,6 +373,28 @@ mod tests {
     fn greedy_takes_the_lowest_of_equals() {
         let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, &[], 0);
         assert_eq!(sampler.sample(&mut [1.0, 3.0, 3.0, 2.0]).unwrap(), 1);
+    }
+
+    #[test]
+    fn a_bias_counts_before_the_penalties() {
+        // Token 0: (1 + 3) / 2 = 2 < 3. The penalty first would give 1 / 2 + 3 = 3.5 > 3.
+        let sampling = Sampling {
+            temperature: 0.0,
+            repetition_penalty: 2.0,
+            logit_bias: [(0, 3.0)].into(),
+            ..Sampling::default()
+        };
+        assert_eq!(Sampler::new(sampling, &[0], 0).sample(&mut [1.0, 3.0]).unwrap(), 1);
+    }
+
+    #[test]
+    fn the_lower_of_tokens_that_tie_with_the_last_stay() {
+        for cut in [Sampling { top_k: 3, ..Sampling::default() }, Sampling { top_p: 0.4, ..Sampling::default() }] {
+            let mut sampler = Sampler::new(cut, &[], 11);
+            // Each has a probability of 0.2, and f32's 0.4 is a little more than two of them.
+            let drawn: HashSet<u32> = (0..500).map(|_| sampler.sample(&mut [0.0; 5]).unwrap()).collect();
+            assert!(drawn.iter().all(|&token| token < 3), "{drawn:?}");
+        }
     }
 
     #[test]

@@ -136,6 +136,7 @@ pub struct Scheduler<P> {
     /// In order of arrival.
     running: Vec<Sequence<P>>,
     waiting: BTreeMap<Order, Sequence<P>>,
+    admissions: u64,
     preemptions: u64,
 }
 
@@ -145,7 +146,7 @@ impl<P> Scheduler<P> {
         // Each running sequence can then have a token in every step.
         options.max_sequences = options.max_sequences.min(options.max_batch_tokens);
         let pool = BlockPool::new(options.blocks);
-        Scheduler { options, pool, running: vec![], waiting: BTreeMap::new(), preemptions: 0 }
+        Scheduler { options, pool, running: vec![], waiting: BTreeMap::new(), admissions: 0, preemptions: 0 }
     }
 
     /// Queues a sequence by its place in the order of arrival. It must have tokens to compute.
@@ -165,6 +166,10 @@ impl<P> Scheduler<P> {
     }
     pub fn block_counts(&self) -> BlockCounts {
         self.pool.counts()
+    }
+    /// Sequences taken from the queue to run, since the start; one that was put back counts again.
+    pub fn admissions(&self) -> u64 {
+        self.admissions
     }
     /// Sequences put back into the queue for want of blocks, since the start.
     pub fn preemptions(&self) -> u64 {
@@ -272,6 +277,7 @@ impl<P> Scheduler<P> {
                 return;
             }
             promised += lacking(&sequence);
+            self.admissions += 1;
             let at = self.running.partition_point(|s| s.order < order);
             self.running.insert(at, sequence);
         }

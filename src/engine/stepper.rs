@@ -88,8 +88,9 @@ pub struct Stepper {
     next: u64,
     /// Longest sequence, prompt and drawn tokens together.
     max_tokens: usize,
-    /// Some sequence began, ended, or was put back since the last report.
+    /// Some sequence came, began to run, ended, or was put back since the last report.
     changed: bool,
+    admissions: u64,
     preemptions: u64,
     lora_requests: (Vec<Arc<str>>, Vec<Arc<str>>),
 }
@@ -124,6 +125,7 @@ impl Stepper {
             next: 0,
             max_tokens,
             changed: true,
+            admissions: 0,
             preemptions: 0,
             lora_requests: Default::default(),
         }
@@ -251,7 +253,6 @@ impl Stepper {
             {
                 let tokens = active.usage.prompt_tokens as u64;
                 self.metrics.prompt_tokens.with_label_values(&[&active.label]).inc_by(tokens);
-                self.changed = true;
             }
         }
     }
@@ -368,6 +369,7 @@ impl Stepper {
             let order = (first.0, index);
             self.scheduler.add(Sequence::new(order, prompt.clone(), adapter.clone(), Rows::Last, job));
         }
+        self.changed = true;
     }
 
     fn report(&mut self) {
@@ -385,10 +387,10 @@ impl Stepper {
         // Those put back wait too, but were taken off the queue's count when they first ran.
         let put_back = self.scheduler.waiting().filter(|s| self.started(s)).count();
         metrics.set_waiting(queued + put_back);
-        let preemptions = self.scheduler.preemptions();
-        self.changed |= preemptions != self.preemptions;
+        let (admissions, preemptions) = (self.scheduler.admissions(), self.scheduler.preemptions());
+        self.changed |= (admissions, preemptions) != (self.admissions, self.preemptions);
         metrics.preemptions.inc_by(preemptions - self.preemptions);
-        self.preemptions = preemptions;
+        (self.admissions, self.preemptions) = (admissions, preemptions);
         if std::mem::take(&mut self.changed) {
             self.report_adapters();
         }

@@ -85,6 +85,8 @@ struct Control {
     panic: AtomicBool,
     /// A token at which the logits are NaN, plus one.
     nan_after: AtomicUsize,
+    /// The step, counted from 1, from which on to hold.
+    hold_at: AtomicUsize,
 }
 
 impl Control {
@@ -115,7 +117,8 @@ impl Model for Fake {
     }
     fn step(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>> {
         let mut held = self.control.held.lock().unwrap();
-        self.control.steps.fetch_add(1, Ordering::SeqCst);
+        let number = 1 + self.control.steps.fetch_add(1, Ordering::SeqCst);
+        *held |= number == self.control.hold_at.load(Ordering::SeqCst);
         while *held {
             held = self.control.release.wait(held).unwrap();
         }
@@ -687,4 +690,36 @@ fn an_end_token_comes_with_its_log_probability() {
     task.logprobs = None;
     let Answer::Choices(choices, _) = ask(task) else { panic!("a failure") };
     assert_eq!(choices[0].end, None);
+}
+
+#[test]
+fn an_adapter_whose_request_was_preempted_is_listed_as_running_again() {
+    let bench = bench(&Sizes { block_size: 4, blocks: 6, ..ROOMY });
+    let submit = |name: &str, prompt: u32, max_tokens| {
+        let mut g = generate(max_tokens);
+        g.ignore_eos = true;
+        bench.engine.submit(request(Some((name, adapter(name, 0))), vec![prompt; 8], Task::Generate(g))).unwrap()
+    };
+    // The first takes a fourth block in step 6, for which the second gives its three back. It ends in step 8, the second
+    // runs again from step 9.
+    bench.control.hold(true);
+    let first = submit("x", 1, 8);
+    wait_until(|| bench.control.steps.load(Ordering::SeqCst) == 1);
+    let second = submit("y", 2, 14);
+    let listed = |step: usize, running: &str, waiting: &str| {
+        bench.control.hold_at.store(step, Ordering::SeqCst);
+        bench.control.hold(false);
+        wait_until(|| bench.control.steps.load(Ordering::SeqCst) == step);
+        let adapters = format!("running_lora_adapters=\"{running}\",waiting_lora_adapters=\"{waiting}\"");
+        let text = bench.metrics.render();
+        assert!(text.contains(&adapters), "at step {step} {adapters} is not in\n{text}");
+    };
+    listed(4, "x,y", "");
+    listed(8, "x", "y");
+    listed(11, "y", "");
+    assert_eq!(bench.metrics.preemptions.get(), 1);
+    bench.control.hold(false);
+    collect(first);
+    collect(second);
+    bench.settle();
 }

@@ -1,7 +1,7 @@
 //! What the tests share.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device};
 use loramux::base::matmul::Format;
@@ -40,15 +40,43 @@ pub fn adapter(base: &Base, directory: &Path, kernels: Kernels) -> Arc<PackedAda
     Arc::new(PackedAdapter::new(adapter, &base.config, &options(kernels, None)).unwrap())
 }
 
-pub fn engine(base: &Base, decoder: Decoder, kv_bytes: usize, max_batch_tokens: usize) -> Engine {
+/// One decoder for one engine after another. Each engine begins with nothing in its cache, and with whatever the one before
+/// left in the cache's memory.
+#[derive(Clone)]
+pub struct SharedRunner(Arc<Mutex<Runner>>);
+
+impl SharedRunner {
+    pub fn new(decoder: Decoder, kv_bytes: usize) -> Self {
+        SharedRunner(Arc::new(Mutex::new(Runner::new(decoder, kv_bytes).unwrap())))
+    }
+}
+
+impl Model for SharedRunner {
+    fn vocab_size(&self) -> usize {
+        self.0.lock().unwrap().vocab_size()
+    }
+    fn context(&self) -> usize {
+        self.0.lock().unwrap().context()
+    }
+    fn block_size(&self) -> usize {
+        self.0.lock().unwrap().block_size()
+    }
+    fn blocks(&self) -> usize {
+        self.0.lock().unwrap().blocks()
+    }
+    fn step(&mut self, work: &[Work]) -> loramux::Result<Vec<Vec<f32>>> {
+        self.0.lock().unwrap().step(work)
+    }
+}
+
+pub fn engine(base: &Base, runner: &SharedRunner, max_batch_tokens: usize) -> Engine {
     let options = EngineOptions {
         max_sequences: 64,
         max_batch_tokens,
         max_queue: 10_000,
         eos_tokens: base.config.eos_tokens.clone(),
     };
-    let runner = Runner::new(decoder, kv_bytes).unwrap();
-    Engine::start(Box::new(runner), base.tokenizer.clone(), options, Arc::new(Metrics::new())).unwrap()
+    Engine::start(Box::new(runner.clone()), base.tokenizer.clone(), options, Arc::new(Metrics::new())).unwrap()
 }
 
 /// A whole prompt, its adapter, and what is asked for.
@@ -90,13 +118,20 @@ pub fn greedy(max_tokens: usize) -> Generate {
 }
 
 /// Everything a request was answered with.
-#[derive(Debug, Default, Clone, PartialEq)]
+#[derive(Debug, Default)]
 pub struct Answer {
     pub choices: Vec<Choice>,
     pub logits: Vec<f32>,
+    /// Prompt tokens that came from the cache.
+    pub cached: usize,
 }
 
 impl Answer {
+    /// All that must not depend on what else runs.
+    pub fn content(&self) -> (&[Choice], &[f32]) {
+        (&self.choices, &self.logits)
+    }
+
     pub fn tokens(&self) -> &[u32] {
         &self.choices[0].tokens
     }
@@ -125,15 +160,27 @@ pub async fn answers(engine: &Engine, requests: Vec<(Vec<u32>, Option<Arc<Packed
                     choice.logprobs.extend(c.logprobs);
                     choice.finish = c.finish;
                 }
-                Event::Classified { logits, .. } => answer.logits = logits,
-                Event::Scored { logprobs, .. } => answer.logits = logprobs,
-                Event::Done(_) => {}
+                Event::Classified { logits, usage } | Event::Scored { logprobs: logits, usage } => {
+                    (answer.logits, answer.cached) = (logits, usage.cached_tokens);
+                }
+                Event::Done(usage) => answer.cached = usage.cached_tokens,
                 Event::Failed(e) => panic!("{e}"),
             }
         }
         all.push(answer);
     }
     all
+}
+
+/// A request's answer from an engine that has seen no other.
+pub async fn answer_alone(
+    base: &Base,
+    runner: &SharedRunner,
+    request: (Vec<u32>, Option<Arc<PackedAdapter>>, Task),
+) -> Answer {
+    let answer = answers(&engine(base, runner, 512), vec![request]).await.remove(0);
+    assert_eq!(answer.cached, 0);
+    answer
 }
 
 pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {

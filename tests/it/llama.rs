@@ -96,14 +96,14 @@ async fn greedy_tokens_alone_and_mixed() {
         }
         // Chunks smaller than the prompts, and a cache that only preemption makes enough.
         for (kv_bytes, max_batch_tokens) in [(4 << 20, 512), (4 << 20, 7), (64 << 10, 16)] {
-            let engine = engine(&e.base, decoder(&e.base, kernels, None), kv_bytes, max_batch_tokens);
-            let together = answers(&engine, requests.clone()).await;
+            let runner = SharedRunner::new(decoder(&e.base, kernels, None), kv_bytes);
+            let together = answers(&engine(&e.base, &runner, max_batch_tokens), requests.clone()).await;
             for (got, (name, want)) in together.iter().zip(&want) {
                 assert_eq!(got.tokens(), want, "{kernels:?}: {name}, {max_batch_tokens} tokens a step");
             }
             for (request, (name, want)) in requests.iter().zip(&want) {
-                let alone = answers(&engine, vec![request.clone()]).await;
-                assert_eq!(alone[0].tokens(), want, "{kernels:?}: {name} alone");
+                let alone = answer_alone(&e.base, &runner, request.clone()).await;
+                assert_eq!(alone.tokens(), want, "{kernels:?}: {name} alone");
             }
         }
     }

@@ -8,4 +8,5 @@ mod common;
 mod host;
 mod llama;
 mod server;
+mod shapes;
 mod smollm2;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use loramux::base::matmul::Format;
 use loramux::base::simd::Simd;
 use loramux::base::{Base, Kernels};
-use loramux::engine::{Engine, Task};
+use loramux::engine::Task;
 use loramux::lora::PackedAdapter;
 use serde_json::Value;
 
@@ -90,8 +90,8 @@ fn requests(cases: &[Case]) -> Vec<(Vec<u32>, Option<Arc<PackedAdapter>>, Task)>
     cases.iter().map(|c| (c.prompt.clone(), c.adapter.clone(), c.task.clone())).collect()
 }
 
-fn start(base: &Base, kernels: Kernels, format: Option<Format>) -> Engine {
-    engine(base, decoder(base, kernels, format), 256 << 20, 512)
+fn runner(base: &Base, kernels: Kernels, format: Option<Format>) -> SharedRunner {
+    SharedRunner::new(decoder(base, kernels, format), 256 << 20)
 }
 
 #[tokio::test]
@@ -101,13 +101,13 @@ async fn equals_the_reference_alone_and_mixed() {
     let cases = cases(&base, kernels);
     // Kept in the file's 4 bits or unpacked to f32: the same numbers, so the same results.
     for format in [None, Some(Format::F32)] {
-        let engine = start(&base, kernels, format);
-        let mixed = answers(&engine, requests(&cases)).await;
+        let runner = runner(&base, kernels, format);
+        let mixed = answers(&engine(&base, &runner, 512), requests(&cases)).await;
         for (case, (answer, request)) in cases.iter().zip(mixed.iter().zip(requests(&cases))) {
             check(case, answer, "mixed");
-            let alone = answers(&engine, vec![request]).await;
-            check(case, &alone[0], "alone");
-            assert_eq!(&alone[0], answer, "{} depends on what shares its batch", case.name);
+            let alone = answer_alone(&base, &runner, request).await;
+            check(case, &alone, "alone");
+            assert_eq!(alone.content(), answer.content(), "{} depends on what shares its batch", case.name);
         }
     }
 }
@@ -116,7 +116,7 @@ async fn equals_the_reference_alone_and_mixed() {
 async fn candle_operations_equal_the_reference() {
     let base = Base::open(&packaged()).unwrap();
     let cases = cases(&base, Kernels::Tensor);
-    let engine = start(&base, Kernels::Tensor, None);
+    let engine = engine(&base, &runner(&base, Kernels::Tensor, None), 512);
     for (case, answer) in cases.iter().zip(answers(&engine, requests(&cases)).await) {
         check(case, &answer, "mixed");
     }
@@ -146,9 +146,10 @@ async fn a_request_does_not_see_the_others() {
             (base.tokenizer.encode(&text, true).unwrap(), adapters[i % 4].clone(), Task::Generate(task))
         })
         .collect();
-    let engine = start(&base, kernels, None);
-    let together = answers(&engine, requests.clone()).await;
+    let runner = runner(&base, kernels, None);
+    let together = answers(&engine(&base, &runner, 512), requests.clone()).await;
+    assert!(together.iter().any(|answer| answer.cached > 0), "none shared a prefix");
     for (i, (request, together)) in requests.into_iter().zip(&together).enumerate() {
-        assert_eq!(&answers(&engine, vec![request]).await[0], together, "request {i}");
+        assert_eq!(answer_alone(&base, &runner, request).await.content(), together.content(), "request {i}");
     }
 }
