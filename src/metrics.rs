@@ -1,8 +1,11 @@
 //! Prometheus metrics of the whole process.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
@@ -15,7 +18,7 @@ const MAX_ADAPTER_LABELS: usize = 1000;
 pub struct Metrics {
     registry: Registry,
     adapter_labels: Mutex<HashSet<String>>,
-    demand: Mutex<Demand>,
+    demand: Arc<Mutex<Demand>>,
     pub requests: IntCounterVec,
     pub request_seconds: HistogramVec,
     pub ttft_seconds: Histogram,
@@ -35,7 +38,6 @@ pub struct Metrics {
     pub vllm_running: IntGauge,
     pub vllm_kv_usage: prometheus::Gauge,
     pub vllm_cache_config: IntGaugeVec,
-    vllm_lora: GaugeVec,
 }
 
 /// Who asks for adapters: what `vllm:lora_requests_info` and `vllm:num_requests_waiting` tell.
@@ -48,13 +50,43 @@ struct Demand {
     queued: usize,
     /// Requests that wait for an adapter to be loaded, by its name.
     cold: BTreeMap<String, usize>,
-    /// Labels of the one series there is.
-    shown: Option<[String; 3]>,
+    /// Unix time of the last change.
+    changed: f64,
 }
 
 impl Demand {
     fn count(&self) -> usize {
         self.queued + self.cold.values().sum::<usize>()
+    }
+}
+
+/// `vllm:lora_requests_info`: one series, whose labels say who asks for adapters now. It is made for each scrape: a
+/// `GaugeVec` would need its old series removed, and takes series for the same whose labels spell the same together.
+struct LoraRequests {
+    demand: Arc<Mutex<Demand>>,
+}
+
+impl LoraRequests {
+    fn gauge() -> GaugeVec {
+        let help = "Adapters with running and waiting requests; the value is a Unix time";
+        let labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"];
+        GaugeVec::new(Opts::new("vllm:lora_requests_info", help), &labels).expect("name and labels are valid")
+    }
+}
+
+impl Collector for LoraRequests {
+    fn desc(&self) -> Vec<&Desc> {
+        static GAUGE: LazyLock<GaugeVec> = LazyLock::new(LoraRequests::gauge);
+        GAUGE.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let demand = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting: BTreeSet<&String> = demand.waiting.iter().chain(demand.cold.keys()).collect();
+        let waiting = waiting.into_iter().cloned().collect::<Vec<_>>().join(",");
+        let gauge = Self::gauge();
+        gauge.with_label_values(&[&demand.max.to_string(), &demand.running, &waiting]).set(demand.changed);
+        gauge.collect()
     }
 }
 
@@ -100,9 +132,12 @@ impl Metrics {
         let histograms = |name, help, labels: &[&str]| {
             HistogramVec::new(HistogramOpts::new(name, help).buckets(seconds.to_vec()), labels)
         };
+        let demand = Arc::<Mutex<Demand>>::default();
+        let requests = LoraRequests { demand: demand.clone() };
+        registry.register(Box::new(requests)).expect("metric names are distinct");
         Metrics {
             adapter_labels: Mutex::default(),
-            demand: Mutex::default(),
+            demand,
             requests: register!(counter(
                 "loramux_requests_total",
                 "Requests answered",
@@ -152,13 +187,6 @@ impl Metrics {
                 "Shape of the KV cache",
                 &["block_size", "num_gpu_blocks"]
             )),
-            vllm_lora: register!(GaugeVec::new(
-                Opts::new(
-                    "vllm:lora_requests_info",
-                    "Adapters with running and waiting requests; the value is a Unix time"
-                ),
-                &["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
-            )),
             registry,
         }
     }
@@ -199,23 +227,12 @@ impl Metrics {
         });
     }
 
-    /// Only one combination of adapter names exists at a time, as in vLLM. The new one is there before the old one
-    /// goes, so that no scrape finds none.
     fn change_demand(&self, change: impl FnOnce(&mut Demand)) {
         let mut demand = self.demand.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut demand);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        demand.changed = now.as_secs_f64();
         self.vllm_waiting.set(demand.count() as i64);
-        let mut waiting = demand.waiting.clone();
-        waiting.extend(demand.cold.keys().cloned());
-        let waiting = Vec::from_iter(waiting).join(",");
-        let labels = [demand.max.to_string(), demand.running.clone(), waiting];
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        self.vllm_lora.with_label_values(&labels).set(now.as_secs_f64());
-        let old = demand.shown.replace(labels.clone());
-        if let Some(old) = old.filter(|old| *old != labels) {
-            // It cannot be missing: it was shown.
-            let _ = self.vllm_lora.remove_label_values(&old);
-        }
     }
 
     /// The text exposition format.
@@ -258,5 +275,10 @@ mod tests {
         assert_eq!(series(&metrics), (expected("a,c", "b"), 1));
         drop(two);
         assert_eq!(series(&metrics), (expected("a,c", ""), 0));
+        // Labels that spell the same together.
+        metrics.set_lora_requests(8, &[], &["a"]);
+        assert_eq!(series(&metrics).0, expected("", "a"));
+        metrics.set_lora_requests(8, &["a"], &[]);
+        assert_eq!(series(&metrics).0, expected("a", ""));
     }
 }
