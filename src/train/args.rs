@@ -106,8 +106,9 @@ pub struct TrainArgs {
     #[arg(long)]
     pub skip_empty: bool,
     /// Tokens of a sequence at most: of a classification what is over is cut off, other texts go on in the next sequence
-    #[arg(long, default_value_t = 512)]
-    pub max_length: usize,
+    /// [default: 512, or the base's context]
+    #[arg(long)]
+    pub max_length: Option<usize>,
     /// Base model: a Hugging Face directory, a .gguf file, or a hub id org/name[@revision]
     #[arg(long, env = "LORAMUX_MODEL", value_name = "SRC", default_value = DEFAULT_MODEL)]
     pub model: String,

@@ -76,16 +76,17 @@ fn columns(args: &TrainArgs, base: &Base) -> Result<Columns> {
         })?;
         rename.insert(value.to_string(), name.to_string());
     }
-    if !(2..=base.config.context).contains(&args.max_length) {
-        let (found, context) = (args.max_length, base.config.context);
-        return Err(Error::bad_request(format!("--max-length is {found}; expected 2 to the base's {context}")));
+    let context = base.config.context;
+    let max_length = args.max_length.unwrap_or(context.min(512));
+    if !(2..=context).contains(&max_length) {
+        return Err(Error::bad_request(format!("--max-length is {max_length}; expected 2 to the base's {context}")));
     }
     Ok(Columns {
         text: args.text_column.clone(),
         label: args.label_column.clone(),
         rename,
         skip_empty: args.skip_empty,
-        max_length: args.max_length,
+        max_length,
     })
 }
 
@@ -212,7 +213,7 @@ fn settings(args: &TrainArgs, method: &Method) -> Vec<(&'static str, String)> {
         ("largest norm", args.max_norm.to_string()),
         ("label smoothing", args.label_smoothing.to_string()),
         ("balance", args.balance.to_string()),
-        ("longest sequence", args.max_length.to_string()),
+        ("longest sequence", args.max_length.map_or("default".into(), |n| n.to_string())),
         ("tokens at a time", args.max_batch_tokens.to_string()),
         (
             "evaluations",

@@ -7,3 +7,4 @@ mod common;
 mod host;
 mod llama;
 mod smollm2;
+mod train;
