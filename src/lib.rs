@@ -7,6 +7,7 @@
 //! - [`engine`]: scheduler, paged KV cache blocks, sampler; one thread steps the model
 //! - [`adapter`]: PEFT files to validated adapters, the registry of them, the store on disk
 //! - [`lora`]: the batched low-rank delta for rows grouped by adapter
+//! - [`train`]: makes adapters and fine-tuned models of a base; beside the layers that serve
 //! - [`base`]: configuration, weights, tokenizer, chat template and the decoder
 
 pub mod adapter;
@@ -17,5 +18,6 @@ pub mod error;
 pub mod lora;
 pub mod metrics;
 pub mod server;
+pub mod train;
 
 pub use error::{Error, ErrorKind, Result};

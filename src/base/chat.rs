@@ -33,6 +33,11 @@ impl ChatTemplate {
         Ok(ChatTemplate { environment, bos: text(bos), eos: text(eos) })
     }
 
+    /// The template's own text.
+    pub fn source(&self) -> Result<String> {
+        Ok(self.environment.get_template("chat").map_err(Error::internal)?.source().to_string())
+    }
+
     /// `messages` is a list of objects with `role` and `content`, a text or OpenAI's list of text parts. Errors are
     /// `BadRequest` and carry what the template raised.
     pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {

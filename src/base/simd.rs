@@ -525,6 +525,36 @@ fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { p * power }
 }
 
+/// Makes of a body, which the compiler turns into vector code, one form for each kind of CPU.
+macro_rules! forms {
+    ($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?, $body:ident, $avx2:ident, $avx512:ident) => {
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma")]
+        fn $avx2($($arg: $type),*) $(-> $out)? {
+            $body($($arg),*)
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx2,fma")]
+        fn $avx512($($arg: $type),*) $(-> $out)? {
+            $body($($arg),*)
+        }
+
+        $(#[$doc])*
+        pub fn $name(simd: Simd, $($arg: $type),*) $(-> $out)? {
+            match simd {
+                Simd::Portable => $body($($arg),*),
+                // SAFETY: `Avx2` is only made where the CPU has the features.
+                #[cfg(target_arch = "x86_64")]
+                Simd::Avx2 => unsafe { $avx2($($arg),*) },
+                // SAFETY: likewise.
+                #[cfg(target_arch = "x86_64")]
+                Simd::Avx512 => unsafe { $avx512($($arg),*) },
+            }
+        }
+    };
+}
+
 #[inline(always)]
 fn silu_mul_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
@@ -532,29 +562,25 @@ fn silu_mul_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn silu_mul_avx2(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    silu_mul_body(gate, up, out)
+forms! {
+    /// `out = silu(gate) * up`, `silu(g) = g / (1 + e^-g)`; three slices of one length.
+    silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]), silu_mul_body, silu_mul_avx2, silu_mul_avx512
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
-fn silu_mul_avx512(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    silu_mul_body(gate, up, out)
-}
-
-/// `out = silu(gate) * up`, `silu(g) = g / (1 + e^-g)`; three slices of one length.
-pub fn silu_mul(simd: Simd, gate: &[f32], up: &[f32], out: &mut [f32]) {
-    match simd {
-        Simd::Portable => silu_mul_body(gate, up, out),
-        // SAFETY: `Avx2` is only made where the CPU has the features.
-        #[cfg(target_arch = "x86_64")]
-        Simd::Avx2 => unsafe { silu_mul_avx2(gate, up, out) },
-        // SAFETY: likewise.
-        #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => unsafe { silu_mul_avx512(gate, up, out) },
+#[inline(always)]
+fn silu_mul_backward_body(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+    let inputs = gate.iter().zip(up).zip(dy);
+    for ((dg, du), ((&g, &u), &dy)) in dgate.iter_mut().zip(dup).zip(inputs) {
+        let sigmoid = 1.0 / (1.0 + exp((-g).min(88.0)));
+        *du = dy * g * sigmoid;
+        *dg = dy * u * sigmoid * (1.0 + g * (1.0 - sigmoid));
     }
+}
+
+forms! {
+    /// The gradients of [`silu_mul`]'s inputs for the gradient `dy` of its output; slices of one length.
+    silu_mul_backward(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]),
+    silu_mul_backward_body, silu_mul_backward_avx2, silu_mul_backward_avx512
 }
 
 #[inline(always)]
@@ -576,29 +602,9 @@ fn softmax_body(scores: &mut [f32]) -> f32 {
     sums.iter().sum()
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn softmax_avx2(scores: &mut [f32]) -> f32 {
-    softmax_body(scores)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
-fn softmax_avx512(scores: &mut [f32]) -> f32 {
-    softmax_body(scores)
-}
-
-/// Replaces each score by `e^(score - max)` and returns their sum.
-pub fn softmax(simd: Simd, scores: &mut [f32]) -> f32 {
-    match simd {
-        Simd::Portable => softmax_body(scores),
-        // SAFETY: `Avx2` is only made where the CPU has the features.
-        #[cfg(target_arch = "x86_64")]
-        Simd::Avx2 => unsafe { softmax_avx2(scores) },
-        // SAFETY: likewise.
-        #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => unsafe { softmax_avx512(scores) },
-    }
+forms! {
+    /// Replaces each score by `e^(score - max)` and returns their sum.
+    softmax(scores: &mut [f32]) -> f32, softmax_body, softmax_avx2, softmax_avx512
 }
 
 #[inline(always)]
@@ -620,29 +626,9 @@ fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn rms_norm_avx2(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    rms_norm_body(x, weight, eps, out)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
-fn rms_norm_avx512(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    rms_norm_body(x, weight, eps, out)
-}
-
-/// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467); three slices of one length.
-pub fn rms_norm(simd: Simd, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    match simd {
-        Simd::Portable => rms_norm_body(x, weight, eps, out),
-        // SAFETY: `Avx2` is only made where the CPU has the features.
-        #[cfg(target_arch = "x86_64")]
-        Simd::Avx2 => unsafe { rms_norm_avx2(x, weight, eps, out) },
-        // SAFETY: likewise.
-        #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => unsafe { rms_norm_avx512(x, weight, eps, out) },
-    }
+forms! {
+    /// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467); three slices of one length.
+    rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]), rms_norm_body, rms_norm_avx2, rms_norm_avx512
 }
 
 #[cfg(test)]

@@ -259,6 +259,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The tokenizer as a `tokenizer.json`.
+    pub fn to_json(&self) -> Result<String> {
+        self.inner.to_string(true).map_err(|e| Error::internal(format!("the tokenizer cannot be written: {e}")))
+    }
+
     /// Bytes of the longest token.
     pub fn longest_token(&self) -> usize {
         self.tokens.iter().map(|(bytes, _)| bytes.len()).max().unwrap_or(0)

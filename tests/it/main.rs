@@ -10,3 +10,4 @@ mod llama;
 mod server;
 mod shapes;
 mod smollm2;
+mod train;

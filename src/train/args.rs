@@ -1,0 +1,189 @@
+//! The command line of `loramux-train`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::schedule::Decay;
+use super::trainer::Metric;
+use crate::base::{DEFAULT_MODEL, Projection};
+
+/// Trains adapters for loramux, and partial and full fine-tunes to compare them with.
+#[derive(Parser)]
+#[command(name = "loramux-train", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Low-rank pairs beside the frozen base (a PEFT adapter)
+    Lora(LoraArgs),
+    /// The last decoder layers, the final norm and the head (a model directory)
+    LastLayers {
+        /// How many layers
+        #[arg(long, default_value_t = 2)]
+        layers: usize,
+        #[command(flatten)]
+        train: TrainArgs,
+    },
+    /// A classification head alone (a PEFT adapter)
+    Head {
+        #[command(flatten)]
+        train: TrainArgs,
+    },
+    /// Everything (a model directory)
+    Full {
+        #[command(flatten)]
+        train: TrainArgs,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Task {
+    /// Learn the class of a text
+    Classify,
+    /// Learn to continue texts, prompts or chats
+    Generate,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    Bf16,
+    F32,
+}
+
+#[derive(Args)]
+pub struct LoraArgs {
+    #[arg(long, default_value_t = 8)]
+    pub rank: usize,
+    /// Scale of the pairs: alpha / rank [default: twice the rank]
+    #[arg(long)]
+    pub alpha: Option<f64>,
+    /// Scale by alpha / sqrt(rank)
+    #[arg(long)]
+    pub rslora: bool,
+    /// Share of the pairs' inputs left out at random in each step
+    #[arg(long, default_value_t = 0.0)]
+    pub dropout: f64,
+    /// Projections with a pair: names such as q_proj,v_proj, or all-linear
+    #[arg(long, value_delimiter = ',', default_value = "q_proj,v_proj")]
+    pub target_modules: Vec<String>,
+    /// Go on from this adapter, e.g. one trained on plain text first; same rank and modules
+    #[arg(long, value_name = "DIR")]
+    pub init_adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub train: TrainArgs,
+}
+
+#[derive(Args)]
+pub struct TrainArgs {
+    #[arg(long, value_enum)]
+    pub task: Task,
+    /// Examples: .csv, .tsv, .tab, .jsonl, .txt, or a folder with a folder of .txt files for each class
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    pub data: Vec<PathBuf>,
+    /// Examples to evaluate on; without it a share of the data is held out
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub eval: Vec<PathBuf>,
+    /// Share of the data held out where there is no --eval; 0 evaluates nothing
+    #[arg(long, default_value_t = 0.1)]
+    pub eval_share: f64,
+    /// Train on so many of the examples, chosen at random
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// Column of the text [default: the one that looks like it]
+    #[arg(long)]
+    pub text_column: Option<String>,
+    /// Column of the class [default: the one that looks like it]
+    #[arg(long)]
+    pub label_column: Option<String>,
+    /// Another name for a class, e.g. --label-name 0=negative; repeatable
+    #[arg(long, value_name = "VALUE=NAME")]
+    pub label_name: Vec<String>,
+    /// Leave rows with an empty text out instead of refusing them
+    #[arg(long)]
+    pub skip_empty: bool,
+    /// Tokens of a sequence at most: of a classification what is over is cut off, other texts go on in the next sequence
+    /// [default: 512, or the base's context]
+    #[arg(long)]
+    pub max_length: Option<usize>,
+    /// Base model: a Hugging Face directory, a .gguf file, or a hub id org/name[@revision]
+    #[arg(long, env = "LORAMUX_MODEL", value_name = "SRC", default_value = DEFAULT_MODEL)]
+    pub model: String,
+    /// Directory to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Replace --out if it is there
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Numbers in the weights' file
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: Dtype,
+    #[arg(long, default_value_t = 3)]
+    pub epochs: usize,
+    /// Examples of a step
+    #[arg(long, default_value_t = 16)]
+    pub batch_size: usize,
+    /// Tokens computed at a time; a step of more is done in parts that add up to the same
+    #[arg(long, default_value_t = 2048)]
+    pub max_batch_tokens: usize,
+    /// [default: 5e-4; full and last-layers: 5e-5; head: 5e-3]
+    #[arg(long)]
+    pub learning_rate: Option<f64>,
+    /// How the rate goes after the warm-up
+    #[arg(long, value_enum, default_value = "linear")]
+    pub schedule: Decay,
+    /// Share of the steps in which the rate goes up
+    #[arg(long, default_value_t = 0.06)]
+    pub warmup: f64,
+    #[arg(long, default_value_t = 0.0)]
+    pub weight_decay: f64,
+    /// Largest norm of a step's gradient; 0 is any
+    #[arg(long, default_value_t = 1.0)]
+    pub max_norm: f64,
+    /// Share of the target that goes to all classes alike
+    #[arg(long, default_value_t = 0.0)]
+    pub label_smoothing: f32,
+    /// Let each class weigh the same, however many examples it has
+    #[arg(long)]
+    pub balance: bool,
+    /// What decides which evaluation is the best [default: accuracy of a classification, loss of texts]
+    #[arg(long, value_enum)]
+    pub metric: Option<Metric>,
+    /// Steps between evaluations; 0 is one after each epoch
+    #[arg(long, default_value_t = 0)]
+    pub eval_every: usize,
+    /// End after so many evaluations without a better one; 0 never does
+    #[arg(long, default_value_t = 0)]
+    pub patience: usize,
+    /// Steps between checkpoints; 0 writes one only when interrupted
+    #[arg(long, default_value_t = 100)]
+    pub checkpoint_every: usize,
+    /// Go on from the checkpoint of a run that was interrupted or killed
+    #[arg(long)]
+    pub resume: bool,
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Threads; 0 is one a core
+    #[arg(long, env = "LORAMUX_THREADS", default_value_t = 0)]
+    pub threads: usize,
+}
+
+/// The projections that names such as `q_proj` mean.
+pub fn projections(names: &[String]) -> Result<Vec<Projection>, String> {
+    if names.iter().any(|n| n == "all-linear") {
+        return Ok(Projection::ALL.to_vec());
+    }
+    let short = |p: &Projection| p.path().rsplit('.').next().unwrap_or_default();
+    let known = || Projection::ALL.iter().map(short).collect::<Vec<_>>().join(", ");
+    let find = |name: &String| {
+        let found = Projection::ALL.into_iter().find(|p| short(p) == name);
+        found.ok_or_else(|| format!("--target-modules has {name:?}; expected some of {}, or all-linear", known()))
+    };
+    let mut all: Vec<Projection> = names.iter().map(find).collect::<Result<_, _>>()?;
+    all.sort();
+    all.dedup();
+    Ok(all)
+}

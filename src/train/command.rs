@@ -1,0 +1,352 @@
+//! The `loramux-train` program: options to a run, a run to a directory.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::{DType, Device};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::seq::SliceRandom;
+use sha2::{Digest, Sha256};
+
+use super::args::{self, Cli, Command, LoraArgs, Task, TrainArgs};
+use super::card::{self, Card};
+use super::examples::{self, Columns, Example, Goal};
+use super::export::{Export, taken};
+use super::metrics::Confusion;
+use super::network::{LoraOptions, Method, Network};
+use super::optimizer::AdamWOptions;
+use super::random;
+use super::table;
+use super::trainer::{Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
+use crate::base::Base;
+use crate::{Error, Result};
+
+/// Parses the command line and runs it. The result goes to stdout, everything else to stderr.
+pub fn run() -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LORAMUX_LOG");
+    tracing_subscriber::fmt()
+        .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    match Cli::parse().command {
+        Command::Lora(args) => {
+            let method = Method::Lora(lora(&args)?);
+            train(&args.train, &method, args.init_adapter.as_deref())
+        }
+        Command::LastLayers { layers, train: args } => train(&args, &Method::LastLayers(layers), None),
+        Command::Head { train: args } => train(&args, &Method::Head, None),
+        Command::Full { train: args } => train(&args, &Method::Full, None),
+    }
+}
+
+fn lora(args: &LoraArgs) -> Result<LoraOptions> {
+    let alpha = args.alpha.unwrap_or(2.0 * args.rank as f64);
+    let wrong = |what: String| Err(Error::bad_request(what));
+    if args.rank == 0 {
+        return wrong("--rank is 0; expected 1 or more".into());
+    }
+    if !(0.0..1.0).contains(&args.dropout) {
+        return wrong(format!("--dropout is {}; expected 0 or more and less than 1", args.dropout));
+    }
+    if !alpha.is_finite() || alpha <= 0.0 {
+        return wrong(format!("--alpha is {alpha}; expected more than 0"));
+    }
+    let targets = args::projections(&args.target_modules).map_err(Error::bad_request)?;
+    Ok(LoraOptions { rank: args.rank, alpha, rslora: args.rslora, dropout: args.dropout, targets })
+}
+
+/// The examples of a run.
+struct Data {
+    train: Vec<Example>,
+    eval: Vec<Example>,
+    labels: Option<Vec<String>>,
+    /// For the card.
+    notes: Vec<String>,
+}
+
+fn columns(args: &TrainArgs, base: &Base) -> Result<Columns> {
+    let mut rename = BTreeMap::new();
+    for pair in &args.label_name {
+        let (value, name) = pair.split_once('=').ok_or_else(|| {
+            Error::bad_request(format!("--label-name is {pair:?}; expected VALUE=NAME, e.g. 0=negative"))
+        })?;
+        rename.insert(value.to_string(), name.to_string());
+    }
+    let context = base.config.context;
+    let max_length = args.max_length.unwrap_or(context.min(512));
+    if !(2..=context).contains(&max_length) {
+        return Err(Error::bad_request(format!("--max-length is {max_length}; expected 2 to the base's {context}")));
+    }
+    Ok(Columns {
+        text: args.text_column.clone(),
+        label: args.label_column.clone(),
+        rename,
+        skip_empty: args.skip_empty,
+        max_length,
+    })
+}
+
+fn data(args: &TrainArgs, base: &Base) -> Result<Data> {
+    let columns = columns(args, base)?;
+    let names = |files: &[PathBuf]| {
+        let names = files.iter().map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        names.collect::<Vec<_>>().join(", ")
+    };
+    let mut labels: Option<Vec<String>> = None;
+    let mut read = |files: &[PathBuf]| -> Result<Vec<Example>> {
+        let records = table::read(files)?;
+        if args.task == Task::Generate {
+            return examples::texts(base, &records, &columns);
+        }
+        let read = examples::classified(base, &records, &columns, labels.as_deref())?;
+        if read.cut > 0 {
+            tracing::warn!("{}: {} texts were cut to {} tokens", names(files), read.cut, columns.max_length);
+        }
+        labels = Some(read.labels);
+        Ok(read.examples)
+    };
+    let mut train = read(&args.data)?;
+    let mut notes = vec![format!("{}: {}", names(&args.data), card::count(&train))];
+    let eval = if args.eval.is_empty() {
+        if !(0.0..1.0).contains(&args.eval_share) {
+            let what = format!("--eval-share is {}; expected 0 or more and less than 1", args.eval_share);
+            return Err(Error::bad_request(what));
+        }
+        examples::split(&mut train, args.eval_share, args.seed)
+    } else {
+        read(&args.eval)?
+    };
+    if let Some(limit) = args.limit.filter(|&limit| limit < train.len()) {
+        train.shuffle(&mut random(args.seed, "limit", 0));
+        train.truncate(limit);
+        notes.push(format!("trained on {limit} of them: {}", card::count(&train)));
+    }
+    let from = if args.eval.is_empty() { "of the same files".to_string() } else { names(&args.eval) };
+    notes.push(format!("held out ({from}): {}", card::count(&eval)));
+    if train.is_empty() {
+        return Err(Error::bad_request("no examples are left to train on; lower --eval-share"));
+    }
+    Ok(Data { train, eval, labels, notes })
+}
+
+fn options(args: &TrainArgs, method: &Method, data: &Data, fingerprint: String) -> Result<TrainerOptions> {
+    for (name, number) in [("--epochs", args.epochs), ("--batch-size", args.batch_size)] {
+        if number == 0 {
+            return Err(Error::bad_request(format!("{name} is 0; expected 1 or more")));
+        }
+    }
+    let learning_rate = args.learning_rate.unwrap_or(match method {
+        Method::Lora(_) => 5e-4,
+        Method::Head => 5e-3,
+        Method::Full | Method::LastLayers(_) => 5e-5,
+    });
+    if !learning_rate.is_finite() || learning_rate <= 0.0 {
+        return Err(Error::bad_request(format!("--learning-rate is {learning_rate}; expected more than 0")));
+    }
+    if !(0.0..=1.0).contains(&args.warmup) || !(0.0..1.0).contains(&args.label_smoothing) {
+        return Err(Error::bad_request("--warmup and --label-smoothing are shares, from 0 to 1"));
+    }
+    let metric = match (args.metric, args.task) {
+        (Some(metric @ (Metric::Accuracy | Metric::MacroF1)), Task::Generate) => {
+            return Err(Error::bad_request(format!(
+                "--metric {metric:?} is for classifications; texts have only the loss"
+            )));
+        }
+        (Some(metric), _) => metric,
+        (None, Task::Classify) => Metric::Accuracy,
+        (None, Task::Generate) => Metric::Loss,
+    };
+    Ok(TrainerOptions {
+        epochs: args.epochs,
+        batch_size: args.batch_size,
+        max_batch_tokens: args.max_batch_tokens.max(1),
+        learning_rate,
+        decay: args.schedule,
+        warmup: args.warmup,
+        adamw: AdamWOptions { weight_decay: args.weight_decay, ..AdamWOptions::default() },
+        max_norm: args.max_norm,
+        smoothing: args.label_smoothing,
+        class_weights: if args.balance { balanced(data) } else { vec![] },
+        metric,
+        eval_every: args.eval_every,
+        patience: args.patience,
+        checkpoint_every: args.checkpoint_every,
+        checkpoint: checkpoint_path(&args.out),
+        fingerprint,
+        seed: args.seed,
+    })
+}
+
+/// `examples / (classes * examples of the class)`, scikit-learn's `balanced`.
+fn balanced(data: &Data) -> Vec<f32> {
+    let classes = data.labels.as_ref().map_or(0, Vec::len);
+    let mut counts = vec![0usize; classes];
+    for example in &data.train {
+        if let Goal::Class(class) = example.goal {
+            counts[class as usize] += 1;
+        }
+    }
+    counts.iter().map(|&n| data.train.len() as f32 / (classes * n.max(1)) as f32).collect()
+}
+
+/// The checkpoint lies beside the output and is removed when that is written.
+fn checkpoint_path(out: &Path) -> PathBuf {
+    let name = out.file_name().unwrap_or_default().to_string_lossy();
+    out.with_file_name(format!("{name}.checkpoint.safetensors"))
+}
+
+/// What decides a run's numbers: options and data.
+fn settings(args: &TrainArgs, method: &Method) -> Vec<(&'static str, String)> {
+    let mut all = vec![("method", format!("{method:?}"))];
+    all.extend([
+        ("model", args.model.clone()),
+        ("task", format!("{:?}", args.task).to_lowercase()),
+        ("epochs", args.epochs.to_string()),
+        ("batch size", args.batch_size.to_string()),
+        ("learning rate", args.learning_rate.map_or("default".into(), |r| r.to_string())),
+        ("schedule", format!("{:?}, warm-up {}", args.schedule, args.warmup).to_lowercase()),
+        ("weight decay", args.weight_decay.to_string()),
+        ("largest norm", args.max_norm.to_string()),
+        ("label smoothing", args.label_smoothing.to_string()),
+        ("balance", args.balance.to_string()),
+        ("longest sequence", args.max_length.map_or("default".into(), |n| n.to_string())),
+        ("tokens at a time", args.max_batch_tokens.to_string()),
+        (
+            "evaluations",
+            format!("every {} steps, patience {}, metric {:?}", args.eval_every, args.patience, args.metric),
+        ),
+        ("seed", args.seed.to_string()),
+    ]);
+    all
+}
+
+fn fingerprint(settings: &[(&str, String)], data: &Data, init: Option<&Path>) -> Result<String> {
+    let mut hash = Sha256::new();
+    for example in data.train.iter().chain(&data.eval) {
+        example.tokens.iter().for_each(|t| hash.update(t.to_le_bytes()));
+        hash.update(format!("{:?}", example.goal));
+    }
+    if let Some(init) = init {
+        hash.update(crate::adapter::generation_of(init)?.as_str());
+    }
+    let data: String = hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect();
+    let settings: Vec<String> = settings.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    Ok(format!("{}; data={data}", settings.join("; ")))
+}
+
+fn train(args: &TrainArgs, method: &Method, init: Option<&Path>) -> Result<()> {
+    if args.threads > 0 {
+        // Fails only where the pool is there already; then its size stands.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global();
+    }
+    if *method == Method::Head && args.task == Task::Generate {
+        return Err(Error::bad_request("head trains a classification; use --task classify"));
+    }
+    if args.out.exists() && !args.overwrite {
+        return Err(taken(&args.out));
+    }
+    let base = Base::open(&args.model)?;
+    let data = data(args, &base)?;
+    let labels = data.labels.as_ref().map(Vec::len);
+    let network = Network::new(&base, method, labels, &Device::Cpu, &mut random(args.seed, "weights", 0))?;
+    if let Some(init) = init {
+        let adapter = crate::adapter::load(init, &base.config, &base.id)?.adapter;
+        network.start_from(&adapter).map_err(|e| e.context(format!("--init-adapter {}", init.display())))?;
+    }
+    let settings = settings(args, method);
+    let options = options(args, method, &data, fingerprint(&settings, &data, init)?)?;
+    let checkpoint = options.checkpoint.clone();
+    std::fs::create_dir_all(args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+    data.notes.iter().for_each(|note| tracing::info!("{note}"));
+    let trained: usize = network.trained().iter().map(|(_, v)| v.elem_count()).sum();
+    let mut trainer = Trainer::new(&network, options, &data.train, &data.eval)?;
+    if args.resume && trainer.resume()? {
+        tracing::info!("going on after step {} of {}", trainer.history().step, trainer.steps());
+    } else if !args.resume && checkpoint.exists() {
+        return Err(Error::bad_request(format!(
+            "{} is left of a run that was interrupted; go on with it with --resume, or remove it",
+            checkpoint.display()
+        )));
+    }
+    let ended = watched(&mut trainer)?;
+    if ended == Ended::Interrupted {
+        let what = format!("interrupted after step {}; the same command with --resume goes on", trainer.history().step);
+        return Err(Error::unavailable(what));
+    }
+    let history = trainer.history();
+    let name = args.out.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let card = Card {
+        name,
+        base: &base.id,
+        adapter: matches!(method, Method::Lora(_) | Method::Head),
+        settings,
+        data: data.notes.clone(),
+        labels: data.labels.as_deref(),
+        trained,
+        parameters: network.parameters(),
+    };
+    let history_json = serde_json::to_string_pretty(history).map_err(Error::internal)?;
+    let texts = vec![
+        ("README.md", card.markdown(history)),
+        ("curves.svg", card::curves(history)?),
+        ("history.json", history_json),
+    ];
+    let dtype = if args.dtype == args::Dtype::Bf16 { DType::BF16 } else { DType::F32 };
+    let export = Export { base: &base, network: &network, method, labels: data.labels.as_deref(), dtype, texts };
+    export.write(&args.out, args.overwrite)?;
+    let _ = std::fs::remove_file(&checkpoint);
+    if let Some(best) = history.best.map(|b| &history.evaluations[b]) {
+        report(best, data.labels.as_deref());
+    }
+    println!("{}", args.out.display());
+    Ok(())
+}
+
+fn report(best: &Evaluation, labels: Option<&[String]>) {
+    tracing::info!("best, after step {}: {}", best.step, card::describe(best));
+    if let (Some(labels), Some(confusion @ Confusion(_))) = (labels, &best.confusion) {
+        eprint!("{}", card::confusion_table(labels, confusion));
+    }
+}
+
+/// Runs with a progress bar. Ctrl-C ends it after the step with a checkpoint; a second one at once.
+fn watched(trainer: &mut Trainer) -> Result<Ended> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = stop.clone();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.spawn(async move {
+        while tokio::signal::ctrl_c().await.is_ok() {
+            if asked.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+            eprintln!("stopping after this step; once more to stop at once");
+        }
+    });
+    let bar = ProgressBar::new(trainer.steps() as u64);
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} steps, {msg}, {eta} left");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_position(trainer.history().step as u64);
+    bar.reset_eta();
+    let (mut mean, mut tokens, start) = (None::<f32>, 0, std::time::Instant::now());
+    let ended = trainer.run(&stop, &mut |event| match event {
+        Event::Step { step, loss, tokens: more } => {
+            // A running mean, since single losses jump.
+            let smooth = mean.map_or(loss, |m| 0.95 * m + 0.05 * loss);
+            mean = Some(smooth);
+            tokens += more;
+            bar.set_position(step as u64);
+            bar.set_message(format!("loss {smooth:.4}, {:.0} tokens/s", tokens as f64 / start.elapsed().as_secs_f64()));
+        }
+        Event::Evaluated(evaluation) => {
+            bar.suspend(|| tracing::info!("step {}: {}", evaluation.step, card::describe(evaluation)));
+        }
+        Event::Saved => {}
+    });
+    bar.finish_and_clear();
+    runtime.shutdown_background();
+    ended
+}

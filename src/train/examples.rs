@@ -1,0 +1,294 @@
+//! Records to sequences of tokens with what is to be learned from them.
+
+use std::collections::BTreeMap;
+
+use rand::seq::SliceRandom;
+use serde_json::Value;
+
+use super::random;
+use super::table::Record;
+use crate::base::Base;
+use crate::{Error, Result};
+
+/// Columns that hold the text or the class where nobody says which.
+const TEXT_COLUMNS: [&str; 7] = ["text", "sentence", "review", "content", "input", "body", "document"];
+const LABEL_COLUMNS: [&str; 7] = ["label", "labels", "class", "category", "sentiment", "topic", "target"];
+
+/// What is to be learned from a sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Goal {
+    /// The class at its last token.
+    Class(u32),
+    /// The tokens from this index on and before that one, each from those before it.
+    Tokens(Vec<std::ops::Range<usize>>),
+}
+
+impl Goal {
+    /// Tokens without a gap.
+    fn range(range: std::ops::Range<usize>) -> Self {
+        Goal::Tokens(std::iter::once(range).collect())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Example {
+    pub tokens: Vec<u32>,
+    pub goal: Goal,
+}
+
+/// Which columns to read, and how.
+#[derive(Debug, Clone, Default)]
+pub struct Columns {
+    pub text: Option<String>,
+    pub label: Option<String>,
+    /// Names in place of the values of the label column, e.g. `0` to `negative`.
+    pub rename: BTreeMap<String, String>,
+    /// Leaves records with an empty text out instead of refusing them.
+    pub skip_empty: bool,
+    /// Tokens of a sequence at most.
+    pub max_length: usize,
+}
+
+/// Examples of a classification and the names of the classes, sorted.
+#[derive(Debug)]
+pub struct Classified {
+    pub examples: Vec<Example>,
+    pub labels: Vec<String>,
+    /// Texts that were cut to the longest length.
+    pub cut: usize,
+}
+
+fn guess(records: &[Record], asked: &Option<String>, known: &[&str], what: &str, option: &str) -> Result<String> {
+    let Some(first) = records.first() else { return Err(Error::bad_request("there are no examples")) };
+    let has = |name: &str| first.fields.contains_key(name);
+    let list = || first.fields.keys().map(|k| format!("{k:?}")).collect::<Vec<_>>().join(", ");
+    match asked {
+        Some(name) if has(name) => Ok(name.clone()),
+        Some(name) => Err(first.wrong(format!("has no column {name:?}; it has {}", list()))),
+        None => {
+            match known.iter().find(|name| has(name)) {
+                Some(name) => Ok(name.to_string()),
+                None => Err(first
+                    .wrong(format!("has no column that looks like {what}; it has {}; name one with {option}", list()))),
+            }
+        }
+    }
+}
+
+/// Reads a classification. `labels` are the classes that are allowed, e.g. those of the training data; without them they
+/// are whatever occurs.
+pub fn classified(base: &Base, records: &[Record], columns: &Columns, labels: Option<&[String]>) -> Result<Classified> {
+    let text_column = guess(records, &columns.text, &TEXT_COLUMNS, "a text", "--text-column")?;
+    let label_column = guess(records, &columns.label, &LABEL_COLUMNS, "a class", "--label-column")?;
+    let mut read = Vec::with_capacity(records.len());
+    for record in records {
+        let text = record.text(&text_column)?;
+        if text.trim().is_empty() {
+            if columns.skip_empty {
+                continue;
+            }
+            return Err(record
+                .wrong(format!("has an empty {text_column:?}; fill it in, or leave such rows out with --skip-empty")));
+        }
+        let label = record.text(&label_column)?.trim().to_string();
+        if label.is_empty() {
+            return Err(record.wrong(format!("has an empty {label_column:?}; every row needs its class")));
+        }
+        read.push((record, text, columns.rename.get(&label).cloned().unwrap_or(label)));
+    }
+    let mut found: Vec<String> = read.iter().map(|(_, _, label)| label.clone()).collect();
+    found.sort();
+    found.dedup();
+    let names = labels.map_or(found, <[String]>::to_vec);
+    if labels.is_none() && names.len() < 2 {
+        return Err(Error::bad_request(format!(
+            "all {} rows have the class {:?} in {label_column:?}; a classification needs two classes or more",
+            read.len(),
+            names.first().map_or("", String::as_str)
+        )));
+    }
+    let mut cut = 0;
+    let mut examples = Vec::with_capacity(read.len());
+    for (record, text, label) in read {
+        let class = names.iter().position(|n| *n == label).ok_or_else(|| {
+            record.wrong(format!("has the class {label:?}, which the training data lacks; its classes are {names:?}"))
+        })?;
+        let mut tokens = base.tokenizer.encode_for_head(&text)?;
+        cut += usize::from(tokens.len() > columns.max_length);
+        tokens.truncate(columns.max_length);
+        examples.push(Example { tokens, goal: Goal::Class(class as u32) });
+    }
+    Ok(Classified { examples, labels: names, cut })
+}
+
+/// Reads texts to continue: `messages` (a chat), `prompt` and `completion`, or a text. Of a chat the assistant's turns are
+/// learned, of a pair the completion, of a text every token. A text longer than the longest length is cut in pieces.
+pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<Example>> {
+    let end = base.config.eos_tokens.first().copied();
+    let mut examples = Vec::new();
+    let first = records.first().ok_or_else(|| Error::bad_request("there are no examples"))?;
+    let has = |name: &str| columns.text.is_none() && first.fields.contains_key(name);
+    if has("messages") {
+        for record in records {
+            examples.extend(chat(base, record, columns.max_length)?);
+        }
+    } else if has("prompt") && has("completion") {
+        for record in records {
+            let (prompt, completion) = (record.text("prompt")?, record.text("completion")?);
+            if completion.is_empty() {
+                return Err(record.wrong("has an empty \"completion\"; there is nothing to learn from it"));
+            }
+            let mut tokens = base.tokenizer.encode(&prompt, true)?;
+            let from = tokens.len().max(1);
+            tokens.extend(base.tokenizer.encode(&completion, false)?);
+            tokens.extend(end);
+            tokens.truncate(columns.max_length);
+            if tokens.len() > from {
+                let goal = Goal::range(from..tokens.len());
+                examples.push(Example { tokens, goal });
+            }
+        }
+    } else {
+        let column = guess(records, &columns.text, &TEXT_COLUMNS, "a text", "--text-column")?;
+        for record in records {
+            let text = record.text(&column)?;
+            if text.trim().is_empty() {
+                if columns.skip_empty {
+                    continue;
+                }
+                return Err(record.wrong(format!("has an empty {column:?}; leave such rows out with --skip-empty")));
+            }
+            let mut tokens = base.tokenizer.encode(&text, true)?;
+            tokens.extend(end);
+            for piece in tokens.chunks(columns.max_length).filter(|p| p.len() > 1) {
+                examples.push(Example { tokens: piece.to_vec(), goal: Goal::range(1..piece.len()) });
+            }
+        }
+    }
+    match examples.is_empty() {
+        true => Err(Error::bad_request("no example is short enough to learn from; raise --max-length")),
+        false => Ok(examples),
+    }
+}
+
+/// A chat by the base's template. An assistant's turn is what the template adds to the prompt that asks for it.
+fn chat(base: &Base, record: &Record, max_length: usize) -> Result<Option<Example>> {
+    let template = base.chat.as_ref();
+    let template = template.ok_or_else(|| record.wrong("is a chat, and the base model has no chat template"))?;
+    let parsed: Value = match &record.fields["messages"] {
+        Value::String(text) => {
+            serde_json::from_str(text).map_err(|e| record.wrong(format!("has messages that are not JSON: {e}")))?
+        }
+        other => other.clone(),
+    };
+    let messages = parsed.as_array().ok_or_else(|| record.wrong("has messages that are not a list"))?;
+    let whole = template.render(messages, false).map_err(|e| record.wrong(e))?;
+    let mut tokens = base.tokenizer.encode(&whole, false)?;
+    let mut turns = Vec::new();
+    for (i, message) in messages.iter().enumerate().filter(|(_, m)| m["role"] == "assistant") {
+        let before = template.render(&messages[..i], true).map_err(|e| record.wrong(e))?;
+        let after = template.render(&messages[..=i], false).map_err(|e| record.wrong(e))?;
+        let (start, end) = (base.tokenizer.encode(&before, false)?, base.tokenizer.encode(&after, false)?);
+        if !tokens.starts_with(&start) || !tokens.starts_with(&end) {
+            let what =
+                "has an assistant's turn that the chat template does not simply append; it cannot be learned from";
+            return Err(record.wrong(format!("{what} ({})", message["content"])));
+        }
+        turns.push(start.len().max(1)..end.len());
+    }
+    if turns.is_empty() {
+        return Err(record.wrong("has no message of the role \"assistant\" to learn from"));
+    }
+    tokens.truncate(max_length);
+    turns.iter_mut().for_each(|t| t.end = t.end.min(tokens.len()));
+    turns.retain(|t| t.start < t.end);
+    Ok((!turns.is_empty()).then_some(Example { tokens, goal: Goal::Tokens(turns) }))
+}
+
+/// Takes a share of the examples away, at random, for evaluation.
+pub fn split(examples: &mut Vec<Example>, share: f64, seed: u64) -> Vec<Example> {
+    examples.shuffle(&mut random(seed, "split", 0));
+    let kept = examples.len() - (examples.len() as f64 * share).round() as usize;
+    examples.split_off(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Map, json};
+
+    use super::*;
+
+    fn base() -> Base {
+        Base::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny/llama/base")).unwrap()
+    }
+
+    fn records(rows: &[Value]) -> Vec<Record> {
+        let fields = |v: &Value| v.as_object().cloned().unwrap_or_else(Map::new);
+        rows.iter()
+            .enumerate()
+            .map(|(i, v)| Record { place: format!("x.jsonl, row {}", i + 1), fields: fields(v) })
+            .collect()
+    }
+
+    fn columns() -> Columns {
+        Columns { max_length: 6, ..Columns::default() }
+    }
+
+    #[test]
+    fn classes_are_sorted_and_long_texts_cut() {
+        let rows = records(&[
+            json!({ "review": "t1 t2", "label": 1 }),
+            json!({ "review": "t1 t2 t3 t4 t5 t6 t7 t8", "label": 0 }),
+        ]);
+        let renamed = Columns { rename: [("0".into(), "bad".into()), ("1".into(), "good".into())].into(), ..columns() };
+        let read = classified(&base(), &rows, &renamed, None).unwrap();
+        assert_eq!((read.labels, read.cut), (vec!["bad".to_string(), "good".into()], 1));
+        assert_eq!(read.examples[0].goal, Goal::Class(1));
+        assert_eq!(read.examples[1].tokens.len(), 6);
+        assert_eq!(read.examples[0].tokens, base().tokenizer.encode_for_head("t1 t2").unwrap());
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_row() {
+        let good = json!({ "text": "t1", "label": "a" });
+        let error = |rows: &[Value], labels: Option<&[String]>| {
+            classified(&base(), &records(rows), &columns(), labels).unwrap_err().message
+        };
+        assert!(error(&[good.clone(), good.clone()], None).contains("all 2 rows have the class \"a\""));
+        let empty = error(&[good.clone(), json!({ "text": " ", "label": "b" })], None);
+        assert!(empty.contains("row 2") && empty.contains("--skip-empty"), "{empty}");
+        let missing = error(&[json!({ "words": "t1", "label": "a" })], None);
+        assert!(missing.contains("\"words\"") && missing.contains("--text-column"), "{missing}");
+        let unseen = error(&[json!({ "text": "t1", "label": "c" })], Some(&["a".into(), "b".into()]));
+        assert!(unseen.contains("row 1") && unseen.contains("\"c\""), "{unseen}");
+        let none = error(&[good.clone(), json!({ "text": "t1" })], None);
+        assert!(none.contains("row 2 has no \"label\""), "{none}");
+        let named = Columns { text: Some("nope".into()), ..columns() };
+        assert!(
+            classified(&base(), &records(&[good]), &named, None).unwrap_err().message.contains("no column \"nope\"")
+        );
+    }
+
+    #[test]
+    fn texts_are_cut_in_pieces_and_completions_alone_are_learned() {
+        let whole = texts(&base(), &records(&[json!({ "text": "t1 t2 t3 t4 t5 t6 t7" })]), &columns()).unwrap();
+        assert_eq!(whole[0].tokens.len(), 6);
+        assert_eq!(whole[0].goal, Goal::range(1..6));
+        let rows = records(&[json!({ "prompt": "t1 t2", "completion": " t3" })]);
+        let pair = texts(&base(), &rows, &columns()).unwrap();
+        let prompt = base().tokenizer.encode("t1 t2", true).unwrap().len();
+        assert_eq!(pair[0].goal, Goal::range(prompt..pair[0].tokens.len()));
+    }
+
+    #[test]
+    fn a_split_takes_its_share_and_repeats() {
+        let all: Vec<Example> = (0..10).map(|i| Example { tokens: vec![i], goal: Goal::Class(0) }).collect();
+        let (mut a, mut b) = (all.clone(), all.clone());
+        let (x, y) = (split(&mut a, 0.3, 7), split(&mut b, 0.3, 7));
+        assert_eq!((&a, &x), (&b, &y));
+        assert_eq!((a.len(), x.len()), (7, 3));
+        let mut together: Vec<u32> = a.iter().chain(&x).map(|e| e.tokens[0]).collect();
+        together.sort();
+        assert_eq!(together, (0..10).collect::<Vec<_>>());
+    }
+}

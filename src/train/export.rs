@@ -1,0 +1,178 @@
+//! A trained network as a directory that PEFT or transformers opens.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use serde_json::{Map, Value, json};
+
+use super::network::{LoraOptions, Method, Network};
+use crate::base::{Base, Projection};
+use crate::{Error, Result};
+
+/// What PEFT puts in front of every module's path.
+const PREFIX: &str = "base_model.model.";
+
+/// What is written beside the numbers.
+pub struct Export<'a> {
+    pub base: &'a Base,
+    pub network: &'a Network,
+    pub method: &'a Method,
+    /// Names of the classes, for a classification.
+    pub labels: Option<&'a [String]>,
+    /// Numbers of the weights' file.
+    pub dtype: DType,
+    /// More files, e.g. the model card.
+    pub texts: Vec<(&'a str, String)>,
+}
+
+impl Export<'_> {
+    /// Writes the directory `out`: all of it or nothing. One that is there is only replaced with `overwrite`.
+    pub fn write(&self, out: &Path, overwrite: bool) -> Result<()> {
+        let failed = |e: std::io::Error| Error::internal(format!("{}: {e}", out.display()));
+        let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        fs::create_dir_all(parent).map_err(failed)?;
+        let stage = tempfile::Builder::new().prefix(".loramux-train-").tempdir_in(parent).map_err(failed)?;
+        let folder = stage.path().join("out");
+        fs::create_dir(&folder).map_err(failed)?;
+        match self.method {
+            Method::Lora(_) | Method::Head => self.adapter(&folder)?,
+            Method::LastLayers(_) | Method::Full => self.model(&folder)?,
+        }
+        for (name, text) in &self.texts {
+            fs::write(folder.join(name), text).map_err(failed)?;
+        }
+        for file in fs::read_dir(&folder).map_err(failed)? {
+            File::open(file.map_err(failed)?.path()).and_then(|f| f.sync_all()).map_err(failed)?;
+        }
+        if out.exists() {
+            if !overwrite {
+                return Err(taken(out));
+            }
+            fs::rename(out, stage.path().join("old")).map_err(failed)?;
+        }
+        fs::rename(&folder, out).map_err(failed)
+    }
+
+    fn adapter(&self, folder: &Path) -> Result<()> {
+        let mut tensors: Vec<(String, Tensor)> =
+            self.network.trained().into_iter().map(|(n, v)| (n, v.as_tensor().clone())).collect();
+        let options = match self.method {
+            Method::Lora(options) => options.clone(),
+            // PEFT's file has no form for a head alone: a pair that adds nothing stands beside it.
+            _ => {
+                let (n, k) = self.network.config().shape(Projection::Q);
+                let name = |matrix: &str| format!("model.layers.0.{}.{matrix}.weight", Projection::Q.path());
+                let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, self.network.device());
+                tensors.push((name("lora_A"), zeros((1, k))?));
+                tensors.push((name("lora_B"), zeros((n, 1))?));
+                LoraOptions { rank: 1, alpha: 1.0, rslora: false, dropout: 0.0, targets: vec![Projection::Q] }
+            }
+        };
+        let tensors = tensors.into_iter().map(|(name, t)| (format!("{PREFIX}{name}"), t)).collect();
+        self.tensors(&folder.join("adapter_model.safetensors"), tensors)?;
+        write_json(&folder.join("adapter_config.json"), &self.adapter_config(&options))?;
+        match self.labels {
+            Some(labels) => write_json(&folder.join("labels.json"), &json!(labels)),
+            None => Ok(()),
+        }
+    }
+
+    fn adapter_config(&self, options: &LoraOptions) -> Value {
+        let names: Vec<&str> =
+            options.targets.iter().map(|p| p.path().rsplit('.').next().unwrap_or_default()).collect();
+        json!({
+            "peft_type": "LORA",
+            "task_type": if self.labels.is_some() { "SEQ_CLS" } else { "CAUSAL_LM" },
+            "base_model_name_or_path": self.base.id,
+            "r": options.rank,
+            "lora_alpha": options.alpha,
+            "use_rslora": options.rslora,
+            "lora_dropout": options.dropout,
+            "target_modules": names,
+            "layers_to_transform": if *self.method == Method::Head { json!([0]) } else { Value::Null },
+            "modules_to_save": self.labels.map(|_| ["classifier", "score"]),
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": true,
+        })
+    }
+
+    /// A Hugging Face model directory.
+    fn model(&self, folder: &Path) -> Result<()> {
+        self.tensors(&folder.join("model.safetensors"), self.network.all())?;
+        let c = self.network.config();
+        let dtype = if self.dtype == DType::BF16 { "bfloat16" } else { "float32" };
+        let mut config = json!({
+            "architectures": [if self.labels.is_some() { "LlamaForSequenceClassification" } else { "LlamaForCausalLM" }],
+            "model_type": c.family,
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "num_hidden_layers": c.layers,
+            "num_attention_heads": c.heads,
+            "num_key_value_heads": c.kv_heads,
+            "head_dim": c.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": c.rms_norm_eps,
+            "rope_theta": c.rope_theta,
+            "max_position_embeddings": c.context,
+            "tie_word_embeddings": c.tie_word_embeddings,
+            "attention_bias": false,
+            "mlp_bias": false,
+            "bos_token_id": c.bos_token,
+            "eos_token_id": c.eos_tokens,
+            "torch_dtype": dtype,
+        });
+        if let Some(labels) = self.labels {
+            let by_number: Map<String, Value> =
+                labels.iter().enumerate().map(|(i, l)| (i.to_string(), json!(l))).collect();
+            let by_name: Map<String, Value> = labels.iter().enumerate().map(|(i, l)| (l.clone(), json!(i))).collect();
+            config["id2label"] = by_number.into();
+            config["label2id"] = by_name.into();
+            // transformers finds the last token of a padded text by this.
+            config["pad_token_id"] = json!(c.eos_tokens.first());
+        }
+        write_json(&folder.join("config.json"), &config)?;
+        let failed = |e: std::io::Error| Error::internal(format!("{}: {e}", folder.display()));
+        fs::write(folder.join("tokenizer.json"), self.base.tokenizer.to_json()?).map_err(failed)?;
+        let spelled = |id: Option<u32>| id.map(|id| self.base.tokenizer.decode(&[id], false));
+        let mut settings = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": spelled(c.bos_token),
+            "eos_token": spelled(c.eos_tokens.first().copied()),
+            "pad_token": spelled(c.eos_tokens.first().copied()),
+            "model_max_length": c.context,
+        });
+        if let Some(chat) = &self.base.chat {
+            settings["chat_template"] = json!(chat.source()?);
+        }
+        write_json(&folder.join("tokenizer_config.json"), &settings)
+    }
+
+    fn tensors(&self, path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
+        let converted: Vec<(String, Tensor)> = tensors
+            .into_iter()
+            .map(|(name, t)| Ok((name, t.to_device(&candle_core::Device::Cpu)?.to_dtype(self.dtype)?.contiguous()?)))
+            .collect::<Result<_>>()?;
+        // transformers looks for this word.
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        safetensors::serialize_to_file(converted, Some(metadata), path)
+            .map_err(|e| Error::internal(format!("{}: {e}", path.display())))
+    }
+}
+
+/// The error of an output directory that is there already.
+pub fn taken(out: &Path) -> Error {
+    Error::bad_request(format!(
+        "{} is there already; choose another --out, or replace it with --overwrite",
+        out.display()
+    ))
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(Error::internal)?;
+    fs::write(path, text + "\n").map_err(|e| Error::internal(format!("{}: {e}", path.display())))
+}

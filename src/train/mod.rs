@@ -1,0 +1,38 @@
+//! The trainer: adapters, partial and full fine-tunes of a base, from real data.
+//!
+//! - [`table`], [`examples`]: files to records to sequences with what is to be learned from them
+//! - [`network`]: the base with what is trained in it, made of the differentiable operations in [`ops`]
+//! - [`trainer`]: the loop, with [`optimizer`], [`schedule`], [`metrics`] and [`checkpoint`]
+//! - [`export`]: a trained network to a directory that PEFT or transformers opens
+//! - [`command`]: the `loramux-train` program
+
+mod args;
+mod card;
+mod checkpoint;
+pub mod command;
+mod examples;
+mod export;
+mod metrics;
+mod network;
+mod ops;
+mod optimizer;
+mod schedule;
+mod table;
+mod trainer;
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
+
+pub use examples::{Example, Goal};
+pub use network::{Batch, LoraOptions, Method, Network};
+pub use ops::Targets;
+
+/// Random numbers for one purpose and one of its turns: a resumed run draws what an unbroken one does.
+pub fn random(seed: u64, purpose: &str, turn: usize) -> ChaCha8Rng {
+    let mut hash = Sha256::new();
+    hash.update(seed.to_le_bytes());
+    hash.update((turn as u64).to_le_bytes());
+    hash.update(purpose);
+    ChaCha8Rng::from_seed(hash.finalize().into())
+}

@@ -1,0 +1,519 @@
+//! The base with what is trained in it.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor, Var};
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+use super::ops::{self, Rope, Targets};
+use crate::adapter::{Adapter, LoraPair};
+use crate::base::{Base, ModelConfig, Projection, Weights};
+use crate::{Error, Result};
+
+/// Which numbers are trained. The head of a classification is trained with each of them.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Method {
+    /// Low-rank pairs beside frozen layers (arXiv 2106.09685).
+    Lora(LoraOptions),
+    /// The last so many decoder layers and the final norm.
+    LastLayers(usize),
+    /// Nothing but the head.
+    Head,
+    /// Everything.
+    Full,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraOptions {
+    pub rank: usize,
+    pub alpha: f64,
+    /// The scale is `alpha / sqrt(rank)` instead of `alpha / rank` (arXiv 2312.03732).
+    pub rslora: bool,
+    /// Share of a pair's input that is left out at random, each step anew.
+    pub dropout: f64,
+    pub targets: Vec<Projection>,
+}
+
+impl LoraOptions {
+    pub fn scale(&self) -> f64 {
+        self.alpha / if self.rslora { (self.rank as f64).sqrt() } else { self.rank as f64 }
+    }
+}
+
+/// Sequences one after the other, without padding.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Batch {
+    pub tokens: Vec<u32>,
+    /// How many of `tokens` each sequence has; none is 0.
+    pub lengths: Vec<usize>,
+}
+
+impl Batch {
+    pub fn push(&mut self, tokens: &[u32]) {
+        self.tokens.extend_from_slice(tokens);
+        self.lengths.push(tokens.len());
+    }
+
+    /// The row of each sequence's last token.
+    fn ends(&self) -> Vec<u32> {
+        let mut end = 0;
+        self.lengths
+            .iter()
+            .map(|&n| {
+                end += n as u32;
+                end - 1
+            })
+            .collect()
+    }
+}
+
+enum Weight {
+    Frozen(Tensor),
+    Trained(Var),
+}
+
+impl Weight {
+    fn tensor(&self) -> &Tensor {
+        match self {
+            Weight::Frozen(t) => t,
+            Weight::Trained(v) => v.as_tensor(),
+        }
+    }
+}
+
+struct Lora {
+    /// `[rank, in]`.
+    a: Var,
+    /// `[out, rank]`.
+    b: Var,
+    rank: usize,
+    scale: f64,
+    dropout: f64,
+}
+
+struct Linear {
+    /// `[out, in]`.
+    weight: Weight,
+    lora: Option<Lora>,
+}
+
+struct Layer {
+    input_norm: Weight,
+    projections: BTreeMap<Projection, Linear>,
+    post_norm: Weight,
+}
+
+pub struct Network {
+    config: ModelConfig,
+    device: Device,
+    embedding: Weight,
+    layers: Vec<Layer>,
+    norm: Weight,
+    /// `None` where it is the embedding.
+    lm_head: Option<Weight>,
+    /// `[labels, hidden]`, for a classification.
+    score: Option<Var>,
+}
+
+/// Random numbers of a step, for dropout; `None` while evaluating.
+type Noise<'a> = Option<&'a mut ChaCha8Rng>;
+
+struct Loader<'a> {
+    weights: &'a Weights,
+    device: &'a Device,
+}
+
+impl Loader<'_> {
+    fn get(&self, name: &str, trained: bool) -> Result<Weight> {
+        let raw = self.weights.get(name)?;
+        let numbers = raw.to_f32().map_err(|e| e.context(name))?;
+        let tensor = Tensor::from_vec(numbers, raw.shape.as_slice(), self.device)?;
+        Ok(if trained { Weight::Trained(Var::from_tensor(&tensor)?) } else { Weight::Frozen(tensor) })
+    }
+}
+
+fn uniform(rng: &mut ChaCha8Rng, shape: (usize, usize), bound: f32, device: &Device) -> Result<Var> {
+    let numbers: Vec<f32> = (0..shape.0 * shape.1).map(|_| rng.random_range(-bound..bound)).collect();
+    Ok(Var::from_tensor(&Tensor::from_vec(numbers, shape, device)?)?)
+}
+
+/// Normal numbers by Box and Muller.
+fn normal(rng: &mut ChaCha8Rng, shape: (usize, usize), deviation: f64, device: &Device) -> Result<Var> {
+    let one = |rng: &mut ChaCha8Rng| {
+        let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
+        (deviation * (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
+    };
+    let numbers: Vec<f32> = (0..shape.0 * shape.1).map(|_| one(rng)).collect();
+    Ok(Var::from_tensor(&Tensor::from_vec(numbers, shape, device)?)?)
+}
+
+impl Network {
+    /// The base in f32 with fresh trained parts: A as `kaiming_uniform_(a=sqrt(5))` and B zero as in PEFT's
+    /// `reset_lora_parameters`, a head of normal numbers of deviation 0.02 as transformers makes it. `labels` is the
+    /// number of classes, for a classification.
+    pub fn new(
+        base: &Base,
+        method: &Method,
+        labels: Option<usize>,
+        device: &Device,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Self> {
+        let config = base.config.clone();
+        let loader = Loader { weights: &base.weights, device };
+        let full = *method == Method::Full;
+        let first_trained = match method {
+            Method::Full => 0,
+            Method::LastLayers(n) if *n == 0 || *n > config.layers => {
+                let what =
+                    format!("{n} last layers are to be trained; the base has {}, expected 1 to that", config.layers);
+                return Err(Error::bad_request(what));
+            }
+            Method::LastLayers(n) => config.layers - n,
+            Method::Lora(_) | Method::Head => config.layers,
+        };
+        let embedding = loader.get("model.embed_tokens.weight", full)?;
+        let mut layers = Vec::with_capacity(config.layers);
+        for l in 0..config.layers {
+            let trained = l >= first_trained;
+            let name = |part: &str| format!("model.layers.{l}.{part}.weight");
+            let mut projections = BTreeMap::new();
+            for projection in Projection::ALL {
+                let weight = loader.get(&name(projection.path()), trained)?;
+                let lora = match method {
+                    Method::Lora(options) if options.targets.contains(&projection) => {
+                        let (n, k) = config.shape(projection);
+                        Some(Lora {
+                            a: uniform(rng, (options.rank, k), 1.0 / (k as f32).sqrt(), device)?,
+                            b: Var::zeros((n, options.rank), DType::F32, device)?,
+                            rank: options.rank,
+                            scale: options.scale(),
+                            dropout: options.dropout,
+                        })
+                    }
+                    _ => None,
+                };
+                projections.insert(projection, Linear { weight, lora });
+            }
+            layers.push(Layer {
+                input_norm: loader.get(&name("input_layernorm"), trained)?,
+                projections,
+                post_norm: loader.get(&name("post_attention_layernorm"), trained)?,
+            });
+        }
+        let norm = loader.get("model.norm.weight", first_trained < config.layers)?;
+        // A classification has no use for the output layer.
+        let lm_head = match config.tie_word_embeddings || labels.is_some() {
+            true => None,
+            false => Some(loader.get("lm_head.weight", full)?),
+        };
+        let score = labels.map(|n| normal(rng, (n, config.hidden_size), 0.02, device)).transpose()?;
+        Ok(Network { config, device: device.clone(), embedding, layers, norm, lm_head, score })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What is trained, by the name it has in Hugging Face's and PEFT's files (without PEFT's prefix), in a fixed order.
+    pub fn trained(&self) -> Vec<(String, &Var)> {
+        let mut all = Vec::new();
+        fn add<'a>(all: &mut Vec<(String, &'a Var)>, name: String, weight: &'a Weight) {
+            if let Weight::Trained(v) = weight {
+                all.push((name, v));
+            }
+        }
+        add(&mut all, "model.embed_tokens.weight".into(), &self.embedding);
+        for (l, layer) in self.layers.iter().enumerate() {
+            let name = |part: &str, end: &str| format!("model.layers.{l}.{part}.{end}");
+            add(&mut all, name("input_layernorm", "weight"), &layer.input_norm);
+            for (projection, linear) in &layer.projections {
+                add(&mut all, name(projection.path(), "weight"), &linear.weight);
+                if let Some(lora) = &linear.lora {
+                    all.push((name(projection.path(), "lora_A.weight"), &lora.a));
+                    all.push((name(projection.path(), "lora_B.weight"), &lora.b));
+                }
+            }
+            add(&mut all, name("post_attention_layernorm", "weight"), &layer.post_norm);
+        }
+        add(&mut all, "model.norm.weight".into(), &self.norm);
+        if let Some(lm_head) = &self.lm_head {
+            add(&mut all, "lm_head.weight".into(), lm_head);
+        }
+        all.extend(self.score.iter().map(|v| ("score.weight".to_string(), v)));
+        all
+    }
+
+    /// All weights of the model and the head, by their Hugging Face names.
+    pub fn all(&self) -> Vec<(String, Tensor)> {
+        let mut all = vec![("model.embed_tokens.weight".to_string(), self.embedding.tensor().clone())];
+        for (l, layer) in self.layers.iter().enumerate() {
+            let mut add = |part: &str, weight: &Weight| {
+                all.push((format!("model.layers.{l}.{part}.weight"), weight.tensor().clone()));
+            };
+            add("input_layernorm", &layer.input_norm);
+            layer.projections.iter().for_each(|(projection, linear)| add(projection.path(), &linear.weight));
+            add("post_attention_layernorm", &layer.post_norm);
+        }
+        all.push(("model.norm.weight".into(), self.norm.tensor().clone()));
+        all.extend(self.lm_head.iter().map(|w| ("lm_head.weight".to_string(), w.tensor().clone())));
+        all.extend(self.score.iter().map(|v| ("score.weight".to_string(), v.as_tensor().clone())));
+        all
+    }
+
+    /// Numbers of the base and of what was added to it.
+    pub fn parameters(&self) -> usize {
+        let added = self.trained().into_iter().filter(|(name, _)| name.contains(".lora_")).map(|(_, v)| v.elem_count());
+        self.all().iter().map(|(_, t)| t.elem_count()).sum::<usize>() + added.sum::<usize>()
+    }
+
+    /// Goes on from an adapter whose pairs have the shapes of these. A head is taken over where the classes are as many.
+    pub fn start_from(&self, adapter: &Adapter) -> Result<()> {
+        let set = |var: &Var, numbers: &[f32], what: &str| -> Result<()> {
+            if var.elem_count() != numbers.len() {
+                let found = numbers.len();
+                return Err(Error::unprocessable(format!(
+                    "the adapter to begin from has {found} numbers in {what}, expected {:?}; train with its rank and modules",
+                    var.dims()
+                )));
+            }
+            Ok(var.set(&Tensor::from_slice(numbers, var.shape(), &self.device)?)?)
+        };
+        for (l, layer) in self.layers.iter().enumerate() {
+            for (&projection, linear) in &layer.projections {
+                let what = format!("layer {l}, {}", projection.path());
+                match (&linear.lora, adapter.pairs.get(&(l, projection))) {
+                    (None, None) => {}
+                    (Some(lora), Some(LoraPair { scale, a, b, .. })) => {
+                        set(&lora.a, a, &what)?;
+                        set(&lora.b, b, &what)?;
+                        // The product is what matters: another scale here is made up for in B.
+                        let ratio = *scale as f64 / lora.scale;
+                        if (ratio - 1.0).abs() > 1e-6 {
+                            lora.b.set(&lora.b.affine(ratio, 0.0)?)?;
+                        }
+                    }
+                    (found, _) => {
+                        let (here, there) = if found.is_some() { ("a", "no") } else { ("no", "a") };
+                        return Err(Error::unprocessable(format!(
+                            "{what}: {here} pair is to be trained, and the adapter to begin from has {there} pair; train with \
+                             its modules"
+                        )));
+                    }
+                }
+            }
+        }
+        match (&self.score, &adapter.head) {
+            (Some(score), Some(head)) if head.weight.len() == score.elem_count() => set(score, &head.weight, "score"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Final hidden states, one row a token: `[rows, hidden]`.
+    fn hidden(&self, batch: &Batch, mut noise: Noise) -> Result<Tensor> {
+        let c = &self.config;
+        let rope = Rope::new(&batch.lengths, c.head_dim, c.rope_theta);
+        let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), &self.device)?;
+        let mut x = self.embedding.tensor().index_select(&tokens, 0)?;
+        for layer in &self.layers {
+            let linear = |projection: Projection, x: &Tensor, noise: &mut Noise| {
+                layer.projections[&projection].forward(x, noise.as_deref_mut())
+            };
+            let h = ops::rms_norm(&x, layer.input_norm.tensor(), c.rms_norm_eps)?;
+            let q = ops::rope(&linear(Projection::Q, &h, &mut noise)?, &rope)?;
+            let k = ops::rope(&linear(Projection::K, &h, &mut noise)?, &rope)?;
+            let v = linear(Projection::V, &h, &mut noise)?;
+            let h = ops::attention(&q, &k, &v, &batch.lengths, c.head_dim)?;
+            x = (x + linear(Projection::O, &h, &mut noise)?)?;
+            let h = ops::rms_norm(&x, layer.post_norm.tensor(), c.rms_norm_eps)?;
+            let gate = linear(Projection::Gate, &h, &mut noise)?;
+            let h = ops::swiglu(&gate, &linear(Projection::Up, &h, &mut noise)?)?;
+            x = (x + linear(Projection::Down, &h, &mut noise)?)?;
+        }
+        Ok(ops::rms_norm(&x, self.norm.tensor(), c.rms_norm_eps)?)
+    }
+
+    /// The final hidden state of each sequence's last token: `[sequences, hidden]`.
+    pub fn pooled(&self, batch: &Batch, noise: Noise) -> Result<Tensor> {
+        let ends = Tensor::new(batch.ends(), &self.device)?;
+        Ok(self.hidden(batch, noise)?.index_select(&ends, 0)?)
+    }
+
+    /// Logits of the classes for pooled states: `[sequences, labels]`.
+    pub fn logits(&self, pooled: &Tensor) -> Result<Tensor> {
+        let score = self.score.as_ref().ok_or_else(|| Error::internal("the network has no head"))?;
+        Ok(pooled.matmul(&score.t()?)?)
+    }
+
+    /// The weighted loss of a classification of pooled states, a scalar.
+    pub fn classification_loss(&self, pooled: &Tensor, targets: &Targets) -> Result<Tensor> {
+        Ok(ops::cross_entropy(&self.logits(pooled)?, targets)?)
+    }
+
+    /// The weighted loss of predicting `targets` at `rows` of the batch, a scalar.
+    pub fn language_loss(&self, batch: &Batch, rows: &[u32], targets: &Targets, noise: Noise) -> Result<Tensor> {
+        let rows = Tensor::from_slice(rows, rows.len(), &self.device)?;
+        let x = self.hidden(batch, noise)?.index_select(&rows, 0)?;
+        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        Ok(ops::linear_cross_entropy(&x, head.tensor(), targets)?)
+    }
+}
+
+impl Linear {
+    fn forward(&self, x: &Tensor, noise: Noise) -> Result<Tensor> {
+        let y = match &self.weight {
+            Weight::Frozen(w) => ops::frozen_linear(x, w)?,
+            Weight::Trained(w) => x.matmul(&w.t()?)?,
+        };
+        let Some(lora) = &self.lora else { return Ok(y) };
+        let dropped = match noise {
+            Some(rng) if lora.dropout > 0.0 => Some(dropout(x, lora.dropout, rng)?),
+            _ => None,
+        };
+        let h = dropped.as_ref().unwrap_or(x).matmul(&lora.a.t()?)?;
+        debug_assert_eq!(h.dims()[1], lora.rank);
+        Ok((y + (h * lora.scale)?.matmul(&lora.b.t()?)?)?)
+    }
+}
+
+/// Leaves out numbers with probability `p` and scales the others, so that the mean stays.
+fn dropout(x: &Tensor, p: f64, rng: &mut ChaCha8Rng) -> Result<Tensor> {
+    let kept = (1.0 / (1.0 - p)) as f32;
+    let mask: Vec<f32> = (0..x.elem_count()).map(|_| if rng.random::<f32>() < p as f32 { 0.0 } else { kept }).collect();
+    Ok((x * Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::path::{Path, PathBuf};
+
+    use candle_core::backprop::GradStore;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::train::random;
+
+    fn folder() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny/llama")
+    }
+
+    fn json(name: &str) -> Value {
+        serde_json::from_slice(&std::fs::read(folder().join(name)).unwrap()).unwrap()
+    }
+
+    fn base() -> Base {
+        Base::open(folder().join("base").to_str().unwrap()).unwrap()
+    }
+
+    /// The prompts of the reference as one batch, and what follows each of their tokens.
+    fn batch() -> (Batch, Vec<u32>, Targets) {
+        let prompts: Vec<Vec<u32>> = serde_json::from_value(json("expected.json")["prompts"].clone()).unwrap();
+        let (mut batch, mut rows, mut classes) = (Batch::default(), vec![], vec![]);
+        for prompt in &prompts {
+            let start = batch.tokens.len() as u32;
+            rows.extend((0..prompt.len() as u32 - 1).map(|i| start + i));
+            classes.extend_from_slice(&prompt[1..]);
+            batch.push(prompt);
+        }
+        let weights = vec![1.0 / rows.len() as f32; rows.len()];
+        (batch, rows, Targets { classes, weights, smoothing: 0.0 })
+    }
+
+    fn lora(rank: usize, alpha: f64, targets: &[Projection]) -> Method {
+        Method::Lora(LoraOptions { rank, alpha, rslora: false, dropout: 0.0, targets: targets.to_vec() })
+    }
+
+    /// The loss and every gradient are those of transformers and PEFT (`tests/tools/reference_gradients.py`).
+    fn check(case: &str, network: &Network, loss: Tensor) {
+        let want = json("gradients.json")["losses"][case].as_f64().unwrap();
+        let got = loss.to_scalar::<f32>().unwrap() as f64;
+        assert!((got - want).abs() < 1e-4, "{case}: loss {got}, not {want}");
+        let reference: HashMap<String, Tensor> =
+            candle_core::safetensors::load(folder().join("gradients.safetensors"), &Device::Cpu).unwrap();
+        let grads: GradStore = loss.backward().unwrap();
+        let trained = network.trained();
+        let expected = reference.keys().filter(|k| k.starts_with(&format!("{case}."))).count();
+        assert_eq!(trained.len(), expected, "{case}");
+        for (name, var) in trained {
+            let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let want = flat(&reference[&format!("{case}.{name}")]);
+            let got = flat(grads.get(var).unwrap_or_else(|| panic!("{name} has no gradient")));
+            let largest = want.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+            for (g, w) in got.iter().zip(&want) {
+                assert!((g - w).abs() < 1e-3 * largest + 1e-7, "{case}: {name}: {g}, not {w}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_of_lora_is_pefts() {
+        let base = base();
+        let adapter = crate::adapter::load(&folder().join("adapter_all_r8"), &base.config, "").unwrap().adapter;
+        let method = lora(8, 16.0, &Projection::ALL);
+        let network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        network.start_from(&adapter).unwrap();
+        let (batch, rows, targets) = batch();
+        check("generate", &network, network.language_loss(&batch, &rows, &targets, None).unwrap());
+    }
+
+    #[test]
+    fn a_step_of_a_classification_is_pefts() {
+        let base = base();
+        let adapter = crate::adapter::load(&folder().join("adapter_seqcls"), &base.config, "").unwrap().adapter;
+        let pair = adapter.pairs.values().next().unwrap();
+        let method = lora(pair.rank, pair.rank as f64 * pair.scale as f64, &[Projection::Q, Projection::V]);
+        let labels = adapter.head.as_ref().map(|h| h.labels.len());
+        let network = Network::new(&base, &method, labels, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        network.start_from(&adapter).unwrap();
+        let classes: Vec<u32> = serde_json::from_value(json("gradients.json")["classes"].clone()).unwrap();
+        let weights = vec![1.0 / classes.len() as f32; classes.len()];
+        let pooled = network.pooled(&batch().0, None).unwrap();
+        let targets = Targets { classes, weights, smoothing: 0.0 };
+        check("classify", &network, network.classification_loss(&pooled, &targets).unwrap());
+    }
+
+    #[test]
+    fn a_step_of_everything_is_that_of_transformers() {
+        let network = Network::new(&base(), &Method::Full, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        let (batch, rows, targets) = batch();
+        check("full", &network, network.language_loss(&batch, &rows, &targets, None).unwrap());
+    }
+
+    #[test]
+    fn a_fresh_pair_changes_nothing_and_the_last_layers_train_no_others() {
+        let (base, (batch, rows, targets)) = (base(), batch());
+        let loss = |method: &Method| {
+            let network = Network::new(&base, method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+            let names: Vec<String> = network.trained().into_iter().map(|(name, _)| name).collect();
+            (network.language_loss(&batch, &rows, &targets, None).unwrap().to_scalar::<f32>().unwrap(), names)
+        };
+        let (full, _) = loss(&Method::Full);
+        assert_eq!(loss(&lora(4, 8.0, &[Projection::Q])).0, full);
+        let (last, names) = loss(&Method::LastLayers(1));
+        assert_eq!(last, full);
+        assert!(names.iter().all(|n| n.starts_with("model.layers.1.") || n == "model.norm.weight"), "{names:?}");
+        assert_eq!(names.len(), 10);
+        for n in [0, 3] {
+            assert!(
+                Network::new(&base, &Method::LastLayers(n), None, &Device::Cpu, &mut random(0, "test", 0)).is_err()
+            );
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_other_modules_or_rank_is_refused() {
+        let base = base();
+        let adapter = crate::adapter::load(&folder().join("adapter_all_r8"), &base.config, "").unwrap().adapter;
+        for (method, part) in [(lora(4, 8.0, &Projection::ALL), "numbers"), (lora(8, 8.0, &[Projection::Q]), "modules")]
+        {
+            let network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+            let error = network.start_from(&adapter).unwrap_err();
+            assert!(error.message.contains(part), "{error}");
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! `loramux-train` from end to end on the tiny model: what it writes can be served, repeats, and survives being stopped.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use loramux::base::simd::Simd;
+use loramux::base::{Base, Kernels};
+use loramux::engine::{Output as Want, Runner};
+
+use crate::common::{adapter, decoder, fixtures, logits};
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Folder(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Texts of eight words; the class says whether more of them are below `t100` than above.
+    fn classified(&self, rows: usize) -> PathBuf {
+        let mut csv = String::from("text,label\n");
+        let mut state = 7u64;
+        for row in 0..rows {
+            let words: Vec<u64> = (0..8)
+                .map(|i| {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    let low = (row % 2 == 0) == (i % 4 != 0);
+                    10 + (state >> 33) % 8 + if low { 0 } else { 100 }
+                })
+                .collect();
+            let text: Vec<String> = words.iter().map(|w| format!("t{w}")).collect();
+            csv += &format!("{},{}\n", text.join(" "), if row % 2 == 0 { "low" } else { "high" });
+        }
+        let path = self.path("data.csv");
+        std::fs::write(&path, csv).unwrap();
+        path
+    }
+
+    fn command(&self, method: &[&str], data: &Path, out: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_loramux-train"));
+        command.args(method).arg("--data").arg(data).arg("--out").arg(self.path(out));
+        command.arg("--model").arg(fixtures().join("tiny/llama/base")).args(more);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn run(&self, method: &[&str], data: &Path, out: &str, more: &[&str]) -> Output {
+        let output = self.command(method, data, out, more).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        output
+    }
+
+    fn weights(&self, out: &str) -> Vec<u8> {
+        std::fs::read(self.path(out).join("adapter_model.safetensors")).unwrap()
+    }
+}
+
+const LORA: [&str; 9] =
+    ["lora", "--task", "classify", "--learning-rate", "0.02", "--target-modules", "all-linear", "--dropout", "0.1"];
+
+fn history(folder: &Path) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(folder.join("history.json")).unwrap()).unwrap()
+}
+
+fn accuracy(folder: &Path) -> f64 {
+    let history = history(folder);
+    let best = &history["evaluations"][history["best"].as_u64().unwrap() as usize];
+    let confusion: Vec<Vec<f64>> = serde_json::from_value(best["confusion"].clone()).unwrap();
+    let right: f64 = (0..confusion.len()).map(|c| confusion[c][c]).sum();
+    right / confusion.iter().flatten().sum::<f64>()
+}
+
+/// The share of rows that a served adapter gets right.
+fn served_accuracy(adapter_folder: &Path, data: &Path) -> f64 {
+    let base = Base::open(fixtures().join("tiny/llama/base").to_str().unwrap()).unwrap();
+    let kernels = Kernels::Packed(Simd::detect());
+    let adapter = adapter(&base, adapter_folder, kernels);
+    let labels = adapter.labels.clone().unwrap();
+    let mut runner = Runner::new(decoder(&base, kernels, None), 4 << 20).unwrap();
+    let text = std::fs::read_to_string(data).unwrap();
+    let rows: Vec<(&str, &str)> = text.lines().skip(1).map(|l| l.split_once(',').unwrap()).collect();
+    let right = rows.iter().filter(|(text, label)| {
+        let tokens = base.tokenizer.encode_for_head(text).unwrap();
+        let got = &logits(&mut runner, &[(&tokens, Some(adapter.clone()), Want::Head)])[0];
+        let best = if got[1] > got[0] { 1 } else { 0 };
+        labels[best] == *label
+    });
+    right.count() as f64 / rows.len() as f64
+}
+
+#[test]
+fn an_adapter_learns_repeats_and_is_served() {
+    let folder = Folder::new();
+    let data = folder.classified(240);
+    for out in ["a", "b"] {
+        let output = folder.run(&LORA, &data, out, &["--seed", "3", "--dtype", "f32"]);
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), folder.path(out).to_str().unwrap());
+    }
+    assert_eq!(folder.weights("a"), folder.weights("b"), "the same seed and data, another adapter");
+    let learned = accuracy(&folder.path("a"));
+    assert!(learned >= 0.9, "accuracy {learned}");
+    let served = served_accuracy(&folder.path("a"), &data);
+    assert!(served >= 0.9, "accuracy when served {served}");
+    let card = std::fs::read_to_string(folder.path("a").join("README.md")).unwrap();
+    assert!(
+        card.contains("| true \\ answered | high | low |")
+            && card.contains("240")
+            && card.contains("library_name: peft")
+    );
+    assert!(std::fs::read_to_string(folder.path("a").join("curves.svg")).unwrap().contains("<svg"));
+    // It is not replaced unasked, and another seed is another adapter.
+    let again = folder.command(&LORA, &data, "a", &[]).output().unwrap();
+    assert!(!again.status.success() && String::from_utf8_lossy(&again.stderr).contains("--overwrite"));
+    folder.run(&LORA, &data, "a", &["--overwrite", "--seed", "4", "--dtype", "f32"]);
+    assert_ne!(folder.weights("a"), folder.weights("b"));
+}
+
+/// Interrupted and killed in the middle, a run ends with the same numbers as one that was left alone.
+#[test]
+fn a_stopped_run_goes_on_as_if_it_had_not_been() {
+    let folder = Folder::new();
+    let data = folder.classified(320);
+    let more = ["--checkpoint-every", "1", "--epochs", "6", "--eval-every", "7"];
+    folder.run(&LORA, &data, "whole", &more);
+    let checkpoint = folder.path("parts.checkpoint.safetensors");
+    for (round, signal) in ["INT", "KILL"].iter().enumerate() {
+        let resume: &[&str] = if round > 0 { &["--resume"] } else { &[] };
+        let mut child = folder.command(&LORA, &data, "parts", &[&more[..], resume].concat()).spawn().unwrap();
+        let before = std::fs::metadata(&checkpoint).and_then(|m| m.modified()).ok();
+        while std::fs::metadata(&checkpoint).and_then(|m| m.modified()).ok() == before {
+            assert!(child.try_wait().unwrap().is_none(), "it has ended without a checkpoint");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let killed = Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap();
+        assert!(killed.success());
+        let output = child.wait_with_output().unwrap();
+        assert!(!output.status.success(), "it was not stopped in time");
+        assert!(checkpoint.exists() && !folder.path("parts").exists());
+    }
+    // Another run does not take it over by mistake.
+    let forgotten = folder.command(&LORA, &data, "parts", &more).output().unwrap();
+    assert!(String::from_utf8_lossy(&forgotten.stderr).contains("--resume"));
+    let other =
+        folder.command(&LORA, &data, "parts", &[&more[..], &["--resume", "--seed", "9"]].concat()).output().unwrap();
+    assert!(String::from_utf8_lossy(&other.stderr).contains("other settings or data"));
+    folder.run(&LORA, &data, "parts", &[&more[..], &["--resume"]].concat());
+    assert_eq!(folder.weights("parts"), folder.weights("whole"));
+    assert_eq!(history(&folder.path("parts"))["losses"], history(&folder.path("whole"))["losses"]);
+    assert!(!checkpoint.exists());
+}
+
+#[test]
+fn the_other_methods_write_what_can_be_opened() {
+    let folder = Folder::new();
+    let data = folder.classified(240);
+    folder.run(&["head", "--task", "classify", "--learning-rate", "0.05"], &data, "head", &["--epochs", "10"]);
+    let (learned, served) = (accuracy(&folder.path("head")), served_accuracy(&folder.path("head"), &data));
+    assert!(learned >= 0.75 && (learned - served).abs() < 0.2, "{learned}, served {served}");
+    let base = Base::open(fixtures().join("tiny/llama/base").to_str().unwrap()).unwrap();
+    for (method, out) in [(&["full"][..], "full"), (&["last-layers", "--layers", "1"], "last")] {
+        let method = [method, &["--task", "classify", "--learning-rate", "0.003"]].concat();
+        folder.run(&method, &data, out, &["--dtype", "f32"]);
+        assert!(accuracy(&folder.path(out)) >= 0.85, "{out}: {}", accuracy(&folder.path(out)));
+        let model = Base::open(folder.path(out).to_str().unwrap()).unwrap();
+        assert_eq!(model.tokenizer.encode_for_head("t5 t6").unwrap(), base.tokenizer.encode_for_head("t5 t6").unwrap());
+        assert!(model.weights.contains("score.weight"));
+    }
+    // What is not trained is as it was.
+    let last = Base::open(folder.path("last").to_str().unwrap()).unwrap();
+    let numbers = |base: &Base, name: &str| base.weights.get(name).unwrap().to_f32().unwrap();
+    let name = |layer: usize| format!("model.layers.{layer}.mlp.up_proj.weight");
+    assert_eq!(numbers(&base, &name(0)), numbers(&last, &name(0)));
+    assert_ne!(numbers(&base, &name(1)), numbers(&last, &name(1)));
+}
+
+#[test]
+fn texts_are_learned_and_an_adapter_trained_further() {
+    let folder = Folder::new();
+    let data = folder.path("texts.jsonl");
+    let line = |i: usize| {
+        format!(
+            "{{\"text\": \"{}\"}}\n",
+            (0..12).map(|j| format!("t{}", 20 + (i + j) % 9)).collect::<Vec<_>>().join(" ")
+        )
+    };
+    std::fs::write(&data, (0..60).map(line).collect::<String>()).unwrap();
+    let generate = ["lora", "--task", "generate", "--learning-rate", "0.02", "--target-modules", "all-linear"];
+    folder.run(&generate, &data, "one", &["--epochs", "4"]);
+    let first = history(&folder.path("one"));
+    let losses: Vec<f64> = serde_json::from_value(first["losses"].clone()).unwrap();
+    assert!(losses[losses.len() - 1] < 0.6 * losses[0], "{losses:?}");
+    let init = folder.path("one");
+    folder.run(&generate, &data, "two", &["--epochs", "1", "--warmup", "0", "--init-adapter", init.to_str().unwrap()]);
+    let second: Vec<f64> = serde_json::from_value(history(&folder.path("two"))["losses"].clone()).unwrap();
+    assert!(second[0] < 0.7 * losses[0], "it began anew: {second:?}");
+    // The second step of the recipe: a classification on top of what was learned from texts.
+    let classified = folder.classified(240);
+    folder.run(&LORA, &classified, "three", &["--init-adapter", init.to_str().unwrap()]);
+    assert!(accuracy(&folder.path("three")) >= 0.9);
+}
+
+#[test]
+fn bad_data_is_told_with_file_and_row() {
+    let folder = Folder::new();
+    for (content, parts) in [
+        (&b"text,label\nt1,a\nt2,a\n"[..], &["class \"a\"", "two classes"][..]),
+        (b"text,label\nt1,a\n ,b\n", &["data.csv, row 2", "--skip-empty"]),
+        (b"words,label\nt1,a\nt2,b\n", &["\"words\"", "--text-column"]),
+        (b"text,label\nt1 \xff,a\nt2,b\n", &["line 2", "not UTF-8"]),
+    ] {
+        let data = folder.path("data.csv");
+        std::fs::write(&data, content).unwrap();
+        let output = folder.command(&LORA, &data, "out", &[]).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && parts.iter().all(|p| told.contains(p)), "{told}");
+        assert!(!folder.path("out").exists());
+    }
+    // A row of 100,000 characters is cut, and told.
+    let data = folder.classified(40);
+    let long = format!("{}{},low\n", std::fs::read_to_string(&data).unwrap(), "t5 ".repeat(34_000));
+    std::fs::write(&data, long).unwrap();
+    let output = folder.run(&LORA, &data, "out", &["--epochs", "1", "--max-length", "64"]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("1 texts were cut to 64 tokens"));
+}
