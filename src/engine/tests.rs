@@ -414,6 +414,63 @@ proptest! {
     }
 }
 
+/// A choice by itself: its text is what its tokens spell up to a stop string, its log-probabilities are those of its tokens,
+/// and it ended for the reason it gives.
+fn check_choice(prompt: &[u32], generate: &Generate, choice: &Choice, salt: u64) {
+    let Choice { tokens, logprobs, matched_stop, .. } = choice;
+    let toy = Toy::new();
+    let spelled = |tokens: &[u32]| {
+        let spoken = tokens.iter().filter(|&&t| !toy.is_special(t));
+        let bytes: Vec<u8> = spoken.flat_map(|&t| toy.token_bytes(t)).copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let text = spelled(tokens);
+    let stops = |text: &str| generate.stop.iter().any(|stop| text.contains(stop));
+    match (choice.finish, matched_stop.as_ref().and_then(|stop| text.find(stop))) {
+        (Some(FinishReason::Stop), Some(at)) => {
+            assert_eq!(choice.text, text[..at]);
+            assert!(!stops(&spelled(&tokens[..tokens.len() - 1])), "the last token completes the stop string");
+        }
+        (Some(FinishReason::Stop), None) => {
+            assert_eq!(choice.text, text);
+            // Else it was an end token.
+            assert!(matched_stop.as_ref().map_or(!generate.ignore_eos, |token| token == "9"), "{choice:?}");
+        }
+        (Some(FinishReason::Length), _) => {
+            assert_eq!((&choice.text, tokens.len(), matched_stop), (&text, generate.max_tokens, &None));
+        }
+        (None, _) => panic!("it has not ended"),
+    }
+    assert!(!stops(&choice.text) && !tokens.iter().any(|t| generate.stop_tokens.contains(t)));
+    assert!(generate.ignore_eos || !tokens.contains(&EOS));
+    assert_eq!(logprobs.len(), generate.logprobs.map_or(0, |_| tokens.len()));
+    for (i, entry) in logprobs.iter().enumerate() {
+        let before = prompt.iter().chain(&tokens[..i]).enumerate();
+        let logits = row(salt, before.map(|(p, &t)| key_value(salt, t, p)), VOCAB);
+        let lse = logits.iter().map(|&l| f64::from(l).exp()).sum::<f64>().ln();
+        let mut sorted: Vec<u32> = (0..VOCAB as u32).collect();
+        sorted.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+        let top: Vec<u32> = entry.top.iter().map(|(token, _)| *token).collect();
+        assert_eq!((entry.token, top.as_slice()), (tokens[i], &sorted[..generate.logprobs.unwrap()]));
+        for (token, logprob) in entry.top.iter().copied().chain([(entry.token, entry.logprob)]) {
+            assert!((f64::from(logits[token as usize]) - lse - f64::from(logprob)).abs() < 1e-4, "token {i}: {token}");
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn text_and_log_probabilities_belong_to_the_tokens(request in any_request()) {
+        if let Task::Generate(generate) = &request.task {
+            let bench = bench(&ROOMY);
+            let Answer::Choices(choices, _) = collect(bench.engine.submit(request.clone()).unwrap()) else { panic!() };
+            assert_eq!(choices.len(), generate.n);
+            let salt = salt(request.adapter.as_ref().map(|(_, a)| &**a));
+            choices.iter().for_each(|choice| check_choice(&request.prompt, generate, choice, salt));
+        }
+    }
+}
+
 /// 32 requests at once in a pool that holds few of them, so that preemption surely happens.
 #[test]
 fn preemption_changes_nothing() {
