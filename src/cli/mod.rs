@@ -18,14 +18,19 @@ use host::{Host, Limits};
 
 use crate::{Error, Result, server};
 
-/// Parses the command line and runs it. Results go to stdout, everything else to stderr.
-pub fn run() -> Result<()> {
+/// Lets the program's log go to standard error; `LORAMUX_LOG` says how much of it.
+pub(crate) fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LORAMUX_LOG");
     tracing_subscriber::fmt()
         .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
         .with_writer(std::io::stderr)
         .with_target(false)
         .init();
+}
+
+/// Parses the command line and runs it. Results go to stdout, everything else to stderr.
+pub fn run() -> Result<()> {
+    log_to_stderr();
     let Cli { command } = config::parse()?;
     let command = match command {
         Command::Serve(args) => return serve(args),

@@ -15,7 +15,6 @@ use super::args::{self, Cli, Command, LoraArgs, Task, TrainArgs};
 use super::card::{self, Card};
 use super::examples::{self, Columns, Example, Goal};
 use super::export::{Export, taken};
-use super::metrics::Confusion;
 use super::network::{LoraOptions, Method, Network};
 use super::optimizer::AdamWOptions;
 use super::random;
@@ -26,12 +25,7 @@ use crate::{Error, Result};
 
 /// Parses the command line and runs it. The result goes to stdout, everything else to stderr.
 pub fn run() -> Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("LORAMUX_LOG");
-    tracing_subscriber::fmt()
-        .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
-        .with_writer(std::io::stderr)
-        .with_target(false)
-        .init();
+    crate::cli::log_to_stderr();
     match Cli::parse().command {
         Command::Lora(args) => {
             let method = Method::Lora(lora(&args)?);
@@ -308,7 +302,7 @@ fn train(args: &TrainArgs, method: &Method, init: Option<&Path>) -> Result<()> {
 
 fn report(best: &Evaluation, labels: Option<&[String]>) {
     tracing::info!("best, after step {}: {}", best.step, card::describe(best));
-    if let (Some(labels), Some(confusion @ Confusion(_))) = (labels, &best.confusion) {
+    if let (Some(labels), Some(confusion)) = (labels, &best.confusion) {
         eprint!("{}", card::confusion_table(labels, confusion));
     }
 }

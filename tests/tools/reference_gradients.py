@@ -25,16 +25,22 @@ def gradients(model, prefix, out):
             out[f"{prefix}.{name}"] = parameter.grad.clone()
 
 
-def main():
-    losses, tensors = {}, {}
-    base = LlamaForCausalLM.from_pretrained(FOLDER / "base", attn_implementation="eager")
-    model = PeftModel.from_pretrained(base, FOLDER / "adapter_all_r8", is_trainable=True)
+def language_loss(model):
+    """The mean loss of each token of the prompts given those before it."""
     total = sum(len(p) - 1 for p in PROMPTS)
     loss = 0
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         logits = model(input_ids=ids).logits[0, :-1]
         loss = loss + torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum") / total
+    return loss
+
+
+def main():
+    losses, tensors = {}, {}
+    base = LlamaForCausalLM.from_pretrained(FOLDER / "base", attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, FOLDER / "adapter_all_r8", is_trainable=True)
+    loss = language_loss(model)
     loss.backward()
     losses["generate"] = loss.item()
     gradients(model, "generate", tensors)
@@ -53,11 +59,7 @@ def main():
 
     # What full fine-tuning would move.
     model = LlamaForCausalLM.from_pretrained(FOLDER / "base", attn_implementation="eager")
-    loss = 0
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        logits = model(input_ids=ids).logits[0, :-1]
-        loss = loss + torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum") / total
+    loss = language_loss(model)
     loss.backward()
     losses["full"] = loss.item()
     gradients(model, "full", tensors)
