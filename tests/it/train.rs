@@ -125,7 +125,7 @@ fn an_adapter_learns_repeats_and_is_served() {
 fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     let folder = Folder::new();
     let data = folder.classified(320);
-    let more = ["--checkpoint-every", "1", "--epochs", "6", "--eval-every", "7"];
+    let more = ["--checkpoint-every", "1", "--epochs", "24", "--eval-every", "50"];
     folder.run(&LORA, &data, "whole", &more);
     let checkpoint = folder.path("parts.checkpoint.safetensors");
     for (round, signal) in ["INT", "KILL"].iter().enumerate() {
