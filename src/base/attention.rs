@@ -36,13 +36,12 @@ pub(super) struct Rope {
 
 impl Rope {
     pub fn new(config: &ModelConfig, sequences: &[SequenceRows]) -> Self {
-        let (half, theta) = (config.head_dim / 2, config.rope_theta as f32);
-        let inverse: Vec<f32> = (0..half).map(|i| 1.0 / theta.powf(2.0 * i as f32 / config.head_dim as f32)).collect();
+        let (half, frequencies) = (config.head_dim / 2, config.rope_frequencies());
         let rows = sequences.iter().map(|s| s.rows.end).max().unwrap_or(0);
         let (mut cos, mut sin) = (vec![0.0; rows * half], vec![0.0; rows * half]);
         for s in sequences {
             for (i, row) in s.rows.clone().enumerate() {
-                for (j, f) in inverse.iter().enumerate() {
+                for (j, f) in frequencies.iter().enumerate() {
                     let angle = (s.start + i) as f32 * f;
                     (sin[row * half + j], cos[row * half + j]) = angle.sin_cos();
                 }

@@ -131,6 +131,13 @@ struct HfConfig {
 }
 
 impl ModelConfig {
+    /// By how much a position turns each of the `head_dim / 2` pairs of a head: `theta^(-2i / head_dim)` (RoFormer, arXiv
+    /// 2104.09864).
+    pub fn rope_frequencies(&self) -> Vec<f32> {
+        let theta = self.rope_theta as f32;
+        (0..self.head_dim / 2).map(|i| 1.0 / theta.powf(2.0 * i as f32 / self.head_dim as f32)).collect()
+    }
+
     /// Reads Hugging Face's `config.json`. A family or an option that the decoder does not compute is refused by name.
     pub fn from_json(text: &str) -> Result<Self> {
         let bad = |what: String| Error::unprocessable(format!("config.json: {what}"));

@@ -23,6 +23,11 @@ use super::trainer::{Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
 use crate::base::Base;
 use crate::{Error, Result};
 
+/// Largest rank, as the server takes it.
+const MAX_RANK: usize = 4096;
+/// Most epochs, and most examples of a step; keeps their products in range.
+const MAX_COUNT: usize = 1 << 20;
+
 /// Parses the command line and runs it. The result goes to stdout, everything else to stderr.
 pub fn run() -> Result<()> {
     crate::cli::log_to_stderr();
@@ -40,8 +45,8 @@ pub fn run() -> Result<()> {
 fn lora(args: &LoraArgs) -> Result<LoraOptions> {
     let alpha = args.alpha.unwrap_or(2.0 * args.rank as f64);
     let wrong = |what: String| Err(Error::bad_request(what));
-    if args.rank == 0 {
-        return wrong("--rank is 0; expected 1 or more".into());
+    if !(1..=MAX_RANK).contains(&args.rank) {
+        return wrong(format!("--rank is {}; expected 1 to {MAX_RANK}", args.rank));
     }
     if !(0.0..1.0).contains(&args.dropout) {
         return wrong(format!("--dropout is {}; expected 0 or more and less than 1", args.dropout));
@@ -129,8 +134,8 @@ fn data(args: &TrainArgs, base: &Base) -> Result<Data> {
 
 fn options(args: &TrainArgs, method: &Method, data: &Data, fingerprint: String) -> Result<TrainerOptions> {
     for (name, number) in [("--epochs", args.epochs), ("--batch-size", args.batch_size)] {
-        if number == 0 {
-            return Err(Error::bad_request(format!("{name} is 0; expected 1 or more")));
+        if !(1..=MAX_COUNT).contains(&number) {
+            return Err(Error::bad_request(format!("{name} is {number}; expected 1 to {MAX_COUNT}")));
         }
     }
     let learning_rate = args.learning_rate.unwrap_or(match method {

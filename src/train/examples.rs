@@ -114,6 +114,9 @@ pub fn classified(base: &Base, records: &[Record], columns: &Columns, labels: Op
             record.wrong(format!("has the class {label:?}, which the training data lacks; its classes are {names:?}"))
         })?;
         let mut tokens = base.tokenizer.encode_for_head(&text)?;
+        if tokens.is_empty() {
+            return Err(record.wrong(format!("has a {text_column:?} of which the tokenizer leaves nothing")));
+        }
         cut += usize::from(tokens.len() > columns.max_length);
         tokens.truncate(columns.max_length);
         examples.push(Example { tokens, goal: Goal::Class(class as u32) });
@@ -175,7 +178,7 @@ pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<E
 fn chat(base: &Base, record: &Record, max_length: usize) -> Result<Option<Example>> {
     let template = base.chat.as_ref();
     let template = template.ok_or_else(|| record.wrong("is a chat, and the base model has no chat template"))?;
-    let parsed: Value = match &record.fields["messages"] {
+    let parsed: Value = match record.fields.get("messages").unwrap_or(&Value::Null) {
         Value::String(text) => {
             serde_json::from_str(text).map_err(|e| record.wrong(format!("has messages that are not JSON: {e}")))?
         }
@@ -267,6 +270,28 @@ mod tests {
         assert!(
             classified(&base(), &records(&[good]), &named, None).unwrap_err().message.contains("no column \"nope\"")
         );
+    }
+
+    #[test]
+    fn of_a_chat_the_assistants_turns_are_learned() {
+        let template = "{% for m in messages %}{{ m.content }} {% endfor %}";
+        let chat = crate::base::ChatTemplate::new(template, None, None).unwrap();
+        let base = Base { chat: Some(std::sync::Arc::new(chat)), ..base() };
+        let turn = |role: &str, content: &str| json!({ "role": role, "content": content });
+        let row = json!({ "messages": [turn("user", "t1 t2"), turn("assistant", "t3"), turn("user", "t4")] });
+        let read = |rows: &[Value]| texts(&base, &records(rows), &columns());
+        let example = &read(std::slice::from_ref(&row)).unwrap()[0];
+        let before = base.tokenizer.encode("t1 t2 ", false).unwrap().len();
+        let after = base.tokenizer.encode("t1 t2 t3 ", false).unwrap().len();
+        assert_eq!(example.goal, Goal::range(before..after));
+        for (second, part) in [
+            (json!({ "text": "t1" }), "not a list"),
+            (json!({ "messages": "[" }), "not JSON"),
+            (json!({ "messages": [turn("user", "t1")] }), "no message of the role \"assistant\""),
+        ] {
+            let error = read(&[row.clone(), second]).unwrap_err();
+            assert!(error.message.contains("row 2") && error.message.contains(part), "{error}");
+        }
     }
 
     #[test]

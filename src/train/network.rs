@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use rand_distr::StandardNormal;
 
 use super::ops::{self, Rope, Targets};
 use crate::adapter::{Adapter, LoraPair};
@@ -116,7 +117,7 @@ pub struct Network {
 }
 
 /// Random numbers of a step, for dropout; `None` while evaluating.
-type Noise<'a> = Option<&'a mut ChaCha8Rng>;
+pub type Noise<'a> = Option<&'a mut ChaCha8Rng>;
 
 struct Loader<'a> {
     weights: &'a Weights,
@@ -137,13 +138,9 @@ fn uniform(rng: &mut ChaCha8Rng, shape: (usize, usize), bound: f32, device: &Dev
     Ok(Var::from_tensor(&Tensor::from_vec(numbers, shape, device)?)?)
 }
 
-/// Normal numbers by Box and Muller.
-fn normal(rng: &mut ChaCha8Rng, shape: (usize, usize), deviation: f64, device: &Device) -> Result<Var> {
-    let one = |rng: &mut ChaCha8Rng| {
-        let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
-        (deviation * (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
-    };
-    let numbers: Vec<f32> = (0..shape.0 * shape.1).map(|_| one(rng)).collect();
+fn normal(rng: &mut ChaCha8Rng, shape: (usize, usize), deviation: f32, device: &Device) -> Result<Var> {
+    let one = |_| deviation * rng.sample::<f32, _>(StandardNormal);
+    let numbers: Vec<f32> = (0..shape.0 * shape.1).map(one).collect();
     Ok(Var::from_tensor(&Tensor::from_vec(numbers, shape, device)?)?)
 }
 
@@ -314,7 +311,7 @@ impl Network {
     /// Final hidden states, one row a token: `[rows, hidden]`.
     fn hidden(&self, batch: &Batch, mut noise: Noise) -> Result<Tensor> {
         let c = &self.config;
-        let rope = Rope::new(&batch.lengths, c.head_dim, c.rope_theta);
+        let rope = Rope::new(&batch.lengths, &c.rope_frequencies());
         let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), &self.device)?;
         let mut x = self.embedding.tensor().index_select(&tokens, 0)?;
         for layer in &self.layers {

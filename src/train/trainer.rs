@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoint::Checkpoint;
 use super::examples::{Example, Goal};
 use super::metrics::Confusion;
-use super::network::{Batch, Network};
+use super::network::{Batch, Network, Noise};
 use super::ops::Targets;
 use super::optimizer::{AdamW, AdamWOptions};
 use super::random;
@@ -313,7 +313,7 @@ impl<'a> Trainer<'a> {
         part: &[usize],
         total: f32,
         pooled: Option<&Tensor>,
-        noise: Option<&mut rand_chacha::ChaCha8Rng>,
+        noise: Noise,
     ) -> Result<Tensor> {
         let smoothing = if noise.is_some() { self.options.smoothing } else { 0.0 };
         let mut targets = Targets { classes: vec![], weights: vec![], smoothing };
@@ -339,14 +339,14 @@ impl<'a> Trainer<'a> {
         if !rows.is_empty() {
             return self.network.language_loss(&batch, &rows, &targets, noise);
         }
-        let pooled = match pooled {
-            None => self.network.pooled(&batch, noise)?,
-            Some(all) => {
-                let index: Vec<u32> = part.iter().map(|&i| i as u32).collect();
-                all.index_select(&Tensor::new(index, all.device())?, 0)?
-            }
-        };
-        self.network.classification_loss(&pooled, &targets)
+        self.network.classification_loss(&self.pooled(&batch, part, pooled, noise)?, &targets)
+    }
+
+    /// The pooled states of a part: of `kept`, those of all examples, where these do not change.
+    fn pooled(&self, batch: &Batch, part: &[usize], kept: Option<&Tensor>, noise: Noise) -> Result<Tensor> {
+        let Some(kept) = kept else { return self.network.pooled(batch, noise) };
+        let index: Vec<u32> = part.iter().map(|&i| i as u32).collect();
+        Ok(kept.index_select(&Tensor::new(index, kept.device())?, 0)?)
     }
 
     /// How good the network is on the examples held out.
@@ -362,13 +362,7 @@ impl<'a> Trainer<'a> {
                 loss += self.loss(self.eval, part, total, None, None)?.to_scalar::<f32>()? as f64;
                 continue;
             }
-            let rows = match pooled {
-                None => self.network.pooled(&batch(part, self.eval), None)?,
-                Some(all) => {
-                    let index: Vec<u32> = part.iter().map(|&i| i as u32).collect();
-                    all.index_select(&Tensor::new(index, all.device())?, 0)?
-                }
-            };
+            let rows = self.pooled(&batch(part, self.eval), part, pooled, None)?;
             let logits = self.network.logits(&rows)?.to_vec2::<f32>()?;
             for (&i, logits) in part.iter().zip(&logits) {
                 let Goal::Class(class) = self.eval[i].goal else { continue };

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{slice, with_slices};
+use crate::base::simd::{self, Simd};
 
 /// `x / sqrt(mean(x²) + eps) * weight`, row by row; `x` is `[rows, width]`, `weight` `[width]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -39,13 +40,9 @@ impl CustomOp2 for RmsNorm {
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout, ws: &CpuStorage, wl: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, weight) = (slice(s, l)?, slice(ws, wl)?);
-        let mut y = vec![0.0; x.len()];
-        y.par_chunks_exact_mut(weight.len()).zip(x.par_chunks_exact(weight.len())).for_each(|(y, x)| {
-            let scale = self.scale(x);
-            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                *y = x * scale * w;
-            }
-        });
+        let (mut y, simd) = (vec![0.0; x.len()], Simd::detect());
+        let rows = y.par_chunks_exact_mut(weight.len()).zip(x.par_chunks_exact(weight.len()));
+        rows.for_each(|(y, x)| simd::rms_norm(simd, x, weight, self.eps, y));
         Ok((CpuStorage::F32(y), l.shape().clone()))
     }
 

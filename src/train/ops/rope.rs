@@ -16,14 +16,12 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// Positions count from 0 in each of the sequences, whose lengths are given.
-    pub fn new(lengths: &[usize], head_dim: usize, theta: f64) -> Self {
-        let half = head_dim / 2;
-        let theta = theta as f32;
-        let inverse: Vec<f32> = (0..half).map(|i| 1.0 / theta.powf(2.0 * i as f32 / head_dim as f32)).collect();
+    /// Positions count from 0 in each of the sequences, whose lengths are given; `frequencies` are the model's
+    /// ([`crate::base::ModelConfig::rope_frequencies`]).
+    pub fn new(lengths: &[usize], frequencies: &[f32]) -> Self {
         let positions = lengths.iter().flat_map(|&n| 0..n);
-        let (sin, cos) = positions.flat_map(|p| inverse.iter().map(move |f| (p as f32 * f).sin_cos())).unzip();
-        Rope { cos: Arc::new(cos), sin: Arc::new(sin), head_dim }
+        let (sin, cos) = positions.flat_map(|p| frequencies.iter().map(move |f| (p as f32 * f).sin_cos())).unzip();
+        Rope { cos: Arc::new(cos), sin: Arc::new(sin), head_dim: 2 * frequencies.len() }
     }
 
     fn turn(&self, x: &[f32], width: usize, sign: f32) -> Vec<f32> {
@@ -91,7 +89,7 @@ mod tests {
     #[test]
     fn gradients() {
         let (x, t) = (var(1, &[5, 8]), var(3, &[5, 8]).as_tensor().clone());
-        let table = Rope::new(&[2, 3], 4, 1e4);
+        let table = Rope::new(&[2, 3], &[1.0, 0.01]);
         let f = || rope(&x, &table)?.mul(&t)?.sum_all();
         let reference = || plain(&x, &table)?.mul(&t)?.sum_all();
         check(std::slice::from_ref(&x), f, reference);
