@@ -468,6 +468,16 @@ async fn clients_that_hang_up() {
             panic!("stream {stream}: {running} requests were expected to run");
         };
         wait(4.0).await;
+        // Of a stream, in the middle: each has read some of its answer.
+        for socket in sockets.iter_mut().filter(|_| stream) {
+            socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            let (mut seen, mut piece) = (Vec::new(), [0; 512]);
+            while !String::from_utf8_lossy(&seen).contains("data: ") {
+                let n = socket.read(&mut piece).unwrap();
+                assert!(n > 0, "the stream ended: {}", String::from_utf8_lossy(&seen));
+                seen.extend_from_slice(&piece[..n]);
+            }
+        }
         drop(sockets);
         wait(0.0).await;
         assert_eq!(gauge(&server, "loramux_kv_blocks{state=\"used\"}").await, 0.0);
