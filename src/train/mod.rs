@@ -1,7 +1,7 @@
 //! The trainer: adapters, partial and full fine-tunes of a base, from real data.
 //!
 //! - [`table`], [`examples`]: files to records to sequences with what is to be learned from them
-//! - [`network`]: the base with what is trained in it, made of the differentiable operations in [`ops`]
+//! - [`network`]: the base with what is trained in it, made of [`layer`]s of the differentiable operations in [`ops`]
 //! - [`trainer`]: the loop, with [`optimizer`], [`schedule`], [`metrics`] and [`checkpoint`]
 //! - [`export`]: a trained network to a directory that PEFT or transformers opens
 //! - [`command`]: the `loramux-train` program
@@ -12,6 +12,7 @@ mod checkpoint;
 pub mod command;
 mod examples;
 mod export;
+mod layer;
 mod metrics;
 mod network;
 mod ops;
@@ -25,7 +26,7 @@ use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 
 pub use examples::{Example, Goal};
-pub use network::{Batch, LoraOptions, Method, Network};
+pub use network::{Batch, LoraOptions, Method, Network, Passed, Purpose};
 pub use ops::Targets;
 
 /// Random numbers for one purpose and one of its turns: a resumed run draws what an unbroken one does.

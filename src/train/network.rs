@@ -1,12 +1,14 @@
 //! The base with what is trained in it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
+use super::layer::{Gradients, Keep, Layer, Linear, Lora, Pass, Weight};
 use super::ops::{self, Rope, Targets};
 use crate::adapter::{Adapter, LoraPair};
 use crate::base::{Base, ModelConfig, Projection, Weights};
@@ -69,55 +71,41 @@ impl Batch {
     }
 }
 
-enum Weight {
-    Frozen(Tensor),
-    Trained(Var),
-}
-
-impl Weight {
-    fn tensor(&self) -> &Tensor {
-        match self {
-            Weight::Frozen(t) => t,
-            Weight::Trained(v) => v.as_tensor(),
-        }
-    }
-}
-
-struct Lora {
-    /// `[rank, in]`.
-    a: Var,
-    /// `[out, rank]`.
-    b: Var,
-    scale: f64,
-    dropout: f64,
-}
-
-struct Linear {
-    /// `[out, in]`.
-    weight: Weight,
-    lora: Option<Lora>,
-}
-
-struct Layer {
-    input_norm: Weight,
-    projections: BTreeMap<Projection, Linear>,
-    post_norm: Weight,
-}
-
 pub struct Network {
     config: ModelConfig,
     device: Device,
     embedding: Weight,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
+    /// The first layer in which something is trained, or their number.
+    first_trained: usize,
     norm: Weight,
     /// `None` where it is the embedding.
     lm_head: Option<Weight>,
     /// `[labels, hidden]`, for a classification.
     score: Option<Var>,
+    checkpointing: bool,
 }
 
-/// Random numbers of a step, for dropout; `None` while evaluating.
-pub type Noise<'a> = Option<&'a mut ChaCha8Rng>;
+/// What a pass over a batch gives: a tensor, and where its gradients are found.
+pub struct Passed {
+    pub output: Tensor,
+    layers: Option<Arc<Pass>>,
+}
+
+impl From<Tensor> for Passed {
+    /// Of no layer.
+    fn from(output: Tensor) -> Self {
+        Passed { output, layers: None }
+    }
+}
+
+/// What a pass over a batch is for.
+pub enum Purpose<'a> {
+    /// Its numbers alone.
+    Evaluate,
+    /// Gradients too, with random numbers for the dropout.
+    Train(&'a mut ChaCha8Rng),
+}
 
 struct Loader<'a> {
     weights: &'a Weights,
@@ -158,7 +146,7 @@ impl Network {
         let config = base.config.clone();
         let loader = Loader { weights: &base.weights, device };
         let full = *method == Method::Full;
-        let first_trained = match method {
+        let first_whole = match method {
             Method::Full => 0,
             Method::LastLayers(n) if *n == 0 || *n > config.layers => {
                 let what =
@@ -171,7 +159,7 @@ impl Network {
         let embedding = loader.get("model.embed_tokens.weight", full)?;
         let mut layers = Vec::with_capacity(config.layers);
         for l in 0..config.layers {
-            let trained = l >= first_trained;
+            let trained = l >= first_whole;
             let name = |part: &str| format!("model.layers.{l}.{part}.weight");
             let mut projections = BTreeMap::new();
             for projection in Projection::ALL {
@@ -190,20 +178,25 @@ impl Network {
                 };
                 projections.insert(projection, Linear { weight, lora });
             }
-            layers.push(Layer {
+            layers.push(Arc::new(Layer {
                 input_norm: loader.get(&name("input_layernorm"), trained)?,
                 projections,
                 post_norm: loader.get(&name("post_attention_layernorm"), trained)?,
-            });
+                head_dim: config.head_dim,
+                eps: config.rms_norm_eps,
+            }));
         }
-        let norm = loader.get("model.norm.weight", first_trained < config.layers)?;
+        let norm = loader.get("model.norm.weight", first_whole < config.layers)?;
+        let first_trained = if matches!(method, Method::Lora(_)) { 0 } else { first_whole };
         // A classification has no use for the output layer.
         let lm_head = match config.tie_word_embeddings || labels.is_some() {
             true => None,
             false => Some(loader.get("lm_head.weight", full)?),
         };
         let score = labels.map(|n| normal(rng, (n, config.hidden_size), 0.02, device)).transpose()?;
-        Ok(Network { config, device: device.clone(), embedding, layers, norm, lm_head, score })
+        let checkpointing = false;
+        let device = device.clone();
+        Ok(Network { config, device, embedding, layers, first_trained, norm, lm_head, score, checkpointing })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -308,34 +301,57 @@ impl Network {
         }
     }
 
+    /// From now on keeps only the layers' inputs for a backward pass and computes the rest again: less memory, more time.
+    pub fn checkpoint_activations(&mut self) {
+        self.checkpointing = true;
+    }
+
     /// Final hidden states, one row a token: `[rows, hidden]`.
-    fn hidden(&self, batch: &Batch, mut noise: Noise) -> Result<Tensor> {
+    fn hidden(&self, batch: &Batch, mut purpose: Purpose) -> Result<Passed> {
         let c = &self.config;
+        let keep = match (&purpose, self.checkpointing) {
+            (Purpose::Evaluate, _) => Keep::Nothing,
+            (_, true) => Keep::Input,
+            (_, false) => Keep::All,
+        };
         let rope = Rope::new(&batch.lengths, &c.rope_frequencies());
+        let pass = |keep| {
+            let (lengths, rope) = (batch.lengths.clone(), rope.clone());
+            Arc::new(Pass { lengths, rope, keep, gradients: Gradients::default() })
+        };
+        let (frozen, trained) = (pass(Keep::Nothing), pass(keep));
         let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), &self.device)?;
         let mut x = self.embedding.tensor().index_select(&tokens, 0)?;
-        for layer in &self.layers {
-            let linear = |projection: Projection, x: &Tensor, noise: &mut Noise| {
-                layer.projections[&projection].forward(x, noise.as_deref_mut())
-            };
-            let h = ops::rms_norm(&x, layer.input_norm.tensor(), c.rms_norm_eps)?;
-            let q = ops::rope(&linear(Projection::Q, &h, &mut noise)?, &rope)?;
-            let k = ops::rope(&linear(Projection::K, &h, &mut noise)?, &rope)?;
-            let v = linear(Projection::V, &h, &mut noise)?;
-            let h = ops::attention(&q, &k, &v, &batch.lengths, c.head_dim)?;
-            x = (x + linear(Projection::O, &h, &mut noise)?)?;
-            let h = ops::rms_norm(&x, layer.post_norm.tensor(), c.rms_norm_eps)?;
-            let gate = linear(Projection::Gate, &h, &mut noise)?;
-            let h = ops::swiglu(&gate, &linear(Projection::Up, &h, &mut noise)?)?;
-            x = (x + linear(Projection::Down, &h, &mut noise)?)?;
+        if let Purpose::Evaluate = purpose {
+            x = x.detach();
         }
-        Ok(ops::rms_norm(&x, self.norm.tensor(), c.rms_norm_eps)?)
+        for (l, layer) in self.layers.iter().enumerate() {
+            let noise = match &mut purpose {
+                Purpose::Train(rng) if l >= self.first_trained => Some(rng.random()),
+                _ => None,
+            };
+            let Some(noise) = noise else {
+                x = layer.forward(&x, &frozen, None, false)?;
+                continue;
+            };
+            // candle's graph begins at a variable; layers hold theirs for themselves.
+            let before = x.track_op();
+            if !before {
+                x = Var::from_tensor(&x)?.into_inner();
+            }
+            x = layer.forward(&x, &trained, Some(noise), before)?;
+        }
+        let mut output = ops::rms_norm(&x, self.norm.tensor(), c.rms_norm_eps)?;
+        if let Purpose::Evaluate = purpose {
+            output = output.detach();
+        }
+        Ok(Passed { output, layers: Some(trained) })
     }
 
     /// The final hidden state of each sequence's last token: `[sequences, hidden]`.
-    pub fn pooled(&self, batch: &Batch, noise: Noise) -> Result<Tensor> {
+    pub fn pooled(&self, batch: &Batch, purpose: Purpose) -> Result<Passed> {
         let ends = Tensor::new(batch.ends(), &self.device)?;
-        Ok(self.hidden(batch, noise)?.index_select(&ends, 0)?)
+        self.hidden(batch, purpose)?.then(|x| Ok(x.index_select(&ends, 0)?))
     }
 
     /// Logits of the classes for pooled states: `[sequences, labels]`.
@@ -350,35 +366,31 @@ impl Network {
     }
 
     /// The weighted loss of predicting `targets` at `rows` of the batch, a scalar.
-    pub fn language_loss(&self, batch: &Batch, rows: &[u32], targets: &Targets, noise: Noise) -> Result<Tensor> {
+    pub fn language_loss(&self, batch: &Batch, rows: &[u32], targets: &Targets, purpose: Purpose) -> Result<Passed> {
         let rows = Tensor::from_slice(rows, rows.len(), &self.device)?;
-        let x = self.hidden(batch, noise)?.index_select(&rows, 0)?;
-        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        Ok(ops::linear_cross_entropy(&x, head.tensor(), targets)?)
+        let evaluated = matches!(purpose, Purpose::Evaluate);
+        let head = self.lm_head.as_ref().unwrap_or(&self.embedding).tensor();
+        let head = if evaluated { head.detach() } else { head.clone() };
+        let hidden = self.hidden(batch, purpose)?;
+        hidden.then(|x| Ok(ops::linear_cross_entropy(&x.index_select(&rows, 0)?, &head, targets)?))
+    }
+
+    /// The gradients of a loss, one a variable of [`Network::trained`]; `None` where it does not depend on the variable.
+    pub fn gradients(&self, loss: &Passed) -> Result<Vec<Option<Tensor>>> {
+        let mut found = loss.output.backward()?;
+        let one = |(_, var): (String, &Var)| match found.remove(var) {
+            Some(gradient) => Ok(Some(gradient)),
+            None => loss.layers.as_ref().map_or(Ok(None), |pass| pass.gradients.take(var)),
+        };
+        self.trained().into_iter().map(one).collect()
     }
 }
 
-impl Linear {
-    fn forward(&self, x: &Tensor, noise: Noise) -> Result<Tensor> {
-        let y = match &self.weight {
-            Weight::Frozen(w) => ops::frozen_linear(x, w)?,
-            Weight::Trained(w) => x.matmul(&w.t()?)?,
-        };
-        let Some(lora) = &self.lora else { return Ok(y) };
-        let dropped = match noise {
-            Some(rng) if lora.dropout > 0.0 => Some(dropout(x, lora.dropout, rng)?),
-            _ => None,
-        };
-        let h = dropped.as_ref().unwrap_or(x).matmul(&lora.a.t()?)?;
-        Ok((y + (h * lora.scale)?.matmul(&lora.b.t()?)?)?)
+impl Passed {
+    /// Goes on from the output.
+    pub fn then(self, f: impl FnOnce(Tensor) -> Result<Tensor>) -> Result<Passed> {
+        Ok(Passed { output: f(self.output)?, layers: self.layers })
     }
-}
-
-/// Leaves out numbers with probability `p` and scales the others, so that the mean stays.
-fn dropout(x: &Tensor, p: f64, rng: &mut ChaCha8Rng) -> Result<Tensor> {
-    let kept = (1.0 / (1.0 - p)) as f32;
-    let mask: Vec<f32> = (0..x.elem_count()).map(|_| if rng.random::<f32>() < p as f32 { 0.0 } else { kept }).collect();
-    Ok((x * Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?)?)
 }
 
 #[cfg(test)]
@@ -386,7 +398,6 @@ mod tests {
     use std::collections::HashMap;
     use std::path::{Path, PathBuf};
 
-    use candle_core::backprop::GradStore;
     use serde_json::Value;
 
     use super::*;
@@ -423,20 +434,20 @@ mod tests {
     }
 
     /// The loss and every gradient are those of transformers and PEFT (`tests/tools/reference_gradients.py`).
-    fn check(case: &str, network: &Network, loss: Tensor) {
+    fn check(case: &str, network: &Network, loss: Passed) {
         let want = json("gradients.json")["losses"][case].as_f64().unwrap();
-        let got = loss.to_scalar::<f32>().unwrap() as f64;
+        let got = loss.output.to_scalar::<f32>().unwrap() as f64;
         assert!((got - want).abs() < 1e-4, "{case}: loss {got}, not {want}");
         let reference: HashMap<String, Tensor> =
             candle_core::safetensors::load(folder().join("gradients.safetensors"), &Device::Cpu).unwrap();
-        let grads: GradStore = loss.backward().unwrap();
+        let gradients = network.gradients(&loss).unwrap();
         let trained = network.trained();
         let expected = reference.keys().filter(|k| k.starts_with(&format!("{case}."))).count();
         assert_eq!(trained.len(), expected, "{case}");
-        for (name, var) in trained {
+        for ((name, _), gradient) in trained.into_iter().zip(gradients) {
             let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let want = flat(&reference[&format!("{case}.{name}")]);
-            let got = flat(grads.get(var).unwrap_or_else(|| panic!("{name} has no gradient")));
+            let got = flat(&gradient.unwrap_or_else(|| panic!("{name} has no gradient")));
             let largest = want.iter().fold(0.0f32, |m, w| m.max(w.abs()));
             for (g, w) in got.iter().zip(&want) {
                 assert!((g - w).abs() < 1e-3 * largest + 1e-7, "{case}: {name}: {g}, not {w}");
@@ -449,10 +460,15 @@ mod tests {
         let base = base();
         let adapter = crate::adapter::load(&folder().join("adapter_all_r8"), &base.config, "").unwrap().adapter;
         let method = lora(8, 16.0, &Projection::ALL);
-        let network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        let mut network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
         network.start_from(&adapter).unwrap();
         let (batch, rows, targets) = batch();
-        check("generate", &network, network.language_loss(&batch, &rows, &targets, None).unwrap());
+        for _ in 0..2 {
+            let mut rng = random(0, "test", 1);
+            let loss = network.language_loss(&batch, &rows, &targets, Purpose::Train(&mut rng)).unwrap();
+            check("generate", &network, loss);
+            network.checkpoint_activations();
+        }
     }
 
     #[test]
@@ -466,16 +482,18 @@ mod tests {
         network.start_from(&adapter).unwrap();
         let classes: Vec<u32> = serde_json::from_value(json("gradients.json")["classes"].clone()).unwrap();
         let weights = vec![1.0 / classes.len() as f32; classes.len()];
-        let pooled = network.pooled(&batch().0, None).unwrap();
+        let mut rng = random(0, "test", 1);
+        let pooled = network.pooled(&batch().0, Purpose::Train(&mut rng)).unwrap();
         let targets = Targets { classes, weights, smoothing: 0.0 };
-        check("classify", &network, network.classification_loss(&pooled, &targets).unwrap());
+        check("classify", &network, pooled.then(|p| network.classification_loss(&p, &targets)).unwrap());
     }
 
     #[test]
     fn a_step_of_everything_is_that_of_transformers() {
         let network = Network::new(&base(), &Method::Full, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
         let (batch, rows, targets) = batch();
-        check("full", &network, network.language_loss(&batch, &rows, &targets, None).unwrap());
+        let mut rng = random(0, "test", 1);
+        check("full", &network, network.language_loss(&batch, &rows, &targets, Purpose::Train(&mut rng)).unwrap());
     }
 
     #[test]
@@ -484,7 +502,8 @@ mod tests {
         let loss = |method: &Method| {
             let network = Network::new(&base, method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
             let names: Vec<String> = network.trained().into_iter().map(|(name, _)| name).collect();
-            (network.language_loss(&batch, &rows, &targets, None).unwrap().to_scalar::<f32>().unwrap(), names)
+            let loss = network.language_loss(&batch, &rows, &targets, Purpose::Evaluate).unwrap();
+            (loss.output.to_scalar::<f32>().unwrap(), names)
         };
         let (full, _) = loss(&Method::Full);
         assert_eq!(loss(&lora(4, 8.0, &[Projection::Q])).0, full);

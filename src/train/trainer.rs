@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoint::Checkpoint;
 use super::examples::{Example, Goal};
 use super::metrics::Confusion;
-use super::network::{Batch, Network, Noise};
+use super::network::{Batch, Network, Passed, Purpose};
 use super::ops::Targets;
 use super::optimizer::{AdamW, AdamWOptions};
 use super::random;
@@ -156,7 +156,7 @@ impl<'a> Trainer<'a> {
         let all: Vec<usize> = (0..examples.len()).collect();
         let mut rows = Vec::new();
         for part in parts(&all, examples, self.options.max_batch_tokens) {
-            rows.push(self.network.pooled(&batch(part, examples), None)?.detach());
+            rows.push(self.network.pooled(&batch(part, examples), Purpose::Evaluate)?.output);
         }
         Ok(match rows.is_empty() {
             true => {
@@ -276,11 +276,10 @@ impl<'a> Trainer<'a> {
         for part in parts(chosen, self.train, self.options.max_batch_tokens) {
             tokens += part.iter().map(|&i| self.train[i].tokens.len()).sum::<usize>();
             let pooled = self.pooled.as_ref().map(|(train, _)| train);
-            let value = self.loss(self.train, part, total, pooled, Some(&mut noise))?;
-            loss += value.to_scalar::<f32>()?;
-            let mut found = value.backward()?;
-            for (sum, var) in gradients.iter_mut().zip(&self.variables) {
-                let Some(gradient) = found.remove(var) else { continue };
+            let value = self.loss(self.train, part, total, pooled, Purpose::Train(&mut noise))?;
+            loss += value.output.to_scalar::<f32>()?;
+            for (sum, gradient) in gradients.iter_mut().zip(self.network.gradients(&value)?) {
+                let Some(gradient) = gradient else { continue };
                 *sum = Some(match sum.take() {
                     None => gradient,
                     Some(before) => (before + gradient)?,
@@ -313,9 +312,9 @@ impl<'a> Trainer<'a> {
         part: &[usize],
         total: f32,
         pooled: Option<&Tensor>,
-        noise: Noise,
-    ) -> Result<Tensor> {
-        let smoothing = if noise.is_some() { self.options.smoothing } else { 0.0 };
+        purpose: Purpose,
+    ) -> Result<Passed> {
+        let smoothing = if let Purpose::Train(_) = purpose { self.options.smoothing } else { 0.0 };
         let mut targets = Targets { classes: vec![], weights: vec![], smoothing };
         let batch = batch(part, examples);
         let (mut rows, mut start) = (vec![], 0u32);
@@ -337,16 +336,17 @@ impl<'a> Trainer<'a> {
             start += example.tokens.len() as u32;
         }
         if !rows.is_empty() {
-            return self.network.language_loss(&batch, &rows, &targets, noise);
+            return self.network.language_loss(&batch, &rows, &targets, purpose);
         }
-        self.network.classification_loss(&self.pooled(&batch, part, pooled, noise)?, &targets)
+        let pooled = self.pooled(&batch, part, pooled, purpose)?;
+        pooled.then(|pooled| self.network.classification_loss(&pooled, &targets))
     }
 
     /// The pooled states of a part: of `kept`, those of all examples, where these do not change.
-    fn pooled(&self, batch: &Batch, part: &[usize], kept: Option<&Tensor>, noise: Noise) -> Result<Tensor> {
-        let Some(kept) = kept else { return self.network.pooled(batch, noise) };
+    fn pooled(&self, batch: &Batch, part: &[usize], kept: Option<&Tensor>, purpose: Purpose) -> Result<Passed> {
+        let Some(kept) = kept else { return self.network.pooled(batch, purpose) };
         let index: Vec<u32> = part.iter().map(|&i| i as u32).collect();
-        Ok(kept.index_select(&Tensor::new(index, kept.device())?, 0)?)
+        Ok(kept.index_select(&Tensor::new(index, kept.device())?, 0)?.into())
     }
 
     /// How good the network is on the examples held out.
@@ -359,11 +359,11 @@ impl<'a> Trainer<'a> {
         for part in parts(&all, self.eval, self.options.max_batch_tokens) {
             let pooled = self.pooled.as_ref().map(|(_, eval)| eval);
             if let Goal::Tokens(_) = self.eval[part[0]].goal {
-                loss += self.loss(self.eval, part, total, None, None)?.to_scalar::<f32>()? as f64;
+                loss += self.loss(self.eval, part, total, None, Purpose::Evaluate)?.output.to_scalar::<f32>()? as f64;
                 continue;
             }
-            let rows = self.pooled(&batch(part, self.eval), part, pooled, None)?;
-            let logits = self.network.logits(&rows)?.to_vec2::<f32>()?;
+            let rows = self.pooled(&batch(part, self.eval), part, pooled, Purpose::Evaluate)?;
+            let logits = self.network.logits(&rows.output)?.to_vec2::<f32>()?;
             for (&i, logits) in part.iter().zip(&logits) {
                 let Goal::Class(class) = self.eval[i].goal else { continue };
                 let confusion = confusion.get_or_insert_with(|| Confusion::new(logits.len()));

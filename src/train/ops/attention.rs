@@ -1,22 +1,13 @@
 //! Causal attention with grouped queries inside each of the packed sequences.
 
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
-use super::{Matrix, Target, multiply, slice, with_slices};
+use super::{Matrix, Target, multiply};
 use crate::base::simd::{self, Simd};
 
-/// Attention of `q` `[rows, heads * head_dim]` over `k` and `v` `[rows, kv_heads * head_dim]`, each sequence by itself.
-/// `lengths` are the sequences' rows; together they are all rows.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &[usize], head_dim: usize) -> Result<Tensor> {
-    if !q.device().is_cpu() {
-        return plain(q, k, v, lengths, head_dim);
-    }
-    let op = Attention { lengths: lengths.to_vec(), head_dim };
-    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
-}
-
-fn plain(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &[usize], hd: usize) -> Result<Tensor> {
+/// [`Heads::forward`] made of candle's operations.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &[usize], hd: usize) -> Result<Tensor> {
     let (heads, kv_heads) = (q.dim(1)? / hd, k.dim(1)? / hd);
     let (mut start, mut out) = (0, Vec::with_capacity(lengths.len()));
     for &n in lengths {
@@ -39,9 +30,15 @@ fn plain(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &[usize], hd: usize) -> Re
     Tensor::cat(&out, 0)
 }
 
-struct Attention {
-    lengths: Vec<usize>,
-    head_dim: usize,
+/// The shape of an attention: sequences packed in rows, heads packed in a row's columns.
+pub struct Heads<'a> {
+    /// Rows of each sequence; together they are all rows.
+    pub lengths: &'a [usize],
+    pub head_dim: usize,
+    /// Numbers in a row of q.
+    pub q_width: usize,
+    /// Numbers in a row of k and of v.
+    pub kv_width: usize,
 }
 
 /// One sequence's rows and one key-value head.
@@ -51,11 +48,12 @@ struct Task {
     kv_head: usize,
 }
 
-impl Attention {
-    fn tasks(&self, kv_heads: usize) -> Vec<Task> {
+impl Heads<'_> {
+    fn tasks(&self) -> Vec<Task> {
+        let kv_heads = self.kv_width / self.head_dim;
         let mut start = 0;
         let mut tasks = Vec::with_capacity(self.lengths.len() * kv_heads);
-        for &rows in &self.lengths {
+        for &rows in self.lengths {
             tasks.extend((0..kv_heads).map(|kv_head| Task { start, rows, kv_head }));
             start += rows;
         }
@@ -91,24 +89,11 @@ fn place(out: &mut [f32], numbers: &[f32], task: &Task, width: usize, head: usiz
     }
 }
 
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        qs: &CpuStorage,
-        ql: &Layout,
-        ks: &CpuStorage,
-        kl: &Layout,
-        vs: &CpuStorage,
-        vl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (q, k, v, hd) = (slice(qs, ql)?, slice(ks, kl)?, slice(vs, vl)?, self.head_dim);
-        let (q_width, kv_width) = (ql.dims()[1], kl.dims()[1]);
-        let group = q_width / kv_width;
-        let tasks = self.tasks(kv_width / hd);
+impl Heads<'_> {
+    /// Attention of `q` `[rows, q_width]` over `k` and `v` `[rows, kv_width]`, each sequence by itself.
+    pub fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> Vec<f32> {
+        let (q_width, kv_width, hd) = (self.q_width, self.kv_width, self.head_dim);
+        let (group, tasks) = (q_width / kv_width, self.tasks());
         let parts: Vec<Vec<f32>> = tasks
             .par_iter()
             .map(|task| {
@@ -137,77 +122,72 @@ impl CustomOp3 for Attention {
                 place(&mut y, part, task, q_width, task.kv_head * group + g, hd);
             }
         }
-        Ok((CpuStorage::F32(y), ql.shape().clone()))
+        y
     }
 
-    /// The weights `p` are computed again rather than kept. With `dp = dy vᵀ` and `ds = p (dp - Σ p dp) / sqrt(head_dim)`:
-    /// `dv = pᵀ dy`, `dq = ds k`, `dk = dsᵀ q`; keys and values sum over the heads that share them.
-    fn bwd(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let hd = self.head_dim;
-        let (q_width, kv_width) = (q.dim(1)?, k.dim(1)?);
-        let (group, tasks) = (q_width / kv_width, self.tasks(kv_width / hd));
-        let (mut dq, mut dk, mut dv) =
-            (vec![0.0; q.elem_count()], vec![0.0; k.elem_count()], vec![0.0; v.elem_count()]);
-        with_slices([q, k, v, &dy.contiguous()?], |[q, k, v, dy]| {
-            let parts: Vec<[Vec<f32>; 3]> = tasks
-                .par_iter()
-                .map(|task| {
-                    let n = task.rows;
-                    let k = head(k, task.start, kv_width, task.kv_head, hd);
-                    let v = head(v, task.start, kv_width, task.kv_head, hd);
-                    let (mut dq, mut dk, mut dv) = (vec![0.0; group * n * hd], vec![0.0; n * hd], vec![0.0; n * hd]);
-                    let mut ds = vec![0.0; n * n];
-                    for (g, dq) in dq.chunks_exact_mut(n * hd).enumerate() {
-                        let q = head(q, task.start, q_width, task.kv_head * group + g, hd);
-                        let dy = head(dy, task.start, q_width, task.kv_head * group + g, hd);
-                        let p = self.weights(n, q, k);
-                        let into = |data, add| Target { data, stride: hd, add };
-                        multiply((n, hd, n), Matrix::columns(&p, n), dy, 1.0, into(&mut dv, true), false);
-                        let v = Matrix { data: v.data, row: v.column, column: v.row };
-                        multiply((n, n, hd), dy, v, 1.0, Target { data: &mut ds, stride: n, add: false }, false);
-                        let scale = 1.0 / (hd as f32).sqrt();
-                        for (ds, p) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)) {
-                            let mean: f32 = ds.iter().zip(p).map(|(d, p)| d * p).sum();
-                            ds.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - mean) * scale);
-                        }
-                        multiply((n, hd, n), Matrix::rows(&ds, n), k, 1.0, into(dq, false), false);
-                        multiply((n, hd, n), Matrix::columns(&ds, n), q, 1.0, into(&mut dk, true), false);
+    /// The gradients of q, k and v. The weights `p` are computed again rather than kept. With `dp = dy vᵀ` and
+    /// `ds = p (dp - Σ p dp) / sqrt(head_dim)`: `dv = pᵀ dy`, `dq = ds k`, `dk = dsᵀ q`; keys and values sum over the heads
+    /// that share them.
+    pub fn backward(&self, q: &[f32], k: &[f32], v: &[f32], dy: &[f32]) -> [Vec<f32>; 3] {
+        let (q_width, kv_width, hd) = (self.q_width, self.kv_width, self.head_dim);
+        let (group, tasks) = (q_width / kv_width, self.tasks());
+        let parts: Vec<[Vec<f32>; 3]> = tasks
+            .par_iter()
+            .map(|task| {
+                let n = task.rows;
+                let k = head(k, task.start, kv_width, task.kv_head, hd);
+                let v = head(v, task.start, kv_width, task.kv_head, hd);
+                let (mut dq, mut dk, mut dv) = (vec![0.0; group * n * hd], vec![0.0; n * hd], vec![0.0; n * hd]);
+                let mut ds = vec![0.0; n * n];
+                for (g, dq) in dq.chunks_exact_mut(n * hd).enumerate() {
+                    let q = head(q, task.start, q_width, task.kv_head * group + g, hd);
+                    let dy = head(dy, task.start, q_width, task.kv_head * group + g, hd);
+                    let p = self.weights(n, q, k);
+                    let into = |data, add| Target { data, stride: hd, add };
+                    multiply((n, hd, n), Matrix::columns(&p, n), dy, 1.0, into(&mut dv, true), false);
+                    let v = Matrix { data: v.data, row: v.column, column: v.row };
+                    multiply((n, n, hd), dy, v, 1.0, Target { data: &mut ds, stride: n, add: false }, false);
+                    let scale = 1.0 / (hd as f32).sqrt();
+                    for (ds, p) in ds.chunks_exact_mut(n).zip(p.chunks_exact(n)) {
+                        let mean: f32 = ds.iter().zip(p).map(|(d, p)| d * p).sum();
+                        ds.iter_mut().zip(p).for_each(|(d, p)| *d = p * (*d - mean) * scale);
                     }
-                    [dq, dk, dv]
-                })
-                .collect();
-            for (task, [pq, pk, pv]) in tasks.iter().zip(&parts) {
-                for (g, part) in pq.chunks_exact(task.rows * hd).enumerate() {
-                    place(&mut dq, part, task, q_width, task.kv_head * group + g, hd);
+                    multiply((n, hd, n), Matrix::rows(&ds, n), k, 1.0, into(dq, false), false);
+                    multiply((n, hd, n), Matrix::columns(&ds, n), q, 1.0, into(&mut dk, true), false);
                 }
-                place(&mut dk, pk, task, kv_width, task.kv_head, hd);
-                place(&mut dv, pv, task, kv_width, task.kv_head, hd);
+                [dq, dk, dv]
+            })
+            .collect();
+        let mut all = [vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]];
+        let [dq, dk, dv] = &mut all;
+        for (task, [pq, pk, pv]) in tasks.iter().zip(&parts) {
+            for (g, part) in pq.chunks_exact(task.rows * hd).enumerate() {
+                place(dq, part, task, q_width, task.kv_head * group + g, hd);
             }
-        })?;
-        let tensor = |numbers, like: &Tensor| Tensor::from_vec(numbers, like.shape(), like.device()).map(Some);
-        Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
+            place(dk, pk, task, kv_width, task.kv_head, hd);
+            place(dv, pv, task, kv_width, task.kv_head, hd);
+        }
+        all
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{check, var};
+    use super::super::testing::{check, numbers};
     use super::*;
 
     #[test]
     fn gradients() {
         // Four heads of two numbers share two key-value heads; sequences of 1, 3 and 2 rows.
-        let (q, k, v) = (var(1, &[6, 8]), var(2, &[6, 4]), var(3, &[6, 4]));
-        let t = var(4, &[6, 8]).as_tensor().clone();
-        let f = || attention(&q, &k, &v, &[1, 3, 2], 2)?.mul(&t)?.sum_all();
-        let reference = || plain(&q, &k, &v, &[1, 3, 2], 2)?.mul(&t)?.sum_all();
-        check(&[q.clone(), k.clone(), v.clone()], f, reference);
+        let heads = Heads { lengths: &[1, 3, 2], head_dim: 2, q_width: 8, kv_width: 4 };
+        let inputs = [(1, &[6, 8][..]), (2, &[6, 4]), (3, &[6, 4])];
+        let dy = numbers(4, 48);
+        check(
+            inputs,
+            &dy,
+            |[q, k, v]| heads.forward(q, k, v),
+            |[q, k, v]| heads.backward(q, k, v, &dy),
+            |[q, k, v]| attention(q, k, v, &[1, 3, 2], 2),
+        );
     }
 }

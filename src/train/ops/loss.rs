@@ -152,7 +152,7 @@ impl CustomOp2 for LinearCrossEntropy {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{check, var};
+    use super::super::testing::{check_graph, var};
     use super::*;
 
     fn targets(smoothing: f32) -> Targets {
@@ -165,7 +165,7 @@ mod tests {
             let (x, w, targets) = (var(1, &[4, 3]), var(2, &[5, 3]), targets(smoothing));
             let f = || linear_cross_entropy(&x, &w, &targets)?.affine(1.5, 0.0);
             let plain = || cross_entropy(&x.matmul(&w.t()?)?, &targets)?.affine(1.5, 0.0);
-            check(&[x.clone(), w.clone()], f, plain);
+            check_graph(&[x.clone(), w.clone()], f, plain);
         }
     }
 

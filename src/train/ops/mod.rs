@@ -1,26 +1,26 @@
 //! Differentiable operations on rows of packed sequences.
 //!
-//! On a CPU each is one loop over f32 that keeps only what its backward pass needs; on other devices it is made of
-//! candle's operations, whose gradients candle knows. Sequences lie one after the other in the rows, without padding.
+//! Sequences lie one after the other in the rows, without padding. On a CPU the operations are plain functions on f32, a
+//! forward and a backward one each, from which [`super::layer`] is put together; on other devices they are made of candle's
+//! operations, whose gradients candle knows.
 
 mod attention;
-mod linear;
 mod loss;
-mod norm;
+pub mod norm;
 mod rope;
-mod swiglu;
+pub mod swiglu;
 
-pub use attention::attention;
-pub use linear::frozen_linear;
+pub use attention::{Heads, attention};
 pub use loss::{Targets, cross_entropy, linear_cross_entropy};
 pub use norm::rms_norm;
 pub use rope::{Rope, rope};
-pub use swiglu::swiglu;
 
-use candle_core::{CpuStorage, Layout, Result, Tensor, bail};
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
 
 /// The numbers of a contiguous f32 tensor in memory.
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(data), Some((start, end))) => Ok(&data[start..end]),
         (CpuStorage::F32(_), None) => bail!("a contiguous tensor was expected"),
@@ -28,35 +28,49 @@ fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     }
 }
 
-/// Runs `f` on the numbers of contiguous f32 tensors in memory.
-fn with_slices<R, const N: usize>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> R) -> Result<R> {
-    let guards = tensors.map(Tensor::storage_and_layout);
-    let mut slices = [&[][..]; N];
-    for (slot, (storage, layout)) in slices.iter_mut().zip(&guards) {
-        *slot = match &**storage {
-            candle_core::Storage::Cpu(storage) => slice(storage, layout)?,
-            _ => bail!("a tensor in memory was expected"),
-        };
+/// The numbers of a contiguous f32 tensor in memory, borrowed.
+pub fn numbers(tensor: &Tensor) -> Result<impl Deref<Target = [f32]>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else { bail!("a contiguous tensor was expected") };
+    if !matches!(&*storage, Storage::Cpu(CpuStorage::F32(_))) {
+        bail!("a tensor of f32 in memory was expected");
     }
-    Ok(f(slices))
+    Ok(Numbers { storage, range: start..end })
+}
+
+/// A guard of a tensor's storage, and where its numbers are.
+struct Numbers<G> {
+    storage: G,
+    range: Range<usize>,
+}
+
+impl<G: Deref<Target = Storage>> Deref for Numbers<G> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(data)) => &data[self.range.clone()],
+            _ => &[],
+        }
+    }
 }
 
 /// A matrix in memory, with the distances of its rows and of its columns.
 #[derive(Clone, Copy)]
-struct Matrix<'a> {
-    data: &'a [f32],
-    row: usize,
-    column: usize,
+pub struct Matrix<'a> {
+    pub data: &'a [f32],
+    pub row: usize,
+    pub column: usize,
 }
 
 impl<'a> Matrix<'a> {
     /// Rows of `width` numbers, one after the other.
-    fn rows(data: &'a [f32], width: usize) -> Self {
+    pub fn rows(data: &'a [f32], width: usize) -> Self {
         Matrix { data, row: width, column: 1 }
     }
 
     /// The transpose of rows of `width` numbers.
-    fn columns(data: &'a [f32], width: usize) -> Self {
+    pub fn columns(data: &'a [f32], width: usize) -> Self {
         Matrix { data, row: 1, column: width }
     }
 
@@ -66,10 +80,17 @@ impl<'a> Matrix<'a> {
 }
 
 /// Rows of results, `stride` apart; they are added to what is there, or replace it.
-struct Target<'a> {
-    data: &'a mut [f32],
-    stride: usize,
-    add: bool,
+pub struct Target<'a> {
+    pub data: &'a mut [f32],
+    pub stride: usize,
+    pub add: bool,
+}
+
+impl<'a> Target<'a> {
+    /// Results are added to rows of `width` numbers.
+    pub fn sum(data: &'a mut [f32], width: usize) -> Self {
+        Target { data, stride: width, add: true }
+    }
 }
 
 /// `out (+)= alpha * a b` for `a` of `m` by `k` and `b` of `k` by `n`. The order of the sums does not depend on the number of
@@ -77,7 +98,7 @@ struct Target<'a> {
 ///
 /// # Panics
 /// If a slice is too short.
-fn multiply((m, n, k): (usize, usize, usize), a: Matrix, b: Matrix, alpha: f32, out: Target, parallel: bool) {
+pub fn multiply((m, n, k): (usize, usize, usize), a: Matrix, b: Matrix, alpha: f32, out: Target, parallel: bool) {
     assert!(a.covers(m, k) && b.covers(k, n) && m > 0 && n > 0);
     assert!((m - 1) * out.stride + n <= out.data.len());
     let parallelism = if parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
@@ -108,7 +129,7 @@ fn multiply((m, n, k): (usize, usize, usize), a: Matrix, b: Matrix, alpha: f32, 
 }
 
 #[cfg(test)]
-pub(super) mod testing {
+pub mod testing {
     use candle_core::{Device, Result, Tensor, Var};
 
     /// Numbers in -1..1, the same for the same seed.
@@ -127,9 +148,49 @@ pub(super) mod testing {
         Var::from_tensor(&tensor).unwrap()
     }
 
+    /// Compares an operation's gradients with difference quotients and with candle's gradients of `plain`, the same made of
+    /// candle's operations. `inputs` are seeds and shapes of random inputs, `dy` the gradient of the output.
+    pub fn check<const N: usize>(
+        inputs: [(u64, &[usize]); N],
+        dy: &[f32],
+        forward: impl Fn([&[f32]; N]) -> Vec<f32>,
+        backward: impl Fn([&[f32]; N]) -> [Vec<f32>; N],
+        plain: impl Fn([&Tensor; N]) -> Result<Tensor>,
+    ) {
+        let vars = inputs.map(|(seed, shape)| var(seed, shape));
+        let mut x = inputs.map(|(seed, shape)| numbers(seed, shape.iter().product()));
+        let near = |a: f32, b: f32, tolerance: f32, what: &str| {
+            assert!((a - b).abs() < tolerance * (1.0 + b.abs()), "{what}: {a}, not {b}");
+        };
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let y = plain(vars.each_ref().map(Var::as_tensor)).unwrap();
+        let got = forward(x.each_ref().map(Vec::as_slice));
+        got.iter().zip(flat(&y)).for_each(|(g, w)| near(*g, w, 1e-4, "output"));
+        let weights = Tensor::from_slice(dy, y.shape(), &Device::Cpu).unwrap();
+        let by_candle = (y * weights).unwrap().sum_all().unwrap().backward().unwrap();
+        let gradients = backward(x.each_ref().map(Vec::as_slice));
+        for i in 0..N {
+            let want = flat(by_candle.get(&vars[i]).unwrap());
+            assert_eq!(gradients[i].len(), want.len());
+            for at in 0..want.len() {
+                let what = format!("input {i}, {at}");
+                near(gradients[i][at], want[at], 1e-4, &what);
+                let (before, step) = (x[i][at], 1e-2);
+                let mut moved = |by: f32| {
+                    x[i][at] = before + by;
+                    let y = forward(x.each_ref().map(Vec::as_slice));
+                    y.iter().zip(dy).map(|(y, d)| (y * d) as f64).sum::<f64>()
+                };
+                let quotient = ((moved(step) - moved(-step)) / (2.0 * step as f64)) as f32;
+                x[i][at] = before;
+                near(gradients[i][at], quotient, 2e-2, &what);
+            }
+        }
+    }
+
     /// Compares the gradients of `f`, a scalar, at `vars` with differences quotients, and `f` with `plain`, which is made
     /// of candle's own operations.
-    pub fn check(vars: &[Var], f: impl Fn() -> Result<Tensor>, plain: impl Fn() -> Result<Tensor>) {
+    pub fn check_graph(vars: &[Var], f: impl Fn() -> Result<Tensor>, plain: impl Fn() -> Result<Tensor>) {
         let value = |t: Result<Tensor>| t.unwrap().to_scalar::<f32>().unwrap();
         let (got, want) = (value(f()), value(plain()));
         assert!((got - want).abs() < 1e-4 * (1.0 + want.abs()), "{got}, not {want}");
