@@ -5,6 +5,10 @@
 
 use std::sync::OnceLock;
 
+use candle_core::cpu::erf::erf_f32;
+
+use crate::base::Activation;
+
 /// Output features in a panel of packed weights, slots in a block of the KV cache: two AVX2 vectors of f32, or one of
 /// AVX-512.
 pub const LANES: usize = 16;
@@ -568,6 +572,58 @@ forms! {
 }
 
 #[inline(always)]
+fn silu_body(x: &[f32], out: &mut [f32]) {
+    for (o, &x) in out.iter_mut().zip(x) {
+        *o = x / (1.0 + exp((-x).min(88.0)));
+    }
+}
+
+forms! {
+    /// `x / (1 + e^-x)`; two slices of one length.
+    silu(x: &[f32], out: &mut [f32]), silu_body, silu_avx2, silu_avx512
+}
+
+#[inline(always)]
+fn gelu_tanh_body(x: &[f32], out: &mut [f32]) {
+    const ROOT: f32 = 0.797_884_6; // sqrt(2 / pi)
+    for (o, &x) in out.iter_mut().zip(x) {
+        // (1 + tanh(z)) / 2 = 1 / (1 + e^-2z)
+        let z = ROOT * (x + 0.044715 * x * x * x);
+        *o = x / (1.0 + exp((-2.0 * z).min(88.0)));
+    }
+}
+
+forms! {
+    /// GELU approximated by a hyperbolic tangent (arXiv 1606.08415); two slices of one length.
+    gelu_tanh(x: &[f32], out: &mut [f32]), gelu_tanh_body, gelu_tanh_avx2, gelu_tanh_avx512
+}
+
+/// `out = activation(x)`; two slices of one length.
+pub fn activate(simd: Simd, activation: Activation, x: &[f32], out: &mut [f32]) {
+    let each = |f: fn(f32) -> f32, out: &mut [f32]| out.iter_mut().zip(x).for_each(|(o, &x)| *o = f(x));
+    match activation {
+        Activation::Silu => silu(simd, x, out),
+        Activation::GeluTanh => gelu_tanh(simd, x, out),
+        Activation::Gelu => each(|x| x * 0.5 * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2)), out),
+        Activation::Relu => each(|x| x.max(0.0), out),
+    }
+}
+
+#[inline(always)]
+fn softcap_body(x: &mut [f32], cap: f32) {
+    for x in x {
+        // tanh(z) = 1 - 2 / (1 + e^2z)
+        let z = (*x / cap).clamp(-44.0, 44.0);
+        *x = cap - 2.0 * cap / (1.0 + exp(2.0 * z));
+    }
+}
+
+forms! {
+    /// Replaces each number by `cap * tanh(x / cap)`.
+    softcap(x: &mut [f32], cap: f32), softcap_body, softcap_avx2, softcap_avx512
+}
+
+#[inline(always)]
 fn silu_mul_backward_body(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
     let inputs = gate.iter().zip(up).zip(dy);
     for ((dg, du), ((&g, &u), &dy)) in dgate.iter_mut().zip(dup).zip(inputs) {
@@ -609,18 +665,7 @@ forms! {
 
 #[inline(always)]
 fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    // Lanes summed apart, as in the softmax.
-    let mut sums = [0.0f32; LANES];
-    let mut chunks = x.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        for (x, sum) in chunk.iter().zip(&mut sums) {
-            *sum += x * x;
-        }
-    }
-    for (x, sum) in chunks.remainder().iter().zip(&mut sums) {
-        *sum += x * x;
-    }
-    let scale = 1.0 / (sums.iter().sum::<f32>() / x.len() as f32 + eps).sqrt();
+    let scale = 1.0 / (sum(x, |x| x * x) / x.len() as f32 + eps).sqrt();
     for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
         *out = x * scale * w;
     }
@@ -629,6 +674,38 @@ fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 forms! {
     /// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467); three slices of one length.
     rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]), rms_norm_body, rms_norm_avx2, rms_norm_avx512
+}
+
+/// The sum of `f(x)`, lanes summed apart as in the softmax.
+#[inline(always)]
+fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let mut chunks = x.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (&x, sum) in chunk.iter().zip(&mut sums) {
+            *sum += f(x);
+        }
+    }
+    for (&x, sum) in chunks.remainder().iter().zip(&mut sums) {
+        *sum += f(x);
+    }
+    sums.iter().sum()
+}
+
+#[inline(always)]
+fn layer_norm_body(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let mean = sum(x, |x| x) / x.len() as f32;
+    let variance = sum(x, |x| (x - mean) * (x - mean)) / x.len() as f32;
+    let scale = 1.0 / (variance + eps).sqrt();
+    for (((out, x), w), b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+        *out = (x - mean) * scale * w + b;
+    }
+}
+
+forms! {
+    /// `out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` (arXiv 1607.06450); four slices of one length.
+    layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]),
+    layer_norm_body, layer_norm_avx2, layer_norm_avx512
 }
 
 #[cfg(test)]
