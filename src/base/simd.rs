@@ -68,6 +68,12 @@ pub enum Group<'a> {
         scale: &'a [f32; LANES],
         q: &'a [i8],
     },
+    /// `scale[lane] * q + min[lane]`, `q` is `[GROUP][LANES]`.
+    Q5 {
+        scale: &'a [f32; LANES],
+        min: &'a [f32; LANES],
+        q: &'a [u8],
+    },
     /// `scale[lane] * q + min[lane]`; byte `[i][lane]` holds `k = i` in its low and `k = i + 16` in its high half.
     Q4 {
         scale: &'a [f32; LANES],
@@ -83,6 +89,7 @@ impl Group<'_> {
             Group::F32(w) => w.len() / LANES,
             Group::Bf16(w) | Group::F16(w) => w.len() / LANES,
             Group::Q8 { q, .. } => q.len() / LANES,
+            Group::Q5 { q, .. } => q.len() / LANES,
             Group::Q4 { q, .. } => 2 * q.len() / LANES,
         }
     }
@@ -123,6 +130,13 @@ fn unpack_body(group: Group, out: &mut [f32; GROUP * LANES]) {
             for (o, q) in out.chunks_exact_mut(LANES).zip(q.chunks_exact(LANES)) {
                 for lane in 0..LANES {
                     o[lane] = q[lane] as f32 * scale[lane];
+                }
+            }
+        }
+        Group::Q5 { scale, min, q } => {
+            for (o, q) in out.chunks_exact_mut(LANES).zip(q.chunks_exact(LANES)) {
+                for lane in 0..LANES {
+                    o[lane] = q[lane] as f32 * scale[lane] + min[lane];
                 }
             }
         }
@@ -172,6 +186,17 @@ fn unpack_avx2(group: Group, out: &mut [f32; GROUP * LANES]) {
                 store(&mut o[8..], _mm256_mul_ps(high, scale[1]));
             }
         }
+        Group::Q5 { scale, min, q } => {
+            let (scale, min) = (pair(scale), pair(min));
+            for (o, q) in out.chunks_exact_mut(LANES).zip(q.chunks_exact(LANES)) {
+                let q = bytes(q.as_ptr());
+                let low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(q));
+                let high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(q)));
+                // Not fused, as below.
+                store(&mut o[..8], _mm256_add_ps(_mm256_mul_ps(low, scale[0]), min[0]));
+                store(&mut o[8..], _mm256_add_ps(_mm256_mul_ps(high, scale[1]), min[1]));
+            }
+        }
         Group::Q4 { scale, min, q } => {
             let (scale, min, mask) = (pair(scale), pair(min), _mm_set1_epi8(15));
             let (first, second) = out.split_at_mut(GROUP / 2 * LANES);
@@ -208,6 +233,11 @@ mod lanes512 {
     pub struct Q8<'a> {
         pub scale: __m512,
         pub q: &'a [i8],
+    }
+    pub struct Q5<'a> {
+        pub scale: __m512,
+        pub min: __m512,
+        pub q: &'a [u8],
     }
     pub struct Q4<'a> {
         pub scale: __m512,
@@ -254,6 +284,18 @@ mod lanes512 {
         }
     }
 
+    impl Weights for Q5<'_> {
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn lanes(&self, i: usize) -> __m512 {
+            debug_assert!((i + 1) * LANES <= self.q.len());
+            // SAFETY: the caller's promise.
+            let q = unsafe { _mm_loadu_si128(self.q.as_ptr().add(i * LANES).cast()) };
+            // Not fused, as below.
+            _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)), self.scale), self.min)
+        }
+    }
+
     impl Weights for Q4<'_> {
         #[inline]
         #[target_feature(enable = "avx512f")]
@@ -286,6 +328,10 @@ macro_rules! with_lanes512 {
             }
             Group::Q8 { scale, q } => {
                 let $weights = lanes512::Q8 { scale: lanes512::load(scale), q };
+                $body
+            }
+            Group::Q5 { scale, min, q } => {
+                let $weights = lanes512::Q5 { scale: lanes512::load(scale), min: lanes512::load(min), q };
                 $body
             }
             Group::Q4 { scale, min, q } => {
@@ -775,6 +821,7 @@ mod tests {
                 Group::Bf16(&halves[..terms * LANES]),
                 Group::F16(&halves[..terms * LANES]),
                 Group::Q8 { scale: &scale, q: &signed[..terms * LANES] },
+                Group::Q5 { scale: &scale, min: &min, q: &bytes[..terms * LANES] },
                 Group::Q4 { scale: &scale, min: &min, q: &bytes[..GROUP / 2 * LANES] },
             ];
             for group in groups {
@@ -816,6 +863,49 @@ mod tests {
                 rms_norm(simd, &x, &weight, 1e-5, &mut got);
                 for ((&got, &x), &w) in got.iter().zip(&x).zip(&weight) {
                     prop_assert!(close(got, (x as f64 * scale * w as f64) as f32, w.abs()));
+                }
+            }
+        }
+
+        #[test]
+        fn layer_norm_forms_agree(x in prop::collection::vec(-9f32..9.0, 1..100)) {
+            let weight: Vec<f32> = (0..x.len()).map(|i| i as f32 / 7.0 - 2.0).collect();
+            let bias: Vec<f32> = weight.iter().map(|w| 1.0 - w).collect();
+            let n = x.len() as f64;
+            let mean = x.iter().map(|&x| x as f64).sum::<f64>() / n;
+            let variance = x.iter().map(|&x| (x as f64 - mean).powi(2)).sum::<f64>() / n;
+            for simd in Simd::all() {
+                let mut got = vec![0.0; x.len()];
+                layer_norm(simd, &x, &weight, &bias, 1e-2, &mut got);
+                for (((&got, &x), &w), &b) in got.iter().zip(&x).zip(&weight).zip(&bias) {
+                    let want = (x as f64 - mean) / (variance + 1e-2).sqrt() * w as f64 + b as f64;
+                    prop_assert!(close(got, want as f32, 10.0 * w.abs()), "{got} {want}");
+                }
+            }
+        }
+
+        #[test]
+        fn activation_forms_agree(x in prop::collection::vec(prop_oneof![-100f32..100.0, -4f32..4.0], 1..50)) {
+            let root = (2.0 / std::f64::consts::PI).sqrt();
+            let formulas: [(Activation, &dyn Fn(f64) -> f64); 4] = [
+                (Activation::Silu, &|x| x / (1.0 + (-x).exp())),
+                (Activation::GeluTanh, &|x| 0.5 * x * (1.0 + (root * (x + 0.044715 * x.powi(3))).tanh())),
+                (Activation::Gelu, &|x| 0.5 * x * (1.0 + candle_core::cpu::erf::erf_f64(x / 2f64.sqrt()))),
+                (Activation::Relu, &|x| x.max(0.0)),
+            ];
+            for simd in Simd::all() {
+                for (activation, formula) in formulas {
+                    let mut got = vec![0.0; x.len()];
+                    activate(simd, activation, &x, &mut got);
+                    for (&got, &x) in got.iter().zip(&x) {
+                        let want = formula(x as f64) as f32;
+                        prop_assert!(close(got, want, want.abs()), "{activation:?}({x}) = {got}, not {want}");
+                    }
+                }
+                let mut got = x.clone();
+                softcap(simd, &mut got, 5.0);
+                for (&got, &x) in got.iter().zip(&x) {
+                    prop_assert!(close(got, (5.0 * (x as f64 / 5.0).tanh()) as f32, 1.0), "softcap({x}) = {got}");
                 }
             }
         }
