@@ -654,14 +654,20 @@ fn every_format_equals_the_equations_on_the_rounded_weights() {
 /// as near as the format's precision allows, not equal.
 #[test]
 fn half_precision_is_near_the_equations() {
-    let tensors = UNEVEN.tensors(7);
-    let base = UNEVEN.open(&tensors, Dtype::F32);
-    let want = reference(&UNEVEN, &tensors, &three_sequences());
-    for (dtype, tolerance) in [(DType::BF16, 0.3), (DType::F16, 0.03)] {
-        let options = DecoderOptions { device: Device::Cpu, kernels: Kernels::Tensor, format: None, dtype };
-        let decoder = Decoder::load(&base.config, &base.weights, options).unwrap();
-        let mut runner = Runner::new(decoder, 8 << 20).unwrap();
-        let error = error(&mut runner, &want, &three_sequences());
-        assert!(error > TOLERANCE && error < tolerance, "{dtype:?}: logits differ by {error}");
+    let variant = Variant { window: Some(9), cap: Some(30.0), query_scalar: 24.0, ..Variant::plain() };
+    let gpt2 = Shape { family: "gpt2", hidden: 144, kv_heads: 6, ..UNEVEN };
+    let shapes = [UNEVEN, Shape { family: "gemma2", variant, ..UNEVEN }, Shape { family: "qwen3", ..UNEVEN }, gpt2];
+    for shape in shapes {
+        let tensors = shape.tensors(7);
+        let base = shape.open(&tensors, Dtype::F32);
+        let want = reference(&shape, &tensors, &three_sequences());
+        for (dtype, tolerance) in [(DType::BF16, 0.3), (DType::F16, 0.03)] {
+            let options = DecoderOptions { device: Device::Cpu, kernels: Kernels::Tensor, format: None, dtype };
+            let decoder = Decoder::load(&base.config, &base.weights, options).unwrap();
+            let mut runner = Runner::new(decoder, 8 << 20).unwrap();
+            let error = error(&mut runner, &want, &three_sequences());
+            let family = shape.family;
+            assert!(error > TOLERANCE && error < tolerance, "{family} in {dtype:?}: logits differ by {error}");
+        }
     }
 }

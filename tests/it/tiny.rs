@@ -149,3 +149,24 @@ fn what_is_not_supported_is_refused_by_name() {
         assert!(error.message.contains(name), "{variant}: {error}");
     }
 }
+
+#[test]
+fn modules_go_by_the_familys_names() {
+    let e = expected("gpt2");
+    let folder = fixtures().join("tiny/gpt2/adapter_all_r8");
+    let summary = load(&folder, &e.base.config, "").unwrap().summary;
+    assert_eq!(summary.target_modules, ["c_attn", "c_proj", "c_fc"]);
+    let llama = expected("llama").base;
+    let error = load(&folder, &llama.config, "").unwrap_err().message;
+    assert!(error.contains("model.layers.0.self_attn.q_proj to model.layers.1.mlp.down_proj"), "{error}");
+
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.join("adapter_model.safetensors"), copy.path().join("adapter_model.safetensors")).unwrap();
+    let config = std::fs::read_to_string(folder.join("adapter_config.json")).unwrap();
+    for table in ["wte", "wpe", "lm_head"] {
+        let config = config.replace("\"c_fc\"", &format!("\"{table}\""));
+        std::fs::write(copy.path().join("adapter_config.json"), config).unwrap();
+        let error = load(copy.path(), &e.base.config, "").unwrap_err().message;
+        assert!(error.contains(table) && error.contains("not supported"), "{error}");
+    }
+}
