@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::adapter::files::{CONFIG, shorten};
 use crate::adapter::labels;
-use crate::base::{ModelConfig, TargetModule};
+use crate::base::{LM_HEAD, ModelConfig, TargetModule};
 use crate::{Error, Result};
 
 /// Largest rank accepted; published adapters stay far below.
@@ -39,7 +39,7 @@ const IGNORED: [&str; 18] = [
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
-    // Only for GPT-2's Conv1D layers; PEFT resets it on linear layers, which are all that the bases here have.
+    // How the base's weights lie, which the base itself says; PEFT corrects the field by that. A and B lie alike either way.
     "fan_in_fan_out",
     "inference_mode",
     "label2id",
@@ -247,33 +247,34 @@ impl LoraConfig {
     /// The base's modules that this adapter changes, in the order of the layers.
     pub(super) fn targets(&self, base: &ModelConfig) -> Result<Vec<Target>> {
         let effort = Effort::new();
-        let modules = base.target_modules();
+        let all = base.target_modules();
+        let names = base.family.names();
+        let tables: Vec<&str> = [names.embedding].into_iter().chain(names.positions).chain([LM_HEAD]).collect();
         // LoRA on the embeddings is a different computation; PEFT targets them by the same field. A sequence classifier
         // has no lm_head for a pattern to match, and `all-linear` means neither.
         let embeddings = match self.is_sequence_classification() {
             _ if self.target_modules.is_all_linear() => &[][..],
-            true => &["model.embed_tokens"],
-            false => &["model.embed_tokens", "lm_head"],
+            true => &tables[..tables.len() - 1],
+            false => &tables[..],
         };
-        let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).chain(embeddings.iter().copied()).collect();
+        let names: Vec<&str> = all.iter().map(|m| m.name.as_str()).chain(embeddings.iter().copied()).collect();
         let chosen = self.chosen(&names, &effort)?;
-        if let Some((name, _)) = names.iter().zip(&chosen).skip(modules.len()).find(|(_, chosen)| **chosen) {
+        if let Some((name, _)) = names.iter().zip(&chosen).skip(all.len()).find(|(_, chosen)| **chosen) {
             return Err(bad(format!(
                 "target_modules {} includes {name}, which is not supported; supported: the linear layers inside the \
                  decoder's layers",
                 self.target_modules
             )));
         }
-        let modules: Vec<TargetModule> =
-            modules.into_iter().zip(chosen).filter_map(|(m, chosen)| chosen.then_some(m)).collect();
+        let modules: Vec<&TargetModule> =
+            all.iter().zip(&chosen).filter_map(|(m, chosen)| chosen.then_some(m)).collect();
         if modules.is_empty() {
             return Err(bad(format!(
                 "target_modules {} (with layers_to_transform and exclude_modules) matches no module of the base; its \
-                 modules are model.layers.0.{} to model.layers.{}.{}",
+                 modules are {} to {}",
                 self.target_modules,
-                crate::base::Projection::Q.path(),
-                base.layers.saturating_sub(1),
-                crate::base::Projection::Down.path()
+                all.first().map_or("none", |m| m.name.as_str()),
+                all.last().map_or("none", |m| m.name.as_str()),
             )));
         }
         let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).collect();
@@ -286,7 +287,7 @@ impl LoraConfig {
             if !scale.is_finite() {
                 return Err(bad(format!("the scale of {} (alpha {alpha}, rank {rank}) is not finite", module.name)));
             }
-            Ok(Target { module: module.clone(), rank, scale })
+            Ok(Target { module: (*module).clone(), rank, scale })
         });
         scaled.collect()
     }

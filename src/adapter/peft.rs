@@ -112,10 +112,18 @@ impl Files {
         });
         let (targets, parts) = fitting.map_err(|e| explain_base(e, &self.config, base_id))?;
         let changed = |p: &Projection| targets.iter().any(|t| t.module.projection == *p);
+        // GPT-2 has two modules of one name.
+        let mut names: Vec<String> = vec![];
+        for projection in base.family.projections().filter(changed) {
+            let name = base.family.short_name(projection);
+            if !names.iter().any(|n| n == name) {
+                names.push(name.into());
+            }
+        }
         let summary = Summary {
             rank: targets.iter().map(|t| t.rank).max().unwrap_or(0),
             lora_alpha: self.config.lora_alpha,
-            target_modules: Projection::ALL.iter().filter(|p| changed(p)).map(|p| short_name(*p).into()).collect(),
+            target_modules: names,
             labels: self.labels(places.head_rows()?)?,
             parameters: self.tensors.numbers(),
             bytes: self.bytes(),
@@ -431,7 +439,8 @@ fn check_shape(name: &str, found: &[usize], expected: &[usize], because: &str) -
 
 /// A LoRA tensor of a module that is not targeted.
 fn stray(name: &str, module: &str, config: &LoraConfig, base: &ModelConfig) -> Error {
-    let layer = module.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+    let layer =
+        module.strip_prefix(base.family.names().layers).and_then(|rest| rest.split('.').nth(1)?.parse::<usize>().ok());
     Error::unprocessable(match layer {
         Some(layer) if layer >= base.layers => {
             format!("tensor {name} belongs to layer {layer}, but the base has the layers 0 to {}", base.layers - 1)
@@ -468,11 +477,6 @@ fn explain_base(error: Error, config: &LoraConfig, base_id: &str) -> Error {
     let made_for = shorten(made_for, 200);
     let message = format!("{} (the adapter was made for {made_for:?}; the base is {base_id:?})", error.message);
     Error { message, ..error }
-}
-
-fn short_name(projection: Projection) -> &'static str {
-    let path = projection.path();
-    path.rsplit_once('.').map_or(path, |(_, name)| name)
 }
 
 /// What an adapter's files say, for people.

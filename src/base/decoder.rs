@@ -3,39 +3,17 @@
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use crate::base::attention::{self, Rope, SequenceRows};
+use crate::base::attention::{self, Attention, Rotation, SequenceRows};
 use crate::base::kv::KvCache;
 use crate::base::matmul::{self, Format, PackedMatrix, Product};
 use crate::base::simd::{self, Simd};
-use crate::base::{ModelConfig, Projection, Weights};
+use crate::base::{Activation, LM_HEAD, ModelConfig, NormKind, RawTensor, Site, Weights};
 use crate::{Error, Result};
-
-/// The linear layers of a block after fusion. An adapter's delta is added at each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Site {
-    Qkv,
-    O,
-    GateUp,
-    Down,
-}
-
-impl Site {
-    pub const ALL: [Site; 4] = [Site::Qkv, Site::O, Site::GateUp, Site::Down];
-
-    /// The projections whose outputs lie side by side in this layer's output.
-    pub fn projections(self) -> &'static [Projection] {
-        match self {
-            Site::Qkv => &[Projection::Q, Projection::K, Projection::V],
-            Site::O => &[Projection::O],
-            Site::GateUp => &[Projection::Gate, Projection::Up],
-            Site::Down => &[Projection::Down],
-        }
-    }
-}
 
 /// What is added to the output of the base's linear layers: the adapters' part of a step.
 pub trait Delta {
-    /// `y += delta(x)`; `x` is `[rows, in_features]`, `y` is `[rows, out_features]`, both row-major.
+    /// `y += delta(x)`; `x` is `[rows, in_features]`, `y` is `[rows, out_features]`, both row-major. `y` holds the product
+    /// with the base's weights; the base's bias, if there is one, is added afterwards.
     fn add(&self, layer: usize, site: Site, x: &[f32], y: &mut [f32], rows: usize);
     /// The same for tensors on a device.
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor>;
@@ -78,10 +56,22 @@ pub struct DecoderOptions {
 }
 
 /// One or more matrices with the same input, their outputs side by side.
-enum Linear {
+enum Matrices {
     Packed(Vec<PackedMatrix>),
     /// `[out_features, in_features]`.
     Tensor(Tensor),
+}
+
+/// Numbers that are the same for every row.
+enum Vector {
+    Host(Vec<f32>),
+    Device(Tensor),
+}
+
+struct Linear {
+    matrices: Matrices,
+    /// Of all outputs.
+    bias: Option<Vector>,
 }
 
 /// Rows of activations.
@@ -90,48 +80,130 @@ enum Rows {
     Device(Tensor),
 }
 
-struct Layer {
-    input_norm: Norm,
-    qkv: Linear,
-    o: Linear,
-    post_norm: Norm,
-    gate_up: Linear,
-    down: Linear,
+pub(super) struct Norm {
+    kind: NormKind,
+    eps: f32,
+    weight: Vector,
+    bias: Option<Vector>,
 }
 
-struct Norm {
-    weight: Vec<f32>,
-    tensor: Option<Tensor>,
+struct Layer {
+    attention_norm: Norm,
+    /// Of q and of k.
+    head_norms: Option<[Norm; 2]>,
+    qkv: Linear,
+    o: Linear,
+    attention_post_norm: Option<Norm>,
+    mlp_norm: Norm,
+    gate_up: Linear,
+    down: Linear,
+    mlp_post_norm: Option<Norm>,
+}
+
+impl Layer {
+    fn linears(&self) -> [&Linear; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &Norm> {
+        let always = [&self.attention_norm, &self.mlp_norm];
+        let post = self.attention_post_norm.iter().chain(&self.mlp_post_norm);
+        always.into_iter().chain(post).chain(self.head_norms.iter().flatten())
+    }
 }
 
 pub struct Decoder {
     config: ModelConfig,
     options: DecoderOptions,
     embedding: Linear,
+    /// Learned positions, added to the embedding.
+    positions: Option<Linear>,
     layers: Vec<Layer>,
     norm: Norm,
     /// `None` where it is the embedding.
     lm_head: Option<Linear>,
 }
 
+impl Vector {
+    fn bytes(&self) -> usize {
+        match self {
+            Vector::Host(data) => 4 * data.len(),
+            Vector::Device(t) => t.elem_count() * t.dtype().size_in_bytes(),
+        }
+    }
+}
+
+impl Linear {
+    fn bytes(&self) -> usize {
+        let matrices = match &self.matrices {
+            Matrices::Packed(parts) => parts.iter().map(PackedMatrix::bytes).sum(),
+            Matrices::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
+        };
+        matrices + self.bias.as_ref().map_or(0, Vector::bytes)
+    }
+}
+
+impl Norm {
+    fn bytes(&self) -> usize {
+        self.weight.bytes() + self.bias.as_ref().map_or(0, Vector::bytes)
+    }
+
+    pub fn row(&self, simd: Simd, x: &[f32], out: &mut [f32]) {
+        match (self.kind, &self.weight, &self.bias) {
+            (NormKind::Rms, Vector::Host(weight), _) => simd::rms_norm(simd, x, weight, self.eps, out),
+            (NormKind::Layer, Vector::Host(weight), Some(Vector::Host(bias))) => {
+                simd::layer_norm(simd, x, weight, bias, self.eps, out)
+            }
+            _ => unreachable!("host rows are for packed kernels, and layer norms have a bias"),
+        }
+    }
+
+    /// Each row of `x`.
+    pub fn tensor(&self, x: &Tensor) -> Result<Tensor> {
+        let (Vector::Device(weight), dtype) = (&self.weight, x.dtype()) else {
+            unreachable!("rows are where the weights are")
+        };
+        let x = x.to_dtype(weight.dtype())?.contiguous()?;
+        let y = match (self.kind, &self.bias) {
+            (NormKind::Rms, _) => candle_nn::ops::rms_norm(&x, weight, self.eps)?,
+            (NormKind::Layer, Some(Vector::Device(bias))) => candle_nn::ops::layer_norm(&x, weight, bias, self.eps)?,
+            _ => unreachable!("layer norms have a bias"),
+        };
+        Ok(y.to_dtype(dtype)?)
+    }
+}
+
 struct Loader<'a> {
+    config: &'a ModelConfig,
     weights: &'a Weights,
     options: &'a DecoderOptions,
 }
 
 impl Loader<'_> {
-    /// Several matrices `[out_features, in_features]` with one input.
-    fn linear(&self, parts: &[(String, (usize, usize))]) -> Result<Linear> {
-        let mut packed = Vec::new();
-        let mut tensors = Vec::new();
-        for (name, (n, k)) in parts {
-            let raw = self.weights.get(name)?;
-            if raw.shape != [*n, *k] {
-                return Err(Error::unprocessable(format!(
-                    "base weights: {name} has shape {:?}, the config says [{n}, {k}]",
-                    raw.shape
-                )));
-            }
+    fn get(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'_>> {
+        let raw = self.weights.get(name)?;
+        if raw.shape != shape {
+            return Err(Error::unprocessable(format!(
+                "base weights: {name} has shape {:?}, the config says {shape:?}",
+                raw.shape
+            )));
+        }
+        Ok(raw)
+    }
+
+    fn vector(&self, data: Vec<f32>, dtype: DType) -> Result<Vector> {
+        Ok(match self.options.kernels {
+            Kernels::Packed(_) => Vector::Host(data),
+            Kernels::Tensor => Vector::Device(Tensor::new(data, &self.options.device)?.to_dtype(dtype)?),
+        })
+    }
+
+    /// Modules with matrices `[out_features, in_features]` and one input.
+    fn linear(&self, modules: &[(String, (usize, usize))], has_bias: bool) -> Result<Linear> {
+        let (mut packed, mut tensors, mut bias) = (Vec::new(), Vec::new(), Vec::new());
+        for (module, (n, k)) in modules {
+            let name = format!("{module}.weight");
+            let raw = self.get(&name, &[*n, *k])?;
             let named = |e: Error| e.context(format!("base weights: {name}"));
             match self.options.kernels {
                 Kernels::Packed(_) => packed.push(PackedMatrix::from_raw(&raw, self.options.format).map_err(named)?),
@@ -140,61 +212,68 @@ impl Loader<'_> {
                     tensors.push(t.to_dtype(self.options.dtype)?.to_device(&self.options.device)?);
                 }
             }
+            if has_bias {
+                bias.extend(self.get(&format!("{module}.bias"), &[*n])?.to_f32()?);
+            }
         }
-        Ok(match self.options.kernels {
-            Kernels::Packed(_) => Linear::Packed(packed),
-            Kernels::Tensor => Linear::Tensor(Tensor::cat(&tensors, 0)?),
-        })
+        let matrices = match self.options.kernels {
+            Kernels::Packed(_) => Matrices::Packed(packed),
+            Kernels::Tensor => Matrices::Tensor(Tensor::cat(&tensors, 0)?),
+        };
+        let bias = has_bias.then(|| self.vector(bias, self.options.dtype)).transpose()?;
+        Ok(Linear { matrices, bias })
     }
 
-    fn norm(&self, name: &str, width: usize) -> Result<Norm> {
-        let raw = self.weights.get(name)?;
-        if raw.shape != [width] {
-            return Err(Error::unprocessable(format!(
-                "base weights: {name} has shape {:?}, the config says [{width}]",
-                raw.shape
-            )));
-        }
-        let weight = raw.to_f32()?;
-        let tensor = match self.options.kernels {
-            Kernels::Packed(_) => None,
-            Kernels::Tensor => {
-                Some(Tensor::new(weight.as_slice(), &self.options.device)?.to_dtype(self.options.dtype)?)
-            }
-        };
-        Ok(Norm { weight, tensor })
+    fn site(&self, layer: usize, site: Site) -> Result<Linear> {
+        let c = self.config;
+        let projections = site.projections(c.family);
+        let module = |&p| (c.in_layer(layer, c.family.path(p)), c.shape(p));
+        let modules: Vec<_> = projections.iter().map(module).collect();
+        self.linear(&modules, c.architecture.has_bias(projections[0]))
+    }
+
+    fn norm(&self, module: &str, width: usize) -> Result<Norm> {
+        let kind = self.config.architecture.norm;
+        // Gemma's weights are near 0 in its files and 1 more here: f16 and bf16 would keep too little of them.
+        let dtype = if self.config.family.offsets_norms() { DType::F32 } else { self.options.dtype };
+        let read = |part: &str| self.vector(self.get(&format!("{module}.{part}"), &[width])?.to_f32()?, dtype);
+        let bias = (kind == NormKind::Layer).then(|| read("bias")).transpose()?;
+        Ok(Norm { kind, eps: self.config.norm_eps as f32, weight: read("weight")?, bias })
+    }
+
+    fn layer(&self, layer: usize) -> Result<Layer> {
+        let (names, c) = (self.config.family.names(), self.config);
+        let norm = |name: &str| self.norm(&c.in_layer(layer, name), c.hidden_size);
+        let head_norm = |name: &str| self.norm(&c.in_layer(layer, name), c.head_dim);
+        let head_norms = names.head_norms.map(|[q, k]| Ok::<_, Error>([head_norm(q)?, head_norm(k)?]));
+        Ok(Layer {
+            attention_norm: norm(names.attention_norm)?,
+            head_norms: head_norms.transpose()?,
+            qkv: self.site(layer, Site::Qkv)?,
+            o: self.site(layer, Site::O)?,
+            attention_post_norm: names.attention_post_norm.map(norm).transpose()?,
+            mlp_norm: norm(names.mlp_norm)?,
+            gate_up: self.site(layer, Site::GateUp)?,
+            down: self.site(layer, Site::Down)?,
+            mlp_post_norm: names.mlp_post_norm.map(norm).transpose()?,
+        })
     }
 }
 
 impl Decoder {
     pub fn load(config: &ModelConfig, weights: &Weights, options: DecoderOptions) -> Result<Self> {
-        let loader = Loader { weights, options: &options };
-        let c = config;
-        let site = |layer: usize, site: Site| {
-            let parts = site.projections().iter();
-            let parts: Vec<_> =
-                parts.map(|&p| (format!("model.layers.{layer}.{}.weight", p.path()), c.shape(p))).collect();
-            loader.linear(&parts)
-        };
-        let vocabulary = (c.vocab_size, c.hidden_size);
-        let layer = |l: usize| -> Result<Layer> {
-            Ok(Layer {
-                input_norm: loader.norm(&format!("model.layers.{l}.input_layernorm.weight"), c.hidden_size)?,
-                qkv: site(l, Site::Qkv)?,
-                o: site(l, Site::O)?,
-                post_norm: loader.norm(&format!("model.layers.{l}.post_attention_layernorm.weight"), c.hidden_size)?,
-                gate_up: site(l, Site::GateUp)?,
-                down: site(l, Site::Down)?,
-            })
-        };
-        let embedding = loader.linear(&[("model.embed_tokens.weight".into(), vocabulary)])?;
-        let layers = (0..c.layers).map(layer).collect::<Result<_>>()?;
-        let norm = loader.norm("model.norm.weight", c.hidden_size)?;
-        let lm_head = match c.tie_word_embeddings {
+        let loader = Loader { config, weights, options: &options };
+        let (names, hidden) = (config.family.names(), config.hidden_size);
+        let table = |module: &str, rows: usize| loader.linear(&[(module.into(), (rows, hidden))], false);
+        let embedding = table(names.embedding, config.vocab_size)?;
+        let positions = names.positions.map(|module| table(module, config.context)).transpose()?;
+        let layers = (0..config.layers).map(|l| loader.layer(l)).collect::<Result<_>>()?;
+        let norm = loader.norm(names.norm, hidden)?;
+        let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(loader.linear(&[("lm_head.weight".into(), vocabulary)])?),
+            false => Some(table(LM_HEAD, config.vocab_size)?),
         };
-        Ok(Decoder { config: config.clone(), embedding, layers, norm, lm_head, options })
+        Ok(Decoder { config: config.clone(), embedding, positions, layers, norm, lm_head, options })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -205,23 +284,22 @@ impl Decoder {
         &self.options
     }
 
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let tables = [&self.embedding].into_iter().chain(&self.positions).chain(&self.lm_head);
+        self.layers.iter().flat_map(Layer::linears).chain(tables)
+    }
+
     /// Memory of the weights.
     pub fn bytes(&self) -> usize {
-        let linear = |l: &Linear| match l {
-            Linear::Packed(parts) => parts.iter().map(PackedMatrix::bytes).sum(),
-            Linear::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
-        };
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-        let norms = (2 * self.layers.len() + 1) * 4 * self.config.hidden_size;
-        layers.chain([&self.embedding]).chain(&self.lm_head).map(linear).sum::<usize>() + norms
+        let norms = self.layers.iter().flat_map(Layer::norms).chain([&self.norm]);
+        self.linears().map(Linear::bytes).sum::<usize>() + norms.map(Norm::bytes).sum::<usize>()
     }
 
     /// The formats that the packed matrices have, for people.
     pub fn stored_as(&self) -> String {
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
         let mut names = Vec::new();
-        for linear in layers.chain([&self.embedding]).chain(&self.lm_head) {
-            if let Linear::Packed(parts) = linear {
+        for linear in self.linears() {
+            if let Matrices::Packed(parts) = &linear.matrices {
                 names.extend(parts.iter().map(|m| format!("{:?}", m.format()).to_lowercase()));
             }
         }
@@ -255,34 +333,33 @@ impl Decoder {
         delta: &dyn Delta,
         wanted: &[usize],
     ) -> Result<Vec<f32>> {
-        let rope = Rope::new(&self.config, sequences);
-        let mut x = self.embed(tokens)?;
+        let rotation = Rotation::new(&self.config, sequences);
+        let mut x = self.embed(tokens, sequences)?;
         for (l, layer) in self.layers.iter().enumerate() {
-            let h = self.rms_norm(&x, &layer.input_norm)?;
+            let h = self.norm(&x, &layer.attention_norm)?;
             let qkv = self.linear(&layer.qkv, l, Site::Qkv, &h, delta)?;
+            let (config, head_norms) = (&self.config, layer.head_norms.as_ref());
+            let attention = Attention { config, layer: l, head_norms, rotation: &rotation, sequences };
             let cache = &mut cache.layers[l];
             let h = match (&qkv, self.options.kernels) {
                 (Rows::Host { data, .. }, Kernels::Packed(simd)) => {
-                    let data = attention::packed(simd, &self.config, &rope, sequences, data, cache);
-                    Rows::Host { data, width: self.config.heads * self.config.head_dim }
+                    let data = attention::packed(&attention, simd, data, cache);
+                    Rows::Host { data, width: config.heads * config.head_dim }
                 }
-                (Rows::Device(qkv), _) => Rows::Device(attention::tensors(&self.config, &rope, sequences, qkv, cache)?),
+                (Rows::Device(qkv), _) => Rows::Device(attention::tensors(&attention, qkv, cache)?),
                 _ => unreachable!("host rows are made by the packed kernels"),
             };
-            add(&mut x, self.linear(&layer.o, l, Site::O, &h, delta)?)?;
-            let h = self.rms_norm(&x, &layer.post_norm)?;
-            let gate_up = self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?;
-            let h = self.silu_mul(gate_up)?;
-            add(&mut x, self.linear(&layer.down, l, Site::Down, &h, delta)?)?;
+            let h = self.linear(&layer.o, l, Site::O, &h, delta)?;
+            add(&mut x, self.post_norm(h, &layer.attention_post_norm)?)?;
+            let h = self.norm(&x, &layer.mlp_norm)?;
+            let h = self.activate(self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?)?;
+            let h = self.linear(&layer.down, l, Site::Down, &h, delta)?;
+            add(&mut x, self.post_norm(h, &layer.mlp_post_norm)?)?;
         }
         if wanted.is_empty() {
             return Ok(vec![]);
         }
-        let x = self.rms_norm(&select(x, wanted)?, &self.norm)?;
-        match x {
-            Rows::Host { data, .. } => Ok(data),
-            Rows::Device(t) => Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
-        }
+        self.norm(&select(x, wanted)?, &self.norm)?.into_f32()
     }
 
     /// Logits `[rows, vocab_size]` of final hidden states `[rows, hidden_size]`.
@@ -296,29 +373,50 @@ impl Decoder {
             }
         };
         let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        match self.linear(head, 0, Site::O, &x, &NoDelta)? {
-            Rows::Host { data, .. } => Ok(data),
-            Rows::Device(t) => Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
+        let mut logits = self.linear(head, 0, Site::O, &x, &NoDelta)?;
+        if let Some(cap) = self.config.architecture.logit_softcap {
+            match (&mut logits, self.options.kernels) {
+                (Rows::Host { data, .. }, Kernels::Packed(simd)) => simd::softcap(simd, data, cap as f32),
+                (Rows::Device(t), _) => *t = attention::softcap(t, cap)?,
+                _ => unreachable!("host rows are made by the packed kernels"),
+            }
         }
+        logits.into_f32()
     }
 
-    fn embed(&self, tokens: &[u32]) -> Result<Rows> {
+    fn embed(&self, tokens: &[u32], sequences: &[SequenceRows]) -> Result<Rows> {
         let width = self.config.hidden_size;
-        match &self.embedding {
-            Linear::Packed(parts) => {
-                let mut data = vec![0.0; tokens.len() * width];
-                for (row, &token) in data.chunks_exact_mut(width).zip(tokens) {
-                    parts[0].row(token as usize, row);
+        let scale = self.config.architecture.scales_embedding.then(|| (width as f64).sqrt());
+        let mut positions = vec![0u32; tokens.len()];
+        for s in sequences {
+            s.rows.clone().enumerate().for_each(|(i, row)| positions[row] = (s.start + i) as u32);
+        }
+        let look_up = |table: &Linear, ids: &[u32]| match &table.matrices {
+            Matrices::Packed(parts) => {
+                let mut data = vec![0.0; ids.len() * width];
+                for (row, &id) in data.chunks_exact_mut(width).zip(ids) {
+                    parts[0].row(id as usize, row);
                 }
                 Ok(Rows::Host { data, width })
             }
-            Linear::Tensor(t) => Ok(Rows::Device(t.index_select(&Tensor::new(tokens, t.device())?, 0)?)),
+            Matrices::Tensor(t) => Ok::<_, Error>(Rows::Device(t.index_select(&Tensor::new(ids, t.device())?, 0)?)),
+        };
+        let mut x = look_up(&self.embedding, tokens)?;
+        if let Some(scale) = scale {
+            match &mut x {
+                Rows::Host { data, .. } => data.iter_mut().for_each(|x| *x *= scale as f32),
+                Rows::Device(t) => *t = (&*t * scale)?,
+            }
         }
+        if let Some(table) = &self.positions {
+            add(&mut x, look_up(table, &positions)?)?;
+        }
+        Ok(x)
     }
 
     fn linear(&self, linear: &Linear, layer: usize, site: Site, x: &Rows, delta: &dyn Delta) -> Result<Rows> {
-        match (linear, x, self.options.kernels) {
-            (Linear::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd)) => {
+        match (&linear.matrices, x, self.options.kernels) {
+            (Matrices::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd)) => {
                 let (rows, n) = (x.len() / k, parts.iter().map(PackedMatrix::n).sum());
                 let mut y = vec![0.0; rows * n];
                 let mut y_column = 0;
@@ -329,53 +427,80 @@ impl Decoder {
                 }
                 matmul::multiply(simd, &products, x, *k, &mut y, n);
                 delta.add(layer, site, x, &mut y, rows);
+                if let Some(Vector::Host(bias)) = &linear.bias {
+                    y.chunks_exact_mut(n).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+                }
                 Ok(Rows::Host { data: y, width: n })
             }
-            (Linear::Tensor(w), Rows::Device(x), _) => {
-                Ok(Rows::Device(delta.add_tensor(layer, site, x, x.matmul(&w.t()?)?)?))
+            (Matrices::Tensor(w), Rows::Device(x), _) => {
+                let mut y = delta.add_tensor(layer, site, x, x.matmul(&w.t()?)?)?;
+                if let Some(Vector::Device(bias)) = &linear.bias {
+                    y = y.broadcast_add(bias)?;
+                }
+                Ok(Rows::Device(y))
             }
             _ => unreachable!("rows are where the weights are"),
         }
     }
 
-    /// `x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467), row by row.
-    fn rms_norm(&self, x: &Rows, norm: &Norm) -> Result<Rows> {
-        match (x, &norm.tensor) {
-            (Rows::Host { data, width }, _) => {
-                let Kernels::Packed(simd) = self.options.kernels else {
-                    unreachable!("host rows are for packed kernels")
-                };
+    /// Row by row.
+    fn norm(&self, x: &Rows, norm: &Norm) -> Result<Rows> {
+        match (x, self.options.kernels) {
+            (Rows::Host { data, width }, Kernels::Packed(simd)) => {
                 let mut out = vec![0.0; data.len()];
                 for (out, x) in out.chunks_exact_mut(*width).zip(data.chunks_exact(*width)) {
-                    simd::rms_norm(simd, x, &norm.weight, self.config.rms_norm_eps as f32, out);
+                    norm.row(simd, x, out);
                 }
                 Ok(Rows::Host { data: out, width: *width })
             }
-            (Rows::Device(x), Some(w)) => {
-                Ok(Rows::Device(candle_nn::ops::rms_norm(&x.contiguous()?, w, self.config.rms_norm_eps as f32)?))
-            }
-            _ => unreachable!("rows are where the weights are"),
+            (Rows::Device(x), _) => Ok(Rows::Device(norm.tensor(x)?)),
+            _ => unreachable!("host rows are made by the packed kernels"),
         }
     }
 
-    fn silu_mul(&self, gate_up: Rows) -> Result<Rows> {
-        let width = self.config.intermediate_size;
-        match (gate_up, self.options.kernels) {
+    fn post_norm(&self, x: Rows, norm: &Option<Norm>) -> Result<Rows> {
+        if let Some(norm) = norm { self.norm(&x, norm) } else { Ok(x) }
+    }
+
+    /// `activation(gate) * up`, or `activation(up)` where the family has no gate.
+    fn activate(&self, x: Rows) -> Result<Rows> {
+        let (activation, width) = (self.config.architecture.activation, self.config.intermediate_size);
+        let gated = self.config.family.is_gated();
+        match (x, self.options.kernels) {
             (Rows::Host { data, .. }, Kernels::Packed(simd)) => {
-                let mut out = vec![0.0; data.len() / 2];
-                let row = |(out, x): (&mut [f32], &[f32])| simd::silu_mul(simd, &x[..width], &x[width..], out);
+                let from = if gated { 2 * width } else { width };
+                let mut out = vec![0.0; data.len() / from * width];
+                let row = |(out, x): (&mut [f32], &[f32])| {
+                    simd::activate(simd, activation, &x[..width], out);
+                    out.iter_mut().zip(&x[width..]).for_each(|(o, up)| *o *= up);
+                };
                 if out.len() < 1 << 15 {
-                    out.chunks_exact_mut(width).zip(data.chunks_exact(2 * width)).for_each(row);
+                    out.chunks_exact_mut(width).zip(data.chunks_exact(from)).for_each(row);
                 } else {
-                    out.par_chunks_exact_mut(width).zip(data.par_chunks_exact(2 * width)).for_each(row);
+                    out.par_chunks_exact_mut(width).zip(data.par_chunks_exact(from)).for_each(row);
                 }
                 Ok(Rows::Host { data: out, width })
             }
             (Rows::Device(t), _) => {
-                let (gate, up) = (t.narrow(1, 0, width)?.contiguous()?, t.narrow(1, width, width)?.contiguous()?);
-                Ok(Rows::Device((gate.silu()? * up)?))
+                let first = t.narrow(1, 0, width)?.contiguous()?;
+                let first = match activation {
+                    Activation::Silu => first.silu()?,
+                    Activation::Gelu => first.gelu_erf()?,
+                    Activation::GeluTanh => first.gelu()?,
+                    Activation::Relu => first.relu()?,
+                };
+                Ok(Rows::Device(if gated { (first * t.narrow(1, width, width)?)? } else { first }))
             }
             _ => unreachable!("host rows are made by the packed kernels"),
+        }
+    }
+}
+
+impl Rows {
+    fn into_f32(self) -> Result<Vec<f32>> {
+        match self {
+            Rows::Host { data, .. } => Ok(data),
+            Rows::Device(t) => Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
         }
     }
 }

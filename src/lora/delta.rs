@@ -93,7 +93,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Adapter, Generation, LoraPair};
-    use crate::base::{DecoderOptions, Kernels, ModelConfig};
+    use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Rope};
 
     fn numbers(seed: u64) -> impl FnMut() -> f32 {
         let mut state = seed | 1;
@@ -105,7 +105,7 @@ mod tests {
 
     fn config(heads: usize, kv_heads: usize, head_dim: usize, hidden: usize, ffn: usize) -> ModelConfig {
         ModelConfig {
-            family: "llama".into(),
+            family: Family::Llama,
             vocab_size: 8,
             hidden_size: hidden,
             intermediate_size: ffn,
@@ -113,8 +113,10 @@ mod tests {
             heads,
             kv_heads,
             head_dim,
-            rms_norm_eps: 1e-5,
-            rope_theta: 1e4,
+            norm_eps: 1e-5,
+            rope: Some(Rope::plain(1e4, head_dim)),
+            windows: vec![],
+            architecture: Architecture::of(Family::Llama),
             context: 8,
             tie_word_embeddings: true,
             bos_token: None,
@@ -160,8 +162,8 @@ mod tests {
                 let segments = ranges.iter().zip(&packed).map(|(r, adapter)| Segment { rows: r.clone(), adapter });
                 let delta = BatchDelta::new(simd, segments.collect());
                 for site in Site::ALL {
-                    let k = config.shape(site.projections()[0]).1;
-                    let n: usize = site.projections().iter().map(|&p| config.shape(p).0).sum();
+                    let k = config.shape(site.projections(config.family)[0]).1;
+                    let n: usize = site.projections(config.family).iter().map(|&p| config.shape(p).0).sum();
                     let x: Vec<f32> = (0..rows * k).map(|_| next()).collect();
                     let y: Vec<f32> = (0..rows * n).map(|_| next()).collect();
                     let mut got = y.clone();
@@ -176,7 +178,7 @@ mod tests {
                     let mut want: Vec<f64> = y.iter().map(|&y| y as f64).collect();
                     for (range, adapter) in ranges.iter().zip(&adapters) {
                         let mut column = 0;
-                        for &p in site.projections() {
+                        for &p in site.projections(config.family) {
                             let out = config.shape(p).0;
                             if let Some(pair) = adapter.pairs.get(&(0, p)) {
                                 for row in range.clone() {

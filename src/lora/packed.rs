@@ -84,7 +84,7 @@ impl PackedAdapter {
         for layer in 0..config.layers {
             for site in Site::ALL {
                 let (mut a, mut parts, mut ranks, mut column, mut width) = (Vec::new(), Vec::new(), 0, 0, 0);
-                for &projection in site.projections() {
+                for &projection in site.projections(config.family) {
                     let (n, k) = config.shape(projection);
                     if let Some(pair) = adapter.pairs.remove(&(layer, projection)) {
                         a.extend_from_slice(&pair.a);

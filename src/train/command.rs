@@ -251,7 +251,10 @@ fn train(args: &TrainArgs, method: &Method, init: Option<&Path>) -> Result<()> {
     let base = Base::open(&args.model)?;
     let data = data(args, &base)?;
     let labels = data.labels.as_ref().map(Vec::len);
-    let network = Network::new(&base, method, labels, &Device::Cpu, &mut random(args.seed, "weights", 0))?;
+    let mut network = Network::new(&base, method, labels, &Device::Cpu, &mut random(args.seed, "weights", 0))?;
+    if args.checkpoint_activations {
+        network.checkpoint_activations();
+    }
     if let Some(init) = init {
         let adapter = crate::adapter::load(init, &base.config, &base.id)?.adapter;
         network.start_from(&adapter).map_err(|e| e.context(format!("--init-adapter {}", init.display())))?;

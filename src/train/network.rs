@@ -11,8 +11,30 @@ use rand_distr::StandardNormal;
 use super::layer::{Gradients, Keep, Layer, Linear, Lora, Pass, Weight};
 use super::ops::{self, Rope, Targets};
 use crate::adapter::{Adapter, LoraPair};
-use crate::base::{Base, ModelConfig, Projection, Weights};
+use crate::base::{Architecture, Base, Family, ModelConfig, Projection, Weights};
 use crate::{Error, Result};
+
+/// The family whose layers this network has.
+pub const FAMILY: Family = Family::Llama;
+
+/// Refuses a base whose layers are others than the network's, and one that could not be written out as what it is.
+fn check(config: &ModelConfig, method: &Method) -> Result<()> {
+    let refuse = |what: String| Err(Error::unprocessable(format!("the base cannot be trained: {what}")));
+    if config.family != FAMILY {
+        return refuse(format!("it is a {}; supported: {FAMILY}", config.family));
+    }
+    if config.architecture != Architecture::of(FAMILY) {
+        return refuse("its layers have biases or an activation other than silu; supported: neither".into());
+    }
+    let writes_model = matches!(method, Method::Full | Method::LastLayers(_));
+    match &config.rope {
+        Some(rope) if rope.attention_factor != 1.0 => refuse("its rope scales the attention".into()),
+        Some(rope) if writes_model && rope.scaled => {
+            refuse("its rope is scaled, which a new model's config.json would not say; adapters can be trained".into())
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Which numbers are trained. The head of a classification is trained with each of them.
 #[derive(Debug, Clone, PartialEq)]
@@ -144,6 +166,7 @@ impl Network {
         rng: &mut ChaCha8Rng,
     ) -> Result<Self> {
         let config = base.config.clone();
+        check(&config, method)?;
         let loader = Loader { weights: &base.weights, device };
         let full = *method == Method::Full;
         let first_whole = match method {
@@ -162,8 +185,8 @@ impl Network {
             let trained = l >= first_whole;
             let name = |part: &str| format!("model.layers.{l}.{part}.weight");
             let mut projections = BTreeMap::new();
-            for projection in Projection::ALL {
-                let weight = loader.get(&name(projection.path()), trained)?;
+            for projection in FAMILY.projections() {
+                let weight = loader.get(&name(FAMILY.path(projection)), trained)?;
                 let lora = match method {
                     Method::Lora(options) if options.targets.contains(&projection) => {
                         let (n, k) = config.shape(projection);
@@ -183,7 +206,7 @@ impl Network {
                 projections,
                 post_norm: loader.get(&name("post_attention_layernorm"), trained)?,
                 head_dim: config.head_dim,
-                eps: config.rms_norm_eps,
+                eps: config.norm_eps,
             }));
         }
         let norm = loader.get("model.norm.weight", first_whole < config.layers)?;
@@ -219,11 +242,11 @@ impl Network {
         for (l, layer) in self.layers.iter().enumerate() {
             let name = |part: &str, end: &str| format!("model.layers.{l}.{part}.{end}");
             add(&mut all, name("input_layernorm", "weight"), &layer.input_norm);
-            for (projection, linear) in &layer.projections {
-                add(&mut all, name(projection.path(), "weight"), &linear.weight);
+            for (&projection, linear) in &layer.projections {
+                add(&mut all, name(FAMILY.path(projection), "weight"), &linear.weight);
                 if let Some(lora) = &linear.lora {
-                    all.push((name(projection.path(), "lora_A.weight"), &lora.a));
-                    all.push((name(projection.path(), "lora_B.weight"), &lora.b));
+                    all.push((name(FAMILY.path(projection), "lora_A.weight"), &lora.a));
+                    all.push((name(FAMILY.path(projection), "lora_B.weight"), &lora.b));
                 }
             }
             add(&mut all, name("post_attention_layernorm", "weight"), &layer.post_norm);
@@ -244,7 +267,7 @@ impl Network {
                 all.push((format!("model.layers.{l}.{part}.weight"), weight.tensor().clone()));
             };
             add("input_layernorm", &layer.input_norm);
-            layer.projections.iter().for_each(|(projection, linear)| add(projection.path(), &linear.weight));
+            layer.projections.iter().for_each(|(&projection, linear)| add(FAMILY.path(projection), &linear.weight));
             add("post_attention_layernorm", &layer.post_norm);
         }
         all.push(("model.norm.weight".into(), self.norm.tensor().clone()));
@@ -273,7 +296,7 @@ impl Network {
         };
         for (l, layer) in self.layers.iter().enumerate() {
             for (&projection, linear) in &layer.projections {
-                let what = format!("layer {l}, {}", projection.path());
+                let what = format!("layer {l}, {}", FAMILY.path(projection));
                 match (&linear.lora, adapter.pairs.get(&(l, projection))) {
                     (None, None) => {}
                     (Some(lora), Some(LoraPair { scale, a, b, .. })) => {
@@ -314,7 +337,7 @@ impl Network {
             (_, true) => Keep::Input,
             (_, false) => Keep::All,
         };
-        let rope = Rope::new(&batch.lengths, &c.rope_frequencies());
+        let rope = Rope::new(&batch.lengths, c.rope.as_ref().map_or(&[][..], |rope| &rope.frequencies));
         let pass = |keep| {
             let (lengths, rope) = (batch.lengths.clone(), rope.clone());
             Arc::new(Pass { lengths, rope, keep, gradients: Gradients::default() })
@@ -341,7 +364,7 @@ impl Network {
             }
             x = layer.forward(&x, &trained, Some(noise), before)?;
         }
-        let mut output = ops::rms_norm(&x, self.norm.tensor(), c.rms_norm_eps)?;
+        let mut output = ops::rms_norm(&x, self.norm.tensor(), c.norm_eps)?;
         if let Purpose::Evaluate = purpose {
             output = output.detach();
         }
@@ -459,7 +482,7 @@ mod tests {
     fn a_step_of_lora_is_pefts() {
         let base = base();
         let adapter = crate::adapter::load(&folder().join("adapter_all_r8"), &base.config, "").unwrap().adapter;
-        let method = lora(8, 16.0, &Projection::ALL);
+        let method = lora(8, 16.0, &FAMILY.projections().collect::<Vec<_>>());
         let mut network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
         network.start_from(&adapter).unwrap();
         let (batch, rows, targets) = batch();
@@ -522,11 +545,34 @@ mod tests {
     fn an_adapter_of_other_modules_or_rank_is_refused() {
         let base = base();
         let adapter = crate::adapter::load(&folder().join("adapter_all_r8"), &base.config, "").unwrap().adapter;
-        for (method, part) in [(lora(4, 8.0, &Projection::ALL), "numbers"), (lora(8, 8.0, &[Projection::Q]), "modules")]
-        {
+        for (method, part) in [
+            (lora(4, 8.0, &FAMILY.projections().collect::<Vec<_>>()), "numbers"),
+            (lora(8, 8.0, &[Projection::Q]), "modules"),
+        ] {
             let network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
             let error = network.start_from(&adapter).unwrap_err();
             assert!(error.message.contains(part), "{error}");
         }
+    }
+
+    #[test]
+    fn a_base_that_the_network_does_not_compute_is_refused() {
+        let tiny = folder().parent().unwrap().to_path_buf();
+        let refusal = |model: &str, method: &Method| {
+            let base = Base::open(tiny.join(model).join("base").to_str().unwrap()).unwrap();
+            let network = Network::new(&base, method, None, &Device::Cpu, &mut random(0, "test", 0));
+            network.err().map(|e| e.message)
+        };
+        for model in ["mistral_window", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"] {
+            let error = refusal(model, &Method::Head).unwrap();
+            let family = model.split('_').next().unwrap();
+            assert!(error.contains(family) && error.contains("supported: llama"), "{error}");
+        }
+        assert_eq!(refusal("llama3_rope_untied", &lora(4, 8.0, &[Projection::Q])), None);
+        assert!(refusal("llama3_rope_untied", &Method::Full).unwrap().contains("rope is scaled"));
+        let mut base = base();
+        base.config.architecture.qkv_bias = true;
+        let network = Network::new(&base, &Method::Head, None, &Device::Cpu, &mut random(0, "test", 0));
+        assert!(network.err().unwrap().message.contains("biases"));
     }
 }
