@@ -81,7 +81,7 @@ pub struct LoraArgs {
 pub struct TrainArgs {
     #[arg(long, value_enum)]
     pub task: Task,
-    /// Examples: .csv, .tsv, .tab, .jsonl, .txt, or a folder with a folder of .txt files for each class
+    /// Examples: .csv, .tsv, .tab, .jsonl, .parquet, .txt, or a folder with a folder of .txt files for each class
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     pub data: Vec<PathBuf>,
     /// Examples to evaluate on; without it a share of the data is held out

@@ -75,6 +75,19 @@ fn guess(records: &[Record], asked: &Option<String>, known: &[&str], what: &str,
     }
 }
 
+/// The text of a record; `None` for an empty one that is to be left out. A null is empty, as Parquet's texts often are.
+fn filled(record: &Record, column: &str, skip_empty: bool) -> Result<Option<String>> {
+    let null = record.fields.get(column).is_some_and(Value::is_null);
+    let text = if null { String::new() } else { record.text(column)? };
+    match text.trim().is_empty() {
+        false => Ok(Some(text)),
+        true if skip_empty => Ok(None),
+        true => {
+            Err(record.wrong(format!("has an empty {column:?}; fill it in, or leave such rows out with --skip-empty")))
+        }
+    }
+}
+
 /// Reads a classification. `labels` are the classes that are allowed, e.g. those of the training data; without them they
 /// are whatever occurs.
 pub fn classified(base: &Base, records: &[Record], columns: &Columns, labels: Option<&[String]>) -> Result<Classified> {
@@ -82,14 +95,7 @@ pub fn classified(base: &Base, records: &[Record], columns: &Columns, labels: Op
     let label_column = guess(records, &columns.label, &LABEL_COLUMNS, "a class", "--label-column")?;
     let mut read = Vec::with_capacity(records.len());
     for record in records {
-        let text = record.text(&text_column)?;
-        if text.trim().is_empty() {
-            if columns.skip_empty {
-                continue;
-            }
-            return Err(record
-                .wrong(format!("has an empty {text_column:?}; fill it in, or leave such rows out with --skip-empty")));
-        }
+        let Some(text) = filled(record, &text_column, columns.skip_empty)? else { continue };
         let label = record.text(&label_column)?.trim().to_string();
         if label.is_empty() {
             return Err(record.wrong(format!("has an empty {label_column:?}; every row needs its class")));
@@ -154,13 +160,7 @@ pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<E
     } else {
         let column = guess(records, &columns.text, &TEXT_COLUMNS, "a text", "--text-column")?;
         for record in records {
-            let text = record.text(&column)?;
-            if text.trim().is_empty() {
-                if columns.skip_empty {
-                    continue;
-                }
-                return Err(record.wrong(format!("has an empty {column:?}; leave such rows out with --skip-empty")));
-            }
+            let Some(text) = filled(record, &column, columns.skip_empty)? else { continue };
             let mut tokens = base.tokenizer.encode(&text, true)?;
             tokens.extend(end);
             for piece in tokens.chunks(columns.max_length).filter(|p| p.len() > 1) {
@@ -262,6 +262,8 @@ mod tests {
         assert!(empty.contains("row 2") && empty.contains("--skip-empty"), "{empty}");
         let missing = error(&[json!({ "words": "t1", "label": "a" })], None);
         assert!(missing.contains("\"words\"") && missing.contains("--text-column"), "{missing}");
+        let null = error(&[good.clone(), json!({ "text": null, "label": "b" })], None);
+        assert!(null.contains("row 2") && null.contains("--skip-empty"), "{null}");
         let unseen = error(&[json!({ "text": "t1", "label": "c" })], Some(&["a".into(), "b".into()]));
         assert!(unseen.contains("row 1") && unseen.contains("\"c\""), "{unseen}");
         let none = error(&[good.clone(), json!({ "text": "t1" })], None);
@@ -270,6 +272,21 @@ mod tests {
         assert!(
             classified(&base(), &records(&[good]), &named, None).unwrap_err().message.contains("no column \"nope\"")
         );
+    }
+
+    #[test]
+    fn empty_rows_are_left_out_where_asked() {
+        let rows = records(&[
+            json!({ "text": "t1", "label": "a" }),
+            json!({ "text": null, "label": "a" }),
+            json!({ "text": " ", "label": "c" }),
+            json!({ "text": "t2", "label": "b" }),
+        ]);
+        let skipping = Columns { skip_empty: true, ..columns() };
+        let read = classified(&base(), &rows, &skipping, None).unwrap();
+        assert_eq!((read.examples.len(), read.labels), (2, vec!["a".to_string(), "b".into()]));
+        assert_eq!(texts(&base(), &rows, &skipping).unwrap().len(), 2);
+        assert!(texts(&base(), &rows, &columns()).unwrap_err().message.contains("row 2"));
     }
 
     #[test]

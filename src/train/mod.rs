@@ -16,6 +16,7 @@ mod metrics;
 mod network;
 mod ops;
 mod optimizer;
+mod parquet;
 mod schedule;
 mod table;
 mod trainer;
