@@ -88,10 +88,20 @@ fn filled(record: &Record, column: &str, skip_empty: bool) -> Result<Option<Stri
     }
 }
 
+/// The column of the texts: the one asked for, or the one that looks like it.
+pub fn text_column(records: &[Record], asked: &Option<String>) -> Result<String> {
+    guess(records, asked, &TEXT_COLUMNS, "a text", "--text-column")
+}
+
+/// The texts themselves.
+pub fn plain(records: &[Record], column: &str, skip_empty: bool) -> Result<Vec<String>> {
+    records.iter().filter_map(|record| filled(record, column, skip_empty).transpose()).collect()
+}
+
 /// Reads a classification. `labels` are the classes that are allowed, e.g. those of the training data; without them they
 /// are whatever occurs.
 pub fn classified(base: &Base, records: &[Record], columns: &Columns, labels: Option<&[String]>) -> Result<Classified> {
-    let text_column = guess(records, &columns.text, &TEXT_COLUMNS, "a text", "--text-column")?;
+    let text_column = text_column(records, &columns.text)?;
     let label_column = guess(records, &columns.label, &LABEL_COLUMNS, "a class", "--label-column")?;
     let mut read = Vec::with_capacity(records.len());
     for record in records {
@@ -131,7 +141,8 @@ pub fn classified(base: &Base, records: &[Record], columns: &Columns, labels: Op
 }
 
 /// Reads texts to continue: `messages` (a chat), `prompt` and `completion`, or a text. Of a chat the assistant's turns are
-/// learned, of a pair the completion, of a text every token. A text longer than the longest length is cut in pieces.
+/// learned, of a pair the completion, of a text every token. A text longer than the longest length is cut in pieces, each
+/// with what the tokenizer puts before a text.
 pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<Example>> {
     let end = base.config.eos_tokens.first().copied();
     let mut examples = Vec::new();
@@ -158,13 +169,19 @@ pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<E
             }
         }
     } else {
-        let column = guess(records, &columns.text, &TEXT_COLUMNS, "a text", "--text-column")?;
-        for record in records {
-            let Some(text) = filled(record, &column, columns.skip_empty)? else { continue };
-            let mut tokens = base.tokenizer.encode(&text, true)?;
+        // As the server's prompts begin.
+        let prefix = base.tokenizer.prefix()?;
+        let longest = columns.max_length.saturating_sub(prefix.len()).max(1);
+        for text in plain(records, &text_column(records, &columns.text)?, columns.skip_empty)? {
+            let mut tokens = base.tokenizer.encode(&text, false)?;
             tokens.extend(end);
-            for piece in tokens.chunks(columns.max_length).filter(|p| p.len() > 1) {
-                examples.push(Example { tokens: piece.to_vec(), goal: Goal::range(1..piece.len()) });
+            for (i, piece) in tokens.chunks(longest).enumerate() {
+                let tokens = [&prefix, piece].concat();
+                // What begins a later piece follows from what is not in it.
+                let from = if i == 0 { prefix.len().max(1) } else { prefix.len() + 1 };
+                if from < tokens.len() {
+                    examples.push(Example { goal: Goal::range(from..tokens.len()), tokens });
+                }
             }
         }
     }
@@ -320,6 +337,19 @@ mod tests {
         let pair = texts(&base(), &rows, &columns()).unwrap();
         let prompt = base().tokenizer.encode("t1 t2", true).unwrap().len();
         assert_eq!(pair[0].goal, Goal::range(prompt..pair[0].tokens.len()));
+    }
+
+    #[test]
+    fn each_piece_of_a_text_begins_as_a_prompt_does() {
+        let settings = json!({ "tokenizer_class": "LlamaTokenizerFast", "bos_token": "t1" });
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny/llama/base/tokenizer.json");
+        let tokenizer = crate::base::Tokenizer::from_file(path.as_ref()).unwrap().with_settings(&settings).unwrap();
+        let base = Base { tokenizer: std::sync::Arc::new(tokenizer), ..base() };
+        let read = texts(&base, &records(&[json!({ "text": "t11 t12 t13 t14 t15 t16 t17" })]), &columns()).unwrap();
+        let end = base.config.eos_tokens[0];
+        let example =
+            |tokens: &[u32], from: usize| Example { tokens: tokens.into(), goal: Goal::range(from..tokens.len()) };
+        assert_eq!(read, [example(&[1, 11, 12, 13, 14, 15], 1), example(&[1, 16, 17, end], 2)]);
     }
 
     #[test]
