@@ -79,6 +79,7 @@ mod tests {
     use ::parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
     use ::parquet::schema::parser::parse_message_type;
 
+    use super::super::table;
     use super::*;
 
     type Group<'a> = SerializedRowGroupWriter<'a, File>;
@@ -118,8 +119,7 @@ mod tests {
     }
 
     fn all(path: &Path) -> Result<Vec<(String, Value)>> {
-        let mut records = vec![];
-        read(path, "a.parquet", &mut records)?;
+        let records = table::read(&[path.to_path_buf()])?;
         Ok(records.into_iter().map(|r| (r.place, Value::Object(r.fields))).collect())
     }
 
