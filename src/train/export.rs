@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 use super::network::{LoraOptions, Method, Network};
-use crate::base::{Base, ModelConfig, Projection};
+use crate::base::{Base, Projection};
 use crate::{Error, Result};
 
 /// What PEFT puts in front of every module's path.
@@ -104,9 +104,29 @@ impl Export<'_> {
     fn model(&self, folder: &Path) -> Result<()> {
         self.tensors(&folder.join("model.safetensors"), self.network.all())?;
         let c = self.network.config();
-        let mut config = model_config(c, self.dtype);
+        let dtype = if self.dtype == DType::BF16 { "bfloat16" } else { "float32" };
+        let mut config = json!({
+            "architectures": [if self.labels.is_some() { "LlamaForSequenceClassification" } else { "LlamaForCausalLM" }],
+            "model_type": c.family,
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "num_hidden_layers": c.layers,
+            "num_attention_heads": c.heads,
+            "num_key_value_heads": c.kv_heads,
+            "head_dim": c.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": c.rms_norm_eps,
+            "rope_theta": c.rope_theta,
+            "max_position_embeddings": c.context,
+            "tie_word_embeddings": c.tie_word_embeddings,
+            "attention_bias": false,
+            "mlp_bias": false,
+            "bos_token_id": c.bos_token,
+            "eos_token_id": c.eos_tokens,
+            "torch_dtype": dtype,
+        });
         if let Some(labels) = self.labels {
-            config["architectures"] = json!(["LlamaForSequenceClassification"]);
             let by_number: Map<String, Value> =
                 labels.iter().enumerate().map(|(i, l)| (i.to_string(), json!(l))).collect();
             let by_name: Map<String, Value> = labels.iter().enumerate().map(|(i, l)| (l.clone(), json!(i))).collect();
@@ -142,31 +162,6 @@ impl Export<'_> {
         safetensors::serialize_to_file(converted, Some(metadata), path)
             .map_err(|e| Error::internal(format!("{}: {e}", path.display())))
     }
-}
-
-/// The `config.json` of a language model.
-pub fn model_config(c: &ModelConfig, dtype: DType) -> Value {
-    json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": c.family,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
-        "max_position_embeddings": c.context,
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "attention_bias": false,
-        "mlp_bias": false,
-        "bos_token_id": c.bos_token,
-        "eos_token_id": c.eos_tokens,
-        "torch_dtype": if dtype == DType::BF16 { "bfloat16" } else { "float32" },
-    })
 }
 
 /// The error of an output directory that is there already.

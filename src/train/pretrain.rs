@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::AddedToken;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -13,7 +13,7 @@ use tokenizers::processors::template::TemplateProcessing;
 
 use super::args::ShapeArgs;
 use super::network::normal;
-use super::{export, random};
+use super::random;
 use crate::base::{Base, ModelConfig, Projection, Tokenizer};
 use crate::{Error, Result};
 
@@ -34,7 +34,7 @@ const LARGEST: usize = 1 << 16;
 /// Makes the model, with a tokenizer made from `texts` where none is given. It is written to a folder and opened from
 /// there, so that the trainer, and later the server, understand its tokens alike.
 pub fn model(shape: &ShapeArgs, texts: &[String], seed: u64, id: &str) -> Result<Base> {
-    let dimensions = dimensions(shape)?;
+    check(shape)?;
     let (tokenizer, end) = match &shape.tokenizer {
         Some(file) => given(file)?,
         None => {
@@ -43,17 +43,27 @@ pub fn model(shape: &ShapeArgs, texts: &[String], seed: u64, id: &str) -> Result
             (tokenizer, end)
         }
     };
-    let config = ModelConfig {
-        vocab_size: tokenizer.vocab_size(),
-        bos_token: tokenizer.prefix()?.first().copied(),
-        eos_tokens: end.into_iter().collect(),
-        ..dimensions
-    };
+    let config = json!({
+        "model_type": "llama",
+        "vocab_size": tokenizer.vocab_size(),
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": intermediate_size(shape),
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": kv_heads(shape),
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": shape.context,
+        "tie_word_embeddings": !shape.untie_embeddings,
+        "bos_token_id": tokenizer.prefix()?.first(),
+        "eos_token_id": end,
+    })
+    .to_string();
+    let numbers = numbers(&ModelConfig::from_json(&config)?, seed)?;
     let folder = tempfile::tempdir()?;
     let write = |name: &str, text: String| fs::write(folder.path().join(name), text);
-    write("config.json", export::model_config(&config, DType::F32).to_string())?;
+    write("config.json", config)?;
     write("tokenizer.json", tokenizer.to_json()?)?;
-    let numbers = numbers(&config, seed)?;
     safetensors::serialize_to_file(numbers, None, &folder.path().join("model.safetensors")).map_err(Error::internal)?;
     // The numbers stay mapped when the folder goes.
     let base = Base::open(&folder.path().to_string_lossy())?;
@@ -88,7 +98,8 @@ fn intermediate_size(shape: &ShapeArgs) -> usize {
     shape.intermediate_size.unwrap_or((8 * shape.hidden_size).div_ceil(3).next_multiple_of(32))
 }
 
-fn dimensions(shape: &ShapeArgs) -> Result<ModelConfig> {
+/// Refuses what cannot be a model, by the names of the options.
+fn check(shape: &ShapeArgs) -> Result<()> {
     let (hidden, heads, kv_heads) = (shape.hidden_size, shape.heads, kv_heads(shape));
     for (name, number, least) in [
         ("--layers", shape.layers, 1),
@@ -110,23 +121,7 @@ fn dimensions(shape: &ShapeArgs) -> Result<ModelConfig> {
         let what = format!("--kv-heads is {kv_heads}; expected a number that divides the {heads} heads");
         return Err(Error::bad_request(what));
     }
-    ModelConfig {
-        family: "llama".into(),
-        vocab_size: LEAST_VOCABULARY,
-        hidden_size: hidden,
-        intermediate_size: intermediate_size(shape),
-        layers: shape.layers,
-        heads,
-        kv_heads,
-        head_dim: hidden / heads,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        context: shape.context,
-        tie_word_embeddings: !shape.untie_embeddings,
-        bos_token: None,
-        eos_tokens: vec![],
-    }
-    .checked()
+    Ok(())
 }
 
 /// A tokenizer of somebody's, and the token that ends a text: the one that `tokenizer_config.json` beside it names, or a
@@ -207,8 +202,6 @@ fn numbers(config: &ModelConfig, seed: u64) -> Result<Vec<(String, Tensor)>> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn shape() -> ShapeArgs {
