@@ -78,7 +78,8 @@ impl Tokenizer {
         Self::from_json(&bytes).map_err(|e| named(e.message))
     }
 
-    fn from_json(bytes: &[u8]) -> Result<Self> {
+    /// From the content of a `tokenizer.json`.
+    pub(crate) fn from_json(bytes: &[u8]) -> Result<Self> {
         let inner =
             tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
         let parts: Parts =
@@ -183,6 +184,14 @@ impl Tokenizer {
         Ok(encoding.map_err(|e| Error::bad_request(format!("the text cannot be tokenized: {e}")))?.get_ids().to_vec())
     }
 
+    /// What [`Tokenizer::encode`] adds in front of a text.
+    pub fn prefix(&self) -> Result<Vec<u32>> {
+        let (bare, mut framed) = (self.encode("a", false)?, self.encode("a", true)?);
+        let added = (0..framed.len()).find(|&i| framed[i..].starts_with(&bare));
+        framed.truncate(added.unwrap_or(0));
+        Ok(framed)
+    }
+
     /// Token ids of `text` as it goes on after another text, with a space between.
     pub fn continuation(&self, text: &str) -> Result<Vec<u32>> {
         if self.adds_space { self.encode(text, false) } else { self.encode(&format!(" {text}"), false) }
@@ -190,7 +199,7 @@ impl Tokenizer {
 
     /// Puts BOS and EOS around texts as the flags in `tokenizer_config.json` say. As in transformers, they count for Llama's
     /// tokenizer, and there before what `tokenizer.json` says.
-    pub(super) fn with_settings(mut self, settings: &Value) -> Result<Self> {
+    pub(crate) fn with_settings(mut self, settings: &Value) -> Result<Self> {
         let is_llama = matches!(settings["tokenizer_class"].as_str(), Some("LlamaTokenizer" | "LlamaTokenizerFast"));
         let flags = ["add_bos_token", "add_eos_token"].map(|key| settings[key].as_bool());
         if !is_llama || (self.inner.get_post_processor().is_some() && flags == [None, None]) {
@@ -255,7 +264,7 @@ impl Tokenizer {
     }
 
     /// The id of a token by its exact spelling in the vocabulary.
-    pub(super) fn token_id(&self, token: &str) -> Option<u32> {
+    pub(crate) fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
@@ -511,6 +520,8 @@ mod tests {
         assert_eq!(first(&[(add, Meta::Bool(true))]), [257, 256, 258]);
         assert_eq!(first(&[(pre, text("llama-bpe"))]), [257, 256, 258]);
         assert_eq!(first(&[(pre, text("tekken"))]), [257, 256, 258]);
+        assert_eq!(tiny(&[(pre, text("llama-bpe"))]).unwrap().prefix().unwrap(), [257]);
+        assert!(tiny(&[]).unwrap().prefix().unwrap().is_empty());
         assert_eq!(first(&[(pre, text("llama-bpe")), (add, Meta::Bool(false))]), [256, 258]);
         assert!(tiny(&[(add, text("yes"))]).err().unwrap().message.contains(add));
         let far = tiny(&[(add, Meta::Bool(true)), ("tokenizer.ggml.bos_token_id", Meta::Unsigned(999))]);
@@ -641,6 +652,7 @@ mod tests {
         let flag = |key, value| (key, Meta::Bool(value));
         let around = [flag("tokenizer.ggml.add_bos_token", false), flag("tokenizer.ggml.add_eos_token", true)];
         assert_eq!(spm(&around).unwrap().encode("ab", true).unwrap(), [id("▁ab"), 2]);
+        assert!(spm(&around).unwrap().prefix().unwrap().is_empty());
         let t = spm(&[flag("tokenizer.ggml.add_space_prefix", false)]).unwrap();
         assert_eq!(t.encode("ab", false).unwrap(), [id("ab")]);
         assert_eq!(t.continuation("ab").unwrap(), [id("▁ab")]);

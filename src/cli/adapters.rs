@@ -46,15 +46,9 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             Ok(())
         }
         AdaptersCommand::Push { name, directory, if_match, server } => {
-            // Before it becomes part of a URL, where `x#y` would be `x`.
-            adapter::check_name(&name)?;
             let client = Client::new(&server.url)?;
-            let mut request = client.http.put(client.at(&format!("/v1/adapters/{name}"))).multipart(form(&directory)?);
-            if let Some(generation) = if_match {
-                request = request.header("If-Match", format!("\"{generation}\""));
-            }
-            let info = client.json(request).await?;
-            println!("{name} {}", info["generation"].as_str().unwrap_or("-"));
+            let generation = push(&client, &name, &directory, if_match.as_deref()).await?;
+            println!("{name} {generation}");
             Ok(())
         }
         AdaptersCommand::Rm { name, server } => {
@@ -66,6 +60,19 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Uploads an adapter directory, in place of what has the name now, if that is the generation `if_match`. Returns the new
+/// generation.
+pub async fn push(client: &Client, name: &str, directory: &Path, if_match: Option<&str>) -> Result<String> {
+    // Before it becomes part of a URL, where `x#y` would be `x`.
+    adapter::check_name(name)?;
+    let mut request = client.http.put(client.at(&format!("/v1/adapters/{name}"))).multipart(form(directory)?);
+    if let Some(generation) = if_match {
+        request = request.header("If-Match", format!("\"{generation}\""));
+    }
+    let info = client.json(request).await?;
+    Ok(info["generation"].as_str().unwrap_or("-").to_string())
 }
 
 fn print(inspection: &adapter::Inspection) -> Result<()> {

@@ -13,6 +13,9 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+pub(crate) use adapters::push;
+pub(crate) use client::Client;
+
 use args::{BenchCommand, Cli, Command, ServeArgs};
 use host::{Host, Limits};
 
@@ -52,7 +55,7 @@ pub fn run() -> Result<()> {
 }
 
 /// Ends on Ctrl-C as on an error, so that temporary files are deleted.
-async fn interruptible(work: impl Future<Output = Result<()>>) -> Result<()> {
+pub(crate) async fn interruptible(work: impl Future<Output = Result<()>>) -> Result<()> {
     tokio::select! {
         // Loading does not wait for anything, so until it is done Ctrl-C still ends the process by itself.
         biased;

@@ -39,6 +39,8 @@ pub enum Command {
         #[command(flatten)]
         train: TrainArgs,
     },
+    /// A small Llama from nothing, on plain texts (a model directory)
+    Pretrain(PretrainArgs),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -82,7 +84,69 @@ pub struct LoraArgs {
 pub struct TrainArgs {
     #[arg(long, value_enum)]
     pub task: Task,
-    /// Examples: .csv, .tsv, .tab, .jsonl, .txt, or a folder with a folder of .txt files for each class
+    /// Base model: a Hugging Face directory, a .gguf file, or a hub id org/name[@revision]
+    #[arg(long, env = "LORAMUX_MODEL", value_name = "SRC", default_value = DEFAULT_MODEL)]
+    pub model: String,
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Column of the class [default: the one that looks like it]
+    #[arg(long)]
+    pub label_column: Option<String>,
+    /// Another name for a class, e.g. --label-name 0=negative; repeatable
+    #[arg(long, value_name = "VALUE=NAME")]
+    pub label_name: Vec<String>,
+    /// Let each class weigh the same, however many examples it has
+    #[arg(long)]
+    pub balance: bool,
+    /// What decides which evaluation is the best [default: accuracy of a classification, loss of texts]
+    #[arg(long, value_enum)]
+    pub metric: Option<Metric>,
+}
+
+#[derive(Args)]
+pub struct PretrainArgs {
+    #[command(flatten)]
+    pub shape: ShapeArgs,
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// What a new model is like.
+#[derive(Args, Debug, Clone)]
+pub struct ShapeArgs {
+    /// Decoder layers
+    #[arg(long, default_value_t = 4)]
+    pub layers: usize,
+    /// Numbers of a token's hidden state
+    #[arg(long, default_value_t = 256)]
+    pub hidden_size: usize,
+    /// Attention heads
+    #[arg(long, default_value_t = 4)]
+    pub heads: usize,
+    /// Heads of keys and values, each for as many of the others [default: as many as --heads]
+    #[arg(long)]
+    pub kv_heads: Option<usize>,
+    /// Numbers between a layer's two feed-forward products [default: 8/3 of --hidden-size, to a multiple of 32]
+    #[arg(long)]
+    pub intermediate_size: Option<usize>,
+    /// Longest sequence, in tokens
+    #[arg(long, default_value_t = 512)]
+    pub context: usize,
+    /// Give the output layer weights of its own, instead of the embedding's
+    #[arg(long)]
+    pub untie_embeddings: bool,
+    /// Make a byte-level BPE tokenizer of so many tokens at most from --data
+    #[arg(long, default_value_t = 4096)]
+    pub vocab_size: usize,
+    /// Take this tokenizer.json instead
+    #[arg(long, value_name = "FILE", conflicts_with = "vocab_size")]
+    pub tokenizer: Option<PathBuf>,
+}
+
+/// What all kinds of training have.
+#[derive(Args)]
+pub struct RunArgs {
+    /// Examples: .csv, .tsv, .tab, .jsonl, .parquet, .txt, or a folder with a folder of .txt files for each class
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     pub data: Vec<PathBuf>,
     /// Examples to evaluate on; without it a share of the data is held out
@@ -97,28 +161,25 @@ pub struct TrainArgs {
     /// Column of the text [default: the one that looks like it]
     #[arg(long)]
     pub text_column: Option<String>,
-    /// Column of the class [default: the one that looks like it]
-    #[arg(long)]
-    pub label_column: Option<String>,
-    /// Another name for a class, e.g. --label-name 0=negative; repeatable
-    #[arg(long, value_name = "VALUE=NAME")]
-    pub label_name: Vec<String>,
     /// Leave rows with an empty text out instead of refusing them
     #[arg(long)]
     pub skip_empty: bool,
     /// Tokens of a sequence at most: of a classification what is over is cut off, other texts go on in the next sequence
-    /// [default: 512, or the base's context]
+    /// [default: 512, or the model's context if that is less; pretrain: the context]
     #[arg(long)]
     pub max_length: Option<usize>,
-    /// Base model: a Hugging Face directory, a .gguf file, or a hub id org/name[@revision]
-    #[arg(long, env = "LORAMUX_MODEL", value_name = "SRC", default_value = DEFAULT_MODEL)]
-    pub model: String,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// Replace --out if it is there
     #[arg(long)]
     pub overwrite: bool,
+    /// Upload the adapter to the loramux server at this URL when it is written (lora, head)
+    #[arg(long, value_name = "URL")]
+    pub push: Option<String>,
+    /// Upload it under this name [default: that of --out]
+    #[arg(long, value_name = "NAME", requires = "push")]
+    pub push_name: Option<String>,
     /// Numbers in the weights' file
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: Dtype,
@@ -133,7 +194,7 @@ pub struct TrainArgs {
     /// Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time
     #[arg(long)]
     pub checkpoint_activations: bool,
-    /// [default: 5e-4; full and last-layers: 5e-5; head: 5e-3]
+    /// [default: 5e-4; full and last-layers: 5e-5; head: 5e-3; pretrain: 1e-3]
     #[arg(long)]
     pub learning_rate: Option<f64>,
     /// How the rate goes after the warm-up
@@ -150,12 +211,6 @@ pub struct TrainArgs {
     /// Share of the target that goes to all classes alike
     #[arg(long, default_value_t = 0.0)]
     pub label_smoothing: f32,
-    /// Let each class weigh the same, however many examples it has
-    #[arg(long)]
-    pub balance: bool,
-    /// What decides which evaluation is the best [default: accuracy of a classification, loss of texts]
-    #[arg(long, value_enum)]
-    pub metric: Option<Metric>,
     /// Steps between evaluations; 0 is one after each epoch
     #[arg(long, default_value_t = 0)]
     pub eval_every: usize,
@@ -173,6 +228,26 @@ pub struct TrainArgs {
     /// Threads; 0 is one a core
     #[arg(long, env = "LORAMUX_THREADS", default_value_t = 0)]
     pub threads: usize,
+}
+
+impl PretrainArgs {
+    /// The model, and its training as one on texts.
+    pub fn split(self) -> (ShapeArgs, TrainArgs) {
+        let PretrainArgs { shape, mut run } = self;
+        // A new model learns well at rates that would make a trained one forget.
+        run.learning_rate.get_or_insert(1e-3);
+        run.max_length.get_or_insert(shape.context);
+        let train = TrainArgs {
+            task: Task::Generate,
+            model: String::new(),
+            run,
+            label_column: None,
+            label_name: vec![],
+            balance: false,
+            metric: None,
+        };
+        (shape, train)
+    }
 }
 
 /// The projections that names such as `q_proj` mean.

@@ -9,8 +9,9 @@ use crate::{Error, Result};
 
 /// What the card tells beside the history.
 pub struct Card<'a> {
-    pub name: String,
-    pub base: &'a str,
+    pub name: &'a str,
+    /// `None` for a model that was made from nothing.
+    pub base: Option<&'a str>,
     pub adapter: bool,
     /// Options as they were given, in order.
     pub settings: Vec<(&'a str, String)>,
@@ -44,12 +45,14 @@ pub fn confusion_table(labels: &[String], confusion: &Confusion) -> String {
 
 impl Card<'_> {
     pub fn markdown(&self, history: &History) -> String {
-        let mut out = format!("---\nbase_model: {}\n", self.base);
-        if self.adapter {
-            out += "library_name: peft\n";
+        let mut out = "---\n".to_string();
+        if let Some(base) = self.base {
+            out += &format!("base_model: {base}\n");
         }
+        out += if self.adapter { "library_name: peft\n" } else { "library_name: transformers\n" };
         let share = 100.0 * self.trained as f64 / self.parameters.max(1) as f64;
-        out += &format!("---\n\n# {}\n\nTrained by `loramux-train` on {}. ", self.name, self.base);
+        let begun = self.base.map_or("from nothing".into(), |base| format!("on {base}"));
+        out += &format!("---\n\n# {}\n\nTrained by `loramux-train` {begun}. ", self.name);
         out += &format!("{} of {} parameters are trained ({share:.2} %).\n\n", self.trained, self.parameters);
         out += "## Data\n\n";
         self.data.iter().for_each(|line| out += &format!("- {line}\n"));

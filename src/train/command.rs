@@ -11,14 +11,16 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rand::seq::SliceRandom;
 use sha2::{Digest, Sha256};
 
-use super::args::{self, Cli, Command, LoraArgs, Task, TrainArgs};
+use super::args::{self, Cli, Command, LoraArgs, ShapeArgs, Task, TrainArgs};
 use super::card::{self, Card};
 use super::examples::{self, Columns, Example, Goal};
 use super::export::{Export, taken};
 use super::network::{LoraOptions, Method, Network};
 use super::optimizer::AdamWOptions;
+use super::pretrain;
+use super::push::Push;
 use super::random;
-use super::table;
+use super::table::{self, Record};
 use super::trainer::{Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
 use crate::base::Base;
 use crate::{Error, Result};
@@ -34,12 +36,26 @@ pub fn run() -> Result<()> {
     match Cli::parse().command {
         Command::Lora(args) => {
             let method = Method::Lora(lora(&args)?);
-            train(&args.train, &method, args.init_adapter.as_deref())
+            train(args.train, &method, args.init_adapter.map_or(Start::Base, Start::Adapter))
         }
-        Command::LastLayers { layers, train: args } => train(&args, &Method::LastLayers(layers), None),
-        Command::Head { train: args } => train(&args, &Method::Head, None),
-        Command::Full { train: args } => train(&args, &Method::Full, None),
+        Command::LastLayers { layers, train: args } => train(args, &Method::LastLayers(layers), Start::Base),
+        Command::Head { train: args } => train(args, &Method::Head, Start::Base),
+        Command::Full { train: args } => train(args, &Method::Full, Start::Base),
+        Command::Pretrain(args) => {
+            let (shape, args) = args.split();
+            train(args, &Method::Full, Start::Nothing(shape))
+        }
     }
+}
+
+/// What a run begins with.
+enum Start {
+    /// The base as it is.
+    Base,
+    /// The base with this adapter.
+    Adapter(PathBuf),
+    /// A new model.
+    Nothing(ShapeArgs),
 }
 
 fn lora(args: &LoraArgs) -> Result<LoraOptions> {
@@ -58,6 +74,23 @@ fn lora(args: &LoraArgs) -> Result<LoraOptions> {
     Ok(LoraOptions { rank: args.rank, alpha, rslora: args.rslora, dropout: args.dropout, targets })
 }
 
+fn push(args: &TrainArgs, method: &Method, name: &str) -> Result<Option<Push>> {
+    let Some(url) = &args.run.push else { return Ok(None) };
+    if !makes_adapter(method) {
+        let what = "--push uploads an adapter, and this makes a model; serve that with loramux serve --model DIR";
+        return Err(Error::bad_request(what));
+    }
+    Push::new(url, args.run.push_name.as_deref().unwrap_or(name)).map(Some)
+}
+
+fn makes_adapter(method: &Method) -> bool {
+    matches!(method, Method::Lora(_) | Method::Head)
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
 /// The examples of a run.
 struct Data {
     train: Vec<Example>,
@@ -68,6 +101,7 @@ struct Data {
 }
 
 fn columns(args: &TrainArgs, base: &Base) -> Result<Columns> {
+    let run = &args.run;
     let mut rename = BTreeMap::new();
     for pair in &args.label_name {
         let (value, name) = pair.split_once('=').ok_or_else(|| {
@@ -76,55 +110,53 @@ fn columns(args: &TrainArgs, base: &Base) -> Result<Columns> {
         rename.insert(value.to_string(), name.to_string());
     }
     let context = base.config.context;
-    let max_length = args.max_length.unwrap_or(context.min(512));
+    let max_length = run.max_length.unwrap_or(context.min(512));
     if !(2..=context).contains(&max_length) {
-        return Err(Error::bad_request(format!("--max-length is {max_length}; expected 2 to the base's {context}")));
+        return Err(Error::bad_request(format!("--max-length is {max_length}; expected 2 to the model's {context}")));
     }
     Ok(Columns {
-        text: args.text_column.clone(),
+        text: run.text_column.clone(),
         label: args.label_column.clone(),
         rename,
-        skip_empty: args.skip_empty,
+        skip_empty: run.skip_empty,
         max_length,
     })
 }
 
-fn data(args: &TrainArgs, base: &Base) -> Result<Data> {
+/// The sequences of a run. `records` are those of `--data`.
+fn data(args: &TrainArgs, base: &Base, records: &[Record]) -> Result<Data> {
+    let run = &args.run;
     let columns = columns(args, base)?;
-    let names = |files: &[PathBuf]| {
-        let names = files.iter().map(|f| f.file_name().unwrap_or_default().to_string_lossy().into_owned());
-        names.collect::<Vec<_>>().join(", ")
-    };
+    let names = |files: &[PathBuf]| files.iter().map(|f| name_of(f)).collect::<Vec<_>>().join(", ");
     let mut labels: Option<Vec<String>> = None;
-    let mut read = |files: &[PathBuf]| -> Result<Vec<Example>> {
-        let records = table::read(files)?;
+    let mut read = |files: &[PathBuf], records: &[Record]| -> Result<Vec<Example>> {
         if args.task == Task::Generate {
-            return examples::texts(base, &records, &columns);
+            return examples::texts(base, records, &columns);
         }
-        let read = examples::classified(base, &records, &columns, labels.as_deref())?;
+        let read = examples::classified(base, records, &columns, labels.as_deref())?;
         if read.cut > 0 {
             tracing::warn!("{}: {} texts were cut to {} tokens", names(files), read.cut, columns.max_length);
         }
         labels = Some(read.labels);
         Ok(read.examples)
     };
-    let mut train = read(&args.data)?;
-    let mut notes = vec![format!("{}: {}", names(&args.data), card::count(&train))];
-    let eval = if args.eval.is_empty() {
-        if !(0.0..1.0).contains(&args.eval_share) {
-            let what = format!("--eval-share is {}; expected 0 or more and less than 1", args.eval_share);
+    let mut train = read(&run.data, records)?;
+    let mut notes = vec![format!("{}: {}", names(&run.data), card::count(&train))];
+    let eval = if run.eval.is_empty() {
+        if !(0.0..1.0).contains(&run.eval_share) {
+            let what = format!("--eval-share is {}; expected 0 or more and less than 1", run.eval_share);
             return Err(Error::bad_request(what));
         }
-        examples::split(&mut train, args.eval_share, args.seed)
+        examples::split(&mut train, run.eval_share, run.seed)
     } else {
-        read(&args.eval)?
+        read(&run.eval, &table::read(&run.eval)?)?
     };
-    if let Some(limit) = args.limit.filter(|&limit| limit < train.len()) {
-        train.shuffle(&mut random(args.seed, "limit", 0));
+    if let Some(limit) = run.limit.filter(|&limit| limit < train.len()) {
+        train.shuffle(&mut random(run.seed, "limit", 0));
         train.truncate(limit);
         notes.push(format!("trained on {limit} of them: {}", card::count(&train)));
     }
-    let from = if args.eval.is_empty() { "of the same files".to_string() } else { names(&args.eval) };
+    let from = if run.eval.is_empty() { "of the same files".to_string() } else { names(&run.eval) };
     notes.push(format!("held out ({from}): {}", card::count(&eval)));
     if train.is_empty() {
         return Err(Error::bad_request("no examples are left to train on; lower --eval-share"));
@@ -133,12 +165,13 @@ fn data(args: &TrainArgs, base: &Base) -> Result<Data> {
 }
 
 fn options(args: &TrainArgs, method: &Method, data: &Data, fingerprint: String) -> Result<TrainerOptions> {
-    for (name, number) in [("--epochs", args.epochs), ("--batch-size", args.batch_size)] {
+    let run = &args.run;
+    for (name, number) in [("--epochs", run.epochs), ("--batch-size", run.batch_size)] {
         if !(1..=MAX_COUNT).contains(&number) {
             return Err(Error::bad_request(format!("{name} is {number}; expected 1 to {MAX_COUNT}")));
         }
     }
-    let learning_rate = args.learning_rate.unwrap_or(match method {
+    let learning_rate = run.learning_rate.unwrap_or(match method {
         Method::Lora(_) => 5e-4,
         Method::Head => 5e-3,
         Method::Full | Method::LastLayers(_) => 5e-5,
@@ -146,7 +179,7 @@ fn options(args: &TrainArgs, method: &Method, data: &Data, fingerprint: String) 
     if !learning_rate.is_finite() || learning_rate <= 0.0 {
         return Err(Error::bad_request(format!("--learning-rate is {learning_rate}; expected more than 0")));
     }
-    if !(0.0..=1.0).contains(&args.warmup) || !(0.0..1.0).contains(&args.label_smoothing) {
+    if !(0.0..=1.0).contains(&run.warmup) || !(0.0..1.0).contains(&run.label_smoothing) {
         return Err(Error::bad_request("--warmup and --label-smoothing are shares, from 0 to 1"));
     }
     let metric = match (args.metric, args.task) {
@@ -160,23 +193,23 @@ fn options(args: &TrainArgs, method: &Method, data: &Data, fingerprint: String) 
         (None, Task::Generate) => Metric::Loss,
     };
     Ok(TrainerOptions {
-        epochs: args.epochs,
-        batch_size: args.batch_size,
-        max_batch_tokens: args.max_batch_tokens.max(1),
+        epochs: run.epochs,
+        batch_size: run.batch_size,
+        max_batch_tokens: run.max_batch_tokens.max(1),
         learning_rate,
-        decay: args.schedule,
-        warmup: args.warmup,
-        adamw: AdamWOptions { weight_decay: args.weight_decay, ..AdamWOptions::default() },
-        max_norm: args.max_norm,
-        smoothing: args.label_smoothing,
+        decay: run.schedule,
+        warmup: run.warmup,
+        adamw: AdamWOptions { weight_decay: run.weight_decay, ..AdamWOptions::default() },
+        max_norm: run.max_norm,
+        smoothing: run.label_smoothing,
         class_weights: if args.balance { balanced(data) } else { vec![] },
         metric,
-        eval_every: args.eval_every,
-        patience: args.patience,
-        checkpoint_every: args.checkpoint_every,
-        checkpoint: checkpoint_path(&args.out),
+        eval_every: run.eval_every,
+        patience: run.patience,
+        checkpoint_every: run.checkpoint_every,
+        checkpoint: checkpoint_path(&run.out),
         fingerprint,
-        seed: args.seed,
+        seed: run.seed,
     })
 }
 
@@ -194,31 +227,30 @@ fn balanced(data: &Data) -> Vec<f32> {
 
 /// The checkpoint lies beside the output and is removed when that is written.
 fn checkpoint_path(out: &Path) -> PathBuf {
-    let name = out.file_name().unwrap_or_default().to_string_lossy();
-    out.with_file_name(format!("{name}.checkpoint.safetensors"))
+    out.with_file_name(format!("{}.checkpoint.safetensors", name_of(out)))
 }
 
 /// What decides a run's numbers: options and data.
-fn settings(args: &TrainArgs, method: &Method) -> Vec<(&'static str, String)> {
-    let mut all = vec![("method", format!("{method:?}"))];
+fn settings(args: &TrainArgs, method: &Method, start: &Start) -> Vec<(&'static str, String)> {
+    let run = &args.run;
+    let mut all = match start {
+        Start::Base | Start::Adapter(_) => vec![("method", format!("{method:?}")), ("model", args.model.clone())],
+        Start::Nothing(shape) => vec![("method", "pretrain".into()), ("model", pretrain::describe(shape))],
+    };
     all.extend([
-        ("model", args.model.clone()),
         ("task", format!("{:?}", args.task).to_lowercase()),
-        ("epochs", args.epochs.to_string()),
-        ("batch size", args.batch_size.to_string()),
-        ("learning rate", args.learning_rate.map_or("default".into(), |r| r.to_string())),
-        ("schedule", format!("{:?}, warm-up {}", args.schedule, args.warmup).to_lowercase()),
-        ("weight decay", args.weight_decay.to_string()),
-        ("largest norm", args.max_norm.to_string()),
-        ("label smoothing", args.label_smoothing.to_string()),
+        ("epochs", run.epochs.to_string()),
+        ("batch size", run.batch_size.to_string()),
+        ("learning rate", run.learning_rate.map_or("default".into(), |r| r.to_string())),
+        ("schedule", format!("{:?}, warm-up {}", run.schedule, run.warmup).to_lowercase()),
+        ("weight decay", run.weight_decay.to_string()),
+        ("largest norm", run.max_norm.to_string()),
+        ("label smoothing", run.label_smoothing.to_string()),
         ("balance", args.balance.to_string()),
-        ("longest sequence", args.max_length.map_or("default".into(), |n| n.to_string())),
-        ("tokens at a time", args.max_batch_tokens.to_string()),
-        (
-            "evaluations",
-            format!("every {} steps, patience {}, metric {:?}", args.eval_every, args.patience, args.metric),
-        ),
-        ("seed", args.seed.to_string()),
+        ("longest sequence", run.max_length.map_or("default".into(), |n| n.to_string())),
+        ("tokens at a time", run.max_batch_tokens.to_string()),
+        ("evaluations", format!("every {} steps, patience {}, metric {:?}", run.eval_every, run.patience, args.metric)),
+        ("seed", run.seed.to_string()),
     ]);
     all
 }
@@ -237,38 +269,53 @@ fn fingerprint(settings: &[(&str, String)], data: &Data, init: Option<&Path>) ->
     Ok(format!("{}; data={data}", settings.join("; ")))
 }
 
-fn train(args: &TrainArgs, method: &Method, init: Option<&Path>) -> Result<()> {
-    if args.threads > 0 {
+fn train(mut args: TrainArgs, method: &Method, start: Start) -> Result<()> {
+    if args.run.threads > 0 {
         // Fails only where the pool is there already; then its size stands.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global();
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(args.run.threads).build_global();
     }
     if *method == Method::Head && args.task == Task::Generate {
         return Err(Error::bad_request("head trains a classification; use --task classify"));
     }
-    if args.out.exists() && !args.overwrite {
-        return Err(taken(&args.out));
+    let name = name_of(&args.run.out);
+    let push = push(&args, method, &name)?;
+    if args.run.out.exists() && !args.run.overwrite {
+        return Err(taken(&args.run.out));
     }
-    let base = Base::open(&args.model)?;
-    let data = data(args, &base)?;
+    let records = table::read(&args.run.data)?;
+    let base = match &start {
+        Start::Base | Start::Adapter(_) => Base::open(&args.model)?,
+        Start::Nothing(shape) => {
+            // Named, it is all that is read of a record, also of one with a prompt or a chat.
+            let column = examples::text_column(&records, &args.run.text_column)?;
+            let texts = examples::plain(&records, &column, args.run.skip_empty)?;
+            args.run.text_column = Some(column);
+            pretrain::model(shape, &texts, args.run.seed, &name)?
+        }
+    };
+    let run = &args.run;
+    let data = data(&args, &base, &records)?;
+    drop(records);
     let labels = data.labels.as_ref().map(Vec::len);
-    let mut network = Network::new(&base, method, labels, &Device::Cpu, &mut random(args.seed, "weights", 0))?;
-    if args.checkpoint_activations {
+    let mut network = Network::new(&base, method, labels, &Device::Cpu, &mut random(run.seed, "weights", 0))?;
+    if run.checkpoint_activations {
         network.checkpoint_activations();
     }
+    let init = if let Start::Adapter(folder) = &start { Some(folder.as_path()) } else { None };
     if let Some(init) = init {
         let adapter = crate::adapter::load(init, &base.config, &base.id)?.adapter;
         network.start_from(&adapter).map_err(|e| e.context(format!("--init-adapter {}", init.display())))?;
     }
-    let settings = settings(args, method);
-    let options = options(args, method, &data, fingerprint(&settings, &data, init)?)?;
+    let settings = settings(&args, method, &start);
+    let options = options(&args, method, &data, fingerprint(&settings, &data, init)?)?;
     let checkpoint = options.checkpoint.clone();
-    std::fs::create_dir_all(args.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+    std::fs::create_dir_all(run.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
     data.notes.iter().for_each(|note| tracing::info!("{note}"));
     let trained: usize = network.trained().iter().map(|(_, v)| v.elem_count()).sum();
     let mut trainer = Trainer::new(&network, options, &data.train, &data.eval)?;
-    if args.resume && trainer.resume()? {
+    if run.resume && trainer.resume()? {
         tracing::info!("going on after step {} of {}", trainer.history().step, trainer.steps());
-    } else if !args.resume && checkpoint.exists() {
+    } else if !run.resume && checkpoint.exists() {
         return Err(Error::bad_request(format!(
             "{} is left of a run that was interrupted; go on with it with --resume, or remove it",
             checkpoint.display()
@@ -280,11 +327,10 @@ fn train(args: &TrainArgs, method: &Method, init: Option<&Path>) -> Result<()> {
         return Err(Error::unavailable(what));
     }
     let history = trainer.history();
-    let name = args.out.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let card = Card {
-        name,
-        base: &base.id,
-        adapter: matches!(method, Method::Lora(_) | Method::Head),
+        name: &name,
+        base: if let Start::Nothing(_) = start { None } else { Some(&base.id) },
+        adapter: makes_adapter(method),
         settings,
         data: data.notes.clone(),
         labels: data.labels.as_deref(),
@@ -297,15 +343,15 @@ fn train(args: &TrainArgs, method: &Method, init: Option<&Path>) -> Result<()> {
         ("curves.svg", card::curves(history)?),
         ("history.json", history_json),
     ];
-    let dtype = if args.dtype == args::Dtype::Bf16 { DType::BF16 } else { DType::F32 };
+    let dtype = if run.dtype == args::Dtype::Bf16 { DType::BF16 } else { DType::F32 };
     let export = Export { base: &base, network: &network, method, labels: data.labels.as_deref(), dtype, texts };
-    export.write(&args.out, args.overwrite)?;
+    export.write(&run.out, run.overwrite)?;
     let _ = std::fs::remove_file(&checkpoint);
     if let Some(best) = history.best.map(|b| &history.evaluations[b]) {
         report(best, data.labels.as_deref());
     }
-    println!("{}", args.out.display());
-    Ok(())
+    println!("{}", run.out.display());
+    push.map_or(Ok(()), |push| push.upload(&run.out))
 }
 
 fn report(best: &Evaluation, labels: Option<&[String]>) {

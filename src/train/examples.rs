@@ -75,21 +75,37 @@ fn guess(records: &[Record], asked: &Option<String>, known: &[&str], what: &str,
     }
 }
 
+/// The text of a record; `None` for an empty one that is to be left out. A null is empty, as Parquet's texts often are.
+fn filled(record: &Record, column: &str, skip_empty: bool) -> Result<Option<String>> {
+    let null = record.fields.get(column).is_some_and(Value::is_null);
+    let text = if null { String::new() } else { record.text(column)? };
+    match text.trim().is_empty() {
+        false => Ok(Some(text)),
+        true if skip_empty => Ok(None),
+        true => {
+            Err(record.wrong(format!("has an empty {column:?}; fill it in, or leave such rows out with --skip-empty")))
+        }
+    }
+}
+
+/// The column of the texts: the one asked for, or the one that looks like it.
+pub fn text_column(records: &[Record], asked: &Option<String>) -> Result<String> {
+    guess(records, asked, &TEXT_COLUMNS, "a text", "--text-column")
+}
+
+/// The texts themselves.
+pub fn plain(records: &[Record], column: &str, skip_empty: bool) -> Result<Vec<String>> {
+    records.iter().filter_map(|record| filled(record, column, skip_empty).transpose()).collect()
+}
+
 /// Reads a classification. `labels` are the classes that are allowed, e.g. those of the training data; without them they
 /// are whatever occurs.
 pub fn classified(base: &Base, records: &[Record], columns: &Columns, labels: Option<&[String]>) -> Result<Classified> {
-    let text_column = guess(records, &columns.text, &TEXT_COLUMNS, "a text", "--text-column")?;
+    let text_column = text_column(records, &columns.text)?;
     let label_column = guess(records, &columns.label, &LABEL_COLUMNS, "a class", "--label-column")?;
     let mut read = Vec::with_capacity(records.len());
     for record in records {
-        let text = record.text(&text_column)?;
-        if text.trim().is_empty() {
-            if columns.skip_empty {
-                continue;
-            }
-            return Err(record
-                .wrong(format!("has an empty {text_column:?}; fill it in, or leave such rows out with --skip-empty")));
-        }
+        let Some(text) = filled(record, &text_column, columns.skip_empty)? else { continue };
         let label = record.text(&label_column)?.trim().to_string();
         if label.is_empty() {
             return Err(record.wrong(format!("has an empty {label_column:?}; every row needs its class")));
@@ -125,7 +141,8 @@ pub fn classified(base: &Base, records: &[Record], columns: &Columns, labels: Op
 }
 
 /// Reads texts to continue: `messages` (a chat), `prompt` and `completion`, or a text. Of a chat the assistant's turns are
-/// learned, of a pair the completion, of a text every token. A text longer than the longest length is cut in pieces.
+/// learned, of a pair the completion, of a text every token. A text longer than the longest length is cut in pieces, each
+/// with what the tokenizer puts before a text.
 pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<Example>> {
     let end = base.config.eos_tokens.first().copied();
     let mut examples = Vec::new();
@@ -152,19 +169,19 @@ pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<E
             }
         }
     } else {
-        let column = guess(records, &columns.text, &TEXT_COLUMNS, "a text", "--text-column")?;
-        for record in records {
-            let text = record.text(&column)?;
-            if text.trim().is_empty() {
-                if columns.skip_empty {
-                    continue;
-                }
-                return Err(record.wrong(format!("has an empty {column:?}; leave such rows out with --skip-empty")));
-            }
-            let mut tokens = base.tokenizer.encode(&text, true)?;
+        // As the server's prompts begin.
+        let prefix = base.tokenizer.prefix()?;
+        let longest = columns.max_length.saturating_sub(prefix.len()).max(1);
+        for text in plain(records, &text_column(records, &columns.text)?, columns.skip_empty)? {
+            let mut tokens = base.tokenizer.encode(&text, false)?;
             tokens.extend(end);
-            for piece in tokens.chunks(columns.max_length).filter(|p| p.len() > 1) {
-                examples.push(Example { tokens: piece.to_vec(), goal: Goal::range(1..piece.len()) });
+            for (i, piece) in tokens.chunks(longest).enumerate() {
+                let tokens = [&prefix, piece].concat();
+                // What begins a later piece follows from what is not in it.
+                let from = if i == 0 { prefix.len().max(1) } else { prefix.len() + 1 };
+                if from < tokens.len() {
+                    examples.push(Example { goal: Goal::range(from..tokens.len()), tokens });
+                }
             }
         }
     }
@@ -262,6 +279,8 @@ mod tests {
         assert!(empty.contains("row 2") && empty.contains("--skip-empty"), "{empty}");
         let missing = error(&[json!({ "words": "t1", "label": "a" })], None);
         assert!(missing.contains("\"words\"") && missing.contains("--text-column"), "{missing}");
+        let null = error(&[good.clone(), json!({ "text": null, "label": "b" })], None);
+        assert!(null.contains("row 2") && null.contains("--skip-empty"), "{null}");
         let unseen = error(&[json!({ "text": "t1", "label": "c" })], Some(&["a".into(), "b".into()]));
         assert!(unseen.contains("row 1") && unseen.contains("\"c\""), "{unseen}");
         let none = error(&[good.clone(), json!({ "text": "t1" })], None);
@@ -270,6 +289,21 @@ mod tests {
         assert!(
             classified(&base(), &records(&[good]), &named, None).unwrap_err().message.contains("no column \"nope\"")
         );
+    }
+
+    #[test]
+    fn empty_rows_are_left_out_where_asked() {
+        let rows = records(&[
+            json!({ "text": "t1", "label": "a" }),
+            json!({ "text": null, "label": "a" }),
+            json!({ "text": " ", "label": "c" }),
+            json!({ "text": "t2", "label": "b" }),
+        ]);
+        let skipping = Columns { skip_empty: true, ..columns() };
+        let read = classified(&base(), &rows, &skipping, None).unwrap();
+        assert_eq!((read.examples.len(), read.labels), (2, vec!["a".to_string(), "b".into()]));
+        assert_eq!(texts(&base(), &rows, &skipping).unwrap().len(), 2);
+        assert!(texts(&base(), &rows, &columns()).unwrap_err().message.contains("row 2"));
     }
 
     #[test]
@@ -303,6 +337,19 @@ mod tests {
         let pair = texts(&base(), &rows, &columns()).unwrap();
         let prompt = base().tokenizer.encode("t1 t2", true).unwrap().len();
         assert_eq!(pair[0].goal, Goal::range(prompt..pair[0].tokens.len()));
+    }
+
+    #[test]
+    fn each_piece_of_a_text_begins_as_a_prompt_does() {
+        let settings = json!({ "tokenizer_class": "LlamaTokenizerFast", "bos_token": "t1" });
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny/llama/base/tokenizer.json");
+        let tokenizer = crate::base::Tokenizer::from_file(path.as_ref()).unwrap().with_settings(&settings).unwrap();
+        let base = Base { tokenizer: std::sync::Arc::new(tokenizer), ..base() };
+        let read = texts(&base, &records(&[json!({ "text": "t11 t12 t13 t14 t15 t16 t17" })]), &columns()).unwrap();
+        let end = base.config.eos_tokens[0];
+        let example =
+            |tokens: &[u32], from: usize| Example { tokens: tokens.into(), goal: Goal::range(from..tokens.len()) };
+        assert_eq!(read, [example(&[1, 11, 12, 13, 14, 15], 1), example(&[1, 16, 17, end], 2)]);
     }
 
     #[test]

@@ -158,8 +158,12 @@ impl Export<'_> {
             .collect::<Result<_>>()?;
         // transformers looks for this word.
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let failed = |e: std::io::Error| Error::internal(format!("{}: {e}", path.display()));
+        // The library's file is its owner's alone; a server may run as somebody else.
+        let usual = File::create(path).and_then(|file| file.metadata()).map_err(failed)?.permissions();
         safetensors::serialize_to_file(converted, Some(metadata), path)
-            .map_err(|e| Error::internal(format!("{}: {e}", path.display())))
+            .map_err(|e| Error::internal(format!("{}: {e}", path.display())))?;
+        fs::set_permissions(path, usual).map_err(failed)
     }
 }
 

@@ -1,9 +1,11 @@
 //! The trainer: adapters, partial and full fine-tunes of a base, from real data.
 //!
 //! - [`table`], [`examples`]: files to records to sequences with what is to be learned from them
+//! - [`pretrain`]: a new base with a tokenizer made from the data
 //! - [`network`]: the base with what is trained in it, made of [`layer`]s of the differentiable operations in [`ops`]
 //! - [`trainer`]: the loop, with [`optimizer`], [`schedule`], [`metrics`] and [`checkpoint`]
 //! - [`export`]: a trained network to a directory that PEFT or transformers opens
+//! - [`push`]: a finished adapter to a running server
 //! - [`command`]: the `loramux-train` program
 
 mod args;
@@ -17,6 +19,9 @@ mod metrics;
 mod network;
 mod ops;
 mod optimizer;
+mod parquet;
+mod pretrain;
+mod push;
 mod schedule;
 mod table;
 mod trainer;

@@ -148,7 +148,7 @@ fn uniform(rng: &mut ChaCha8Rng, shape: (usize, usize), bound: f32, device: &Dev
     Ok(Var::from_tensor(&Tensor::from_vec(numbers, shape, device)?)?)
 }
 
-fn normal(rng: &mut ChaCha8Rng, shape: (usize, usize), deviation: f32, device: &Device) -> Result<Var> {
+pub(super) fn normal(rng: &mut ChaCha8Rng, shape: (usize, usize), deviation: f32, device: &Device) -> Result<Var> {
     let one = |_| deviation * rng.sample::<f32, _>(StandardNormal);
     let numbers: Vec<f32> = (0..shape.0 * shape.1).map(one).collect();
     Ok(Var::from_tensor(&Tensor::from_vec(numbers, shape, device)?)?)

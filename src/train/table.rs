@@ -1,10 +1,11 @@
-//! Files of examples as records with named fields: CSV, TSV, JSON lines, or a folder for each class.
+//! Files of examples as records with named fields: CSV, TSV, JSON lines, Parquet, or a folder for each class.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::parquet;
 use crate::{Error, Result};
 
 /// Longest text of one field, in bytes; what is longer is no example but a mistake in the quoting.
@@ -57,13 +58,14 @@ fn read_one(file: &Path, records: &mut Vec<Record>) -> Result<()> {
         "csv" => separated(&name, &text(file)?, b',', records),
         "tsv" | "tab" => separated(&name, &text(file)?, b'\t', records),
         "jsonl" | "ndjson" => lines(&name, &text(file)?, records),
+        "parquet" => parquet::read(file, &name, records),
         "txt" => {
             let fields = Map::from_iter([("text".to_string(), Value::String(text(file)?))]);
             records.push(Record { place: name, fields });
             Ok(())
         }
         _ => Err(Error::bad_request(format!(
-            "{name}: expected .csv, .tsv, .tab, .jsonl, .ndjson or .txt, or a folder with a folder of .txt files for each class"
+            "{name}: expected .csv, .tsv, .tab, .jsonl, .ndjson, .parquet or .txt, or a folder with a folder of .txt files for each class"
         ))),
     }
 }

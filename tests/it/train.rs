@@ -9,6 +9,7 @@ use loramux::base::{Base, Kernels};
 use loramux::engine::{Output as Want, Runner};
 
 use crate::common::{adapter, decoder, fixtures, logits};
+use crate::host::Server;
 
 struct Folder(tempfile::TempDir);
 
@@ -43,8 +44,10 @@ impl Folder {
 
     fn command(&self, method: &[&str], data: &Path, out: &str, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_loramux-train"));
-        command.args(method).arg("--data").arg(data).arg("--out").arg(self.path(out));
-        command.arg("--model").arg(fixtures().join("tiny/llama/base")).args(more);
+        command.args(method).arg("--data").arg(data).arg("--out").arg(self.path(out)).args(more);
+        if method[0] != "pretrain" && !more.contains(&"--model") {
+            command.arg("--model").arg(fixtures().join("tiny/llama/base"));
+        }
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
@@ -202,6 +205,144 @@ fn texts_are_learned_and_an_adapter_trained_further() {
     let classified = folder.classified(240);
     folder.run(&LORA, &classified, "three", &["--init-adapter", init.to_str().unwrap()]);
     assert!(accuracy(&folder.path("three")) >= 0.9);
+}
+
+/// What `loramux generate` says, greedily.
+fn generated(model: &Path, adapter: Option<&Path>, prompt: &str) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_loramux"));
+    command.args(["generate", "--max-tokens", "40", prompt, "--model"]).arg(model);
+    if let Some(adapter) = adapter {
+        command.arg("--adapter").arg(adapter);
+    }
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim_end_matches('\n').to_string()
+}
+
+#[test]
+fn a_model_from_nothing_repeats_is_served_and_takes_an_adapter() {
+    let folder = Folder::new();
+    let rhyme = "One two, buckle my shoe; three four, knock at the door.";
+    let data = folder.path("rhymes.jsonl");
+    // Of such a row nothing but its text is read.
+    let row = serde_json::json!({ "text": rhyme, "prompt": "", "completion": "", "messages": [] });
+    std::fs::write(&data, format!("{row}\n").repeat(40)).unwrap();
+    let shape =
+        ["pretrain", "--layers", "2", "--hidden-size", "48", "--heads", "4", "--kv-heads", "2", "--context", "64"];
+    let more = ["--vocab-size", "280", "--epochs", "30", "--learning-rate", "0.01", "--seed", "5", "--dtype", "f32"];
+    for out in ["a", "b"] {
+        folder.run(&shape, &data, out, &more);
+    }
+    for file in ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"] {
+        let read = |out: &str| std::fs::read(folder.path(out).join(file)).unwrap();
+        assert_eq!(read("a"), read("b"), "{file}: the same seed and data, another model");
+    }
+    let model = folder.path("a");
+    let base = Base::open(model.to_str().unwrap()).unwrap();
+    let c = &base.config;
+    assert_eq!((c.layers, c.heads, c.kv_heads, c.context, c.vocab_size), (2, 4, 2, 64, 280));
+    let history = history(&model);
+    let losses: Vec<f64> = serde_json::from_value(history["losses"].clone()).unwrap();
+    let uniform = (c.vocab_size as f64).ln();
+    // A fresh model knows nothing; this one knows the rhyme, also where it was held out.
+    assert!((losses[0] - uniform).abs() < 0.1 * uniform, "{} is not {uniform}", losses[0]);
+    let held_out = history["evaluations"][history["best"].as_u64().unwrap() as usize]["loss"].as_f64().unwrap();
+    assert!(held_out < 0.1 * uniform, "{held_out} of {uniform}");
+    // The server begins and ends texts as the trainer did.
+    let tokens = base.tokenizer.encode(rhyme, true).unwrap();
+    assert_eq!((Some(tokens[0]), c.eos_tokens.len()), (c.bos_token, 1));
+    assert_eq!(generated(&model, None, "One two,"), rhyme.strip_prefix("One two,").unwrap());
+    let card = std::fs::read_to_string(model.join("README.md")).unwrap();
+    assert!(card.contains("from nothing") && card.contains("perplexity") && card.contains("context 64"), "{card}");
+
+    let other = "One two, knock at the door; three four, buckle my shoe.";
+    let texts = folder.path("texts.jsonl");
+    std::fs::write(&texts, format!("{}\n", serde_json::json!({ "text": other })).repeat(40)).unwrap();
+    let lora = ["lora", "--task", "generate", "--target-modules", "all-linear", "--learning-rate", "0.02"];
+    folder.run(&lora, &texts, "adapter", &["--model", model.to_str().unwrap(), "--epochs", "20"]);
+    assert_eq!(generated(&model, Some(&folder.path("adapter")), "One two,"), other.strip_prefix("One two,").unwrap());
+}
+
+/// Interrupted, a model from nothing goes on with the tokenizer that it had.
+#[test]
+fn a_stopped_pretraining_goes_on() {
+    let folder = Folder::new();
+    let data = folder.path("text.txt");
+    std::fs::write(&data, "the cat and the hat sat on the mat. ".repeat(400)).unwrap();
+    let shape = ["pretrain", "--layers", "1", "--hidden-size", "16", "--heads", "2", "--context", "32"];
+    let more = ["--vocab-size", "270", "--epochs", "24", "--checkpoint-every", "1", "--dtype", "f32"];
+    folder.run(&shape, &data, "whole", &more);
+    let checkpoint = folder.path("parts.checkpoint.safetensors");
+    let mut child = folder.command(&shape, &data, "parts", &more).spawn().unwrap();
+    while !checkpoint.exists() {
+        assert!(child.try_wait().unwrap().is_none(), "it has ended without a checkpoint");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    assert!(!child.wait().unwrap().success(), "it was not stopped in time");
+    let resumed = [&more[..], &["--resume"]].concat();
+    let other = [&shape[..], &["--kv-heads", "1"]].concat();
+    let told = folder.command(&other, &data, "parts", &resumed).output().unwrap();
+    let told = String::from_utf8_lossy(&told.stderr);
+    assert!(told.contains("other settings or data") && told.contains("1 of keys and values"), "{told}");
+    folder.run(&shape, &data, "parts", &resumed);
+    let numbers = |out: &str| std::fs::read(folder.path(out).join("model.safetensors")).unwrap();
+    assert_eq!(numbers("parts"), numbers("whole"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_finished_adapter_is_pushed_or_says_how() {
+    let folder = Folder::new();
+    let data = folder.classified(40);
+    let base = fixtures().join("tiny/llama/base").display().to_string();
+    let server = Server::start(&base, &[]).await;
+    let quick = |out: &str, more: &[&str]| {
+        let lora = ["lora", "--task", "classify", "--epochs", "1"];
+        folder.command(&lora, &data, out, more).output().unwrap()
+    };
+    for (out, name, more) in [("mine", "mine", &[][..]), ("other", "a.name", &["--push-name", "a.name"])] {
+        let output = quick(out, &[&["--push", &server.url], more].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let (status, info) = server.get(&format!("/v1/adapters/{name}")).await.unwrap();
+        let generation = loramux::adapter::generation_of(&folder.path(out)).unwrap();
+        assert_eq!((status, info["generation"].as_str()), (200, Some(generation.as_str())), "{info}");
+        let body = serde_json::json!({ "adapter": name, "input": "t11 t12" });
+        let (status, answer) = server.post("/v1/classify", body).await;
+        assert!(
+            status == 200 && ["low", "high"].map(Some).contains(&answer["results"][0]["label"].as_str()),
+            "{answer}"
+        );
+    }
+
+    // What goes wrong in the end leaves the adapter, and says how to go on.
+    let strict = Server::start(&base, &["--max-upload", "1KiB"]).await;
+    let (away, small) = (server.url.clone(), strict.url.clone());
+    server.kill();
+    for (out, url, word) in [("away", &away, "no answer"), ("large", &small, "413")] {
+        let output = quick(out, &["--push", url]);
+        let (told, path) = (String::from_utf8_lossy(&output.stderr), folder.path(out).display().to_string());
+        assert!(!output.status.success() && told.contains(word), "{told}");
+        assert!(told.contains(&format!("loramux adapters push {out} {path} --url {url}")), "{told}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), path);
+        assert!(folder.path(out).join("adapter_model.safetensors").exists());
+    }
+
+    // What cannot go right is told before anything is trained.
+    let (pretrain, full) = (&["pretrain"][..], &["full", "--task", "classify"][..]);
+    let last = &["last-layers", "--task", "classify"][..];
+    for (method, more, word) in [
+        (pretrain, &["--push", &away][..], "makes a model"),
+        (full, &["--push", &away], "makes a model"),
+        (last, &["--push", &away], "makes a model"),
+        (&LORA, &["--push", "localhost:8080"], "http://HOST:PORT"),
+        (&LORA, &["--push", &away, "--push-name", "a b"], "--push-name"),
+        (&LORA, &["--push-name", "name"], "--push <URL>"),
+    ] {
+        let output = folder.command(method, &data, "none", more).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && told.contains(word), "{method:?} {more:?}: {told}");
+        assert!(!folder.path("none").exists());
+    }
 }
 
 #[test]
