@@ -21,13 +21,18 @@ build:
 model: build
 	$(CARGO_TARGET_DIR)/release/loramux fetch
 
-test: $(CLIENTS)/ready $(CLIENTS)/prometheus
-	PYTHONPATH=$(CLIENTS)/python LORAMUX_TEST_PYTHON=$(PYTHON) LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus $(CARGO) test
+test: $(CLIENTS)/ready $(CLIENTS)/peft/ready $(CLIENTS)/prometheus
+	PYTHONPATH=$(CLIENTS)/python LORAMUX_TEST_PYTHON=$(PYTHON) LORAMUX_TEST_PEFT=$(CLIENTS)/peft \
+	LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus $(CARGO) test
 
 # The real clients that the tests run against a real server.
 $(CLIENTS)/ready: tests/clients/requirements.txt
 	$(PYTHON) -m pip install --quiet --upgrade --target $(CLIENTS)/python --requirement $<
 	touch $@
+
+# PyTorch, transformers and PEFT, which open what the trainer writes; also for benches/train.
+$(CLIENTS)/peft/ready: tests/peft/requirements.txt tests/peft/install.py
+	$(PYTHON) tests/peft/install.py $(@D)
 
 # The installed Prometheus, else Debian's package, unpacked without installing it. A fresh system has no list of packages
 # to find it in, and only root can fetch one.

@@ -1,5 +1,7 @@
 //! `loramux-train` from end to end on the tiny model: what it writes can be served, repeats, and survives being stopped.
 
+mod round_trip;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
