@@ -18,10 +18,10 @@ mod registry;
 mod store;
 mod tensors;
 #[cfg(test)]
-mod testing;
+pub mod testing;
 mod upload;
 
-pub use adapter::{Adapter, Generation, Head, LoraPair};
+pub use adapter::{Adapter, Generation, Head, LoraPair, OwnRows, TableChange};
 pub use config::Modules;
 pub use generation::generation_of;
 pub use name::{BASE_NAME, check_name};

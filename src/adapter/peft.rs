@@ -1,18 +1,19 @@
 //! Reads a PEFT directory (`adapter_config.json` + `adapter_model.safetensors`) into a checked [`Adapter`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
 use std::path::Path;
 
 use safetensors::tensor::TensorInfo;
 use serde::Serialize;
 
-use crate::adapter::config::{HEADS, LoraConfig, Modules, Target};
+use crate::adapter::config::{Bias, HEADS, LoraConfig, MAX_VOCABULARY, Modules, Target};
 use crate::adapter::files::{CONFIG, PICKLE, read_optional, shorten, steady};
 use crate::adapter::generation::GenerationHasher;
 use crate::adapter::labels::{self, LABELS_JSON, LABELS_TEXT};
 use crate::adapter::tensors::{TensorFile, check_dtype};
-use crate::adapter::{Adapter, Generation, Head, LoraPair};
-use crate::base::{ModelConfig, Projection};
+use crate::adapter::{Adapter, Generation, Head, LoraPair, OwnRows};
+use crate::base::{EMBEDDING, LM_HEAD, ModelConfig, Module, NormSite, Projection};
 use crate::{Error, Result};
 
 /// What PEFT puts in front of every module's path.
@@ -33,7 +34,7 @@ pub struct Summary {
     /// Largest rank of its pairs.
     pub rank: usize,
     pub lora_alpha: f64,
-    /// Short names of the projections it changes, e.g. `q_proj`.
+    /// Short names of the modules it adds pairs to, e.g. `q_proj`.
     pub target_modules: Vec<String>,
     /// Class names, if it has a head.
     pub labels: Option<Vec<String>>,
@@ -80,9 +81,7 @@ struct Files {
 /// Files that fit a base, as far as can be told without the weights.
 struct Fitted {
     files: Files,
-    targets: Vec<Target>,
-    /// By tensor name.
-    parts: HashMap<String, Part>,
+    plan: Plan,
     summary: Summary,
 }
 
@@ -106,21 +105,22 @@ impl Files {
 
     fn fit(self, base: &ModelConfig, base_id: &str) -> Result<Fitted> {
         let places = Places::assign(&self.config, self.tensors.tensors())?;
-        let fitting = self.config.targets(base).and_then(|targets| {
-            let parts = places.fit(&self.config, &targets, base)?;
-            Ok((targets, parts))
-        });
-        let (targets, parts) = fitting.map_err(|e| explain_base(e, &self.config, base_id))?;
-        let changed = |p: &Projection| targets.iter().any(|t| t.module.projection == *p);
+        let plan = places.fit(&self.config, base).map_err(|e| explain_base(e, &self.config, base_id))?;
+        let targeted = |module: &str| plan.targets.iter().any(|t| short_name(&t.name) == module);
+        let short_names = Projection::ALL.iter().map(|p| short_name(p.path()));
         let summary = Summary {
-            rank: targets.iter().map(|t| t.rank).max().unwrap_or(0),
+            rank: plan.targets.iter().map(|t| t.rank).max().unwrap_or(0),
             lora_alpha: self.config.lora_alpha,
-            target_modules: Projection::ALL.iter().filter(|p| changed(p)).map(|p| short_name(*p).into()).collect(),
+            target_modules: short_names
+                .chain([EMBEDDING, LM_HEAD].map(short_name))
+                .filter(|name| targeted(name))
+                .map(String::from)
+                .collect(),
             labels: self.labels(places.head_rows()?)?,
             parameters: self.tensors.numbers(),
             bytes: self.bytes(),
         };
-        Ok(Fitted { files: self, targets, parts, summary })
+        Ok(Fitted { files: self, plan, summary })
     }
 }
 
@@ -130,28 +130,75 @@ impl Fitted {
     }
 
     /// Reads the numbers.
-    fn read(mut self) -> Result<Adapter> {
+    fn read(self) -> Result<Adapter> {
+        let Fitted { files: Files { texts, tensors, .. }, plan, summary } = self;
         let mut values = HashMap::new();
-        let Files { texts, tensors, .. } = self.files;
         let generation = texts.generation(|hasher| {
             tensors.read(hasher, |name, numbers| {
-                if let Some(part) = self.parts.remove(name) {
-                    values.insert(part, numbers);
+                if let Some(part) = plan.parts.get(name) {
+                    values.insert(part.clone(), numbers);
                 }
             })
         })?;
-        let mut take =
-            |part: Part| values.remove(&part).ok_or_else(|| Error::internal(format!("{part:?} was not read")));
-        let mut pairs = BTreeMap::new();
-        for (index, Target { module, rank, scale }) in self.targets.iter().enumerate() {
-            let (a, b) = (take(Part::A(index))?, take(Part::B(index))?);
-            pairs.insert((module.layer, module.projection), LoraPair { rank: *rank, scale: *scale, a, b });
+        let mut take = |module: &str, kind: Kind| values.remove(&(module.to_string(), kind));
+        let read = |numbers: Option<Vec<f32>>| numbers.ok_or_else(|| Error::internal("a tensor was not read"));
+        let mut adapter = Adapter::new(generation);
+        for Target { name, module, rank, scale, .. } in &plan.targets {
+            let [a, b] = kinds(*module);
+            let pair = LoraPair {
+                rank: *rank,
+                scale: *scale,
+                a: read(take(name, a))?,
+                b: read(take(name, b))?,
+                bias: take(name, Kind::BiasB),
+                magnitude: take(name, Kind::Magnitude),
+            };
+            match module {
+                Module::Linear(layer, projection) => drop(adapter.pairs.insert((*layer, *projection), pair)),
+                Module::Embedding => adapter.embedding.pair = Some(pair),
+                Module::LmHead => adapter.lm_head.pair = Some(pair),
+            }
         }
-        let head = match self.summary.labels {
-            Some(labels) => Some(Head { weight: take(Part::HeadWeight)?, bias: take(Part::HeadBias).ok(), labels }),
-            None => None,
+        for norm in plan.norms {
+            adapter.norms.insert(norm, read(take(&norm.name(), Kind::Weight))?);
+        }
+        adapter.vocab_size = Some(plan.vocab_size);
+        let rows = |table: Table| -> Result<Option<OwnRows>> {
+            let get = |module: &str, kind| read(values.get(&(module.to_string(), kind)).cloned());
+            let whole = table.whole.map(|(module, kind)| get(module, kind)).transpose()?;
+            let tokens = table.tokens.map(|(module, tokens)| Ok::<_, Error>((tokens, get(module, Kind::Tokens)?)));
+            Ok(own_rows(whole, tokens.transpose()?, plan.hidden_size))
         };
-        Ok(Adapter { generation, pairs, head })
+        [adapter.embedding.rows, adapter.lm_head.rows] = {
+            let [embedding, lm_head] = plan.tables.map(rows);
+            [embedding?, lm_head?]
+        };
+        let mut take = |module: &str, kind: Kind| values.remove(&(module.to_string(), kind));
+        if let Some(labels) = summary.labels {
+            let weight = read(take(HEAD, Kind::Weight))?;
+            adapter.head = Some(Head { weight, bias: take(HEAD, Kind::Bias), labels });
+        }
+        Ok(adapter)
+    }
+}
+
+/// Rows of a whole table with those of some tokens in their place.
+fn own_rows(whole: Option<Vec<f32>>, tokens: Option<(Vec<u32>, Vec<f32>)>, width: usize) -> Option<OwnRows> {
+    match (whole, tokens) {
+        (None, None) => None,
+        (Some(rows), None) => Some(OwnRows { tokens: None, rows }),
+        (Some(mut rows), Some((tokens, some))) => {
+            for (token, row) in tokens.into_iter().zip(some.chunks_exact(width)) {
+                rows[token as usize * width..][..width].copy_from_slice(row);
+            }
+            Some(OwnRows { tokens: None, rows })
+        }
+        (None, Some((tokens, some))) => {
+            let mut sorted: Vec<(u32, &[f32])> = tokens.into_iter().zip(some.chunks_exact(width)).collect();
+            sorted.sort_by_key(|(token, _)| *token);
+            let (tokens, rows): (Vec<u32>, Vec<&[f32]>) = sorted.into_iter().unzip();
+            Some(OwnRows { tokens: Some(tokens), rows: rows.concat() })
+        }
     }
 }
 
@@ -232,51 +279,75 @@ impl Texts {
     }
 }
 
-/// Where a tensor belongs. The numbers are indices of targets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Part {
-    A(usize),
-    B(usize),
-    HeadWeight,
-    HeadBias,
+/// What a tensor is to its module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+enum Kind {
+    A,
+    B,
+    BiasB,
+    Magnitude,
+    EmbeddingA,
+    EmbeddingB,
+    /// Of the module itself, as `modules_to_save` has it.
+    Weight,
+    Bias,
+    /// Of the base's module, as it was saved beside what changes it.
+    BaseWeight,
+    BaseBias,
+    /// Rows of the tokens in `trainable_token_indices`.
+    Tokens,
 }
 
-/// What a tensor's name says.
-#[derive(Debug, PartialEq)]
-enum Name<'a> {
-    A(&'a str),
-    B(&'a str),
-    /// The head's name, and whether it is the bias.
-    Head(&'a str, bool),
-    Other(&'a str),
+/// How the end of a tensor's name says so. PEFT leaves out the adapter's name, `default`; exports of a raw state dict keep
+/// it.
+const ENDINGS: [(&str, Kind); 22] = [
+    ("lora_A.weight", Kind::A),
+    ("lora_A.default.weight", Kind::A),
+    ("lora_B.weight", Kind::B),
+    ("lora_B.default.weight", Kind::B),
+    ("lora_B.bias", Kind::BiasB),
+    ("lora_B.default.bias", Kind::BiasB),
+    ("lora_magnitude_vector", Kind::Magnitude),
+    ("lora_magnitude_vector.default", Kind::Magnitude),
+    ("lora_magnitude_vector.default.weight", Kind::Magnitude),
+    ("lora_embedding_A", Kind::EmbeddingA),
+    ("lora_embedding_A.default", Kind::EmbeddingA),
+    ("lora_embedding_B", Kind::EmbeddingB),
+    ("lora_embedding_B.default", Kind::EmbeddingB),
+    ("modules_to_save.default.weight", Kind::Weight),
+    ("modules_to_save.default.bias", Kind::Bias),
+    ("token_adapter.trainable_tokens_delta", Kind::Tokens),
+    ("token_adapter.base_layer.weight", Kind::BaseWeight),
+    ("original_module.weight", Kind::BaseWeight),
+    ("base_layer.weight", Kind::BaseWeight),
+    ("base_layer.bias", Kind::BaseBias),
+    ("weight", Kind::Weight),
+    ("bias", Kind::Bias),
+];
+
+/// The module's path in a tensor's name, and what the tensor is to it.
+fn parse_name(name: &str) -> Result<(&str, Kind)> {
+    let path = name.strip_prefix(PREFIX).ok_or_else(|| {
+        Error::unprocessable(format!("tensor {name}: its name does not begin with \"{PREFIX}\", as PEFT's do"))
+    })?;
+    let module = |ending: &str| path.strip_suffix(ending)?.strip_suffix('.').filter(|module| !module.is_empty());
+    ENDINGS.iter().find_map(|(ending, kind)| Some((module(ending)?, *kind))).ok_or_else(|| {
+        Error::unprocessable(format!(
+            "tensor {name}: expected the ending of a LoRA pair (lora_A.weight, lora_B.weight, …), of a magnitude, or \
+             weight or bias of a saved module"
+        ))
+    })
 }
 
-impl<'a> Name<'a> {
-    fn parse(name: &'a str) -> Result<Self> {
-        let path = name.strip_prefix(PREFIX).ok_or_else(|| {
-            Error::unprocessable(format!("tensor {name}: its name does not begin with \"{PREFIX}\", as PEFT's do"))
-        })?;
-        // PEFT leaves out the adapter's name, `default`; exports of a raw state dict keep it.
-        for (matrix, make) in [("lora_A", Name::A as fn(&'a str) -> Name<'a>), ("lora_B", Name::B)] {
-            for ending in ["weight", "default.weight"] {
-                let module =
-                    path.strip_suffix(ending).and_then(|p| p.strip_suffix('.')).and_then(|p| p.strip_suffix(matrix));
-                if let Some(module) = module.and_then(|p| p.strip_suffix('.')) {
-                    return Ok(make(module));
-                }
-            }
-        }
-        for head in HEADS {
-            if let Some(rest) = path.strip_prefix(head).and_then(|p| p.strip_prefix('.')) {
-                match rest.strip_prefix("modules_to_save.default.").unwrap_or(rest) {
-                    "weight" => return Ok(Name::Head(head, false)),
-                    "bias" => return Ok(Name::Head(head, true)),
-                    _ => {}
-                }
-            }
-        }
-        Ok(Name::Other(path))
-    }
+/// The two matrices of a module's pair.
+fn kinds(module: Module) -> [Kind; 2] {
+    if module == Module::Embedding { [Kind::EmbeddingA, Kind::EmbeddingB] } else { [Kind::A, Kind::B] }
+}
+
+/// The ending under which PEFT saves a tensor of this kind.
+fn ending(kind: Kind) -> &'static str {
+    let of_kind = ENDINGS.iter().filter(|(_, k)| *k == kind).map(|(ending, _)| *ending);
+    of_kind.min_by_key(|ending| ending.len()).unwrap_or_default()
 }
 
 /// A tensor of the file and its name.
@@ -285,114 +356,294 @@ type Named<'a> = (&'a str, &'a TensorInfo);
 /// What the tensors are by their names, whatever the base.
 #[derive(Default)]
 struct Places<'a> {
-    /// A and B by the module's name.
-    pairs: BTreeMap<&'a str, [Option<Named<'a>>; 2]>,
-    /// The head's weight and bias.
-    head: [Option<Named<'a>>; 2],
+    modules: BTreeMap<&'a str, BTreeMap<Kind, Named<'a>>>,
+    /// Name of the module that is the classification head.
+    head: Option<&'a str>,
 }
+
+/// What the numbers become.
+struct Plan {
+    targets: Vec<Target>,
+    norms: Vec<NormSite>,
+    /// Of the embedding and of `lm_head`.
+    tables: [Table; 2],
+    vocab_size: usize,
+    hidden_size: usize,
+    /// Module and kind by tensor name.
+    parts: HashMap<String, (String, Kind)>,
+}
+
+/// Where the rows of a table come from: tensors by module and kind.
+#[derive(Debug, Clone)]
+struct Table {
+    /// The tensor with all rows.
+    whole: Option<(&'static str, Kind)>,
+    /// Whose tensor has rows for which tokens, in the order of its rows.
+    tokens: Option<(&'static str, Vec<u32>)>,
+}
+
+impl Table {
+    /// Whether there are rows for all these tokens.
+    fn knows(&self, mut tokens: Range<usize>) -> bool {
+        let listed = |token: usize| self.tokens.iter().any(|(_, list)| list.contains(&(token as u32)));
+        self.whole.is_some() || tokens.all(listed)
+    }
+}
+
+/// The tensors that have found their part.
+struct Taken<'p, 'a> {
+    places: &'p Places<'a>,
+    /// Module and kind by tensor name.
+    parts: HashMap<String, (String, Kind)>,
+}
+
+impl Taken<'_, '_> {
+    /// Takes a tensor if it is there.
+    fn may(&mut self, module: &str, kind: Kind, shape: &[usize], because: &str) -> Result<bool> {
+        let Some((name, info)) = self.places.get(module, kind) else { return Ok(false) };
+        check_shape(name, &info.shape, shape, because)?;
+        self.parts.insert(name.to_string(), (module.to_string(), kind));
+        Ok(true)
+    }
+
+    fn need(&mut self, module: &str, kind: Kind, shape: &[usize], because: &str) -> Result<()> {
+        if self.may(module, kind, shape, because)? {
+            return Ok(());
+        }
+        let ending = ending(kind);
+        Err(Error::unprocessable(format!(
+            "tensor {PREFIX}{module}.{ending} is missing; {CONFIG} asks for it ({because})"
+        )))
+    }
+
+    fn pair(&mut self, target: &Target, config: &LoraConfig) -> Result<()> {
+        let Target { name, module, out_features, in_features, rank, .. } = target;
+        let because = format!("rank {rank}, the module {name} maps {in_features} to {out_features}");
+        let [a, b] = kinds(*module);
+        self.need(name, a, &[*rank, *in_features], &because)?;
+        self.need(name, b, &[*out_features, *rank], &because)?;
+        if config.use_dora {
+            self.need(name, Kind::Magnitude, &[*out_features], &format!("use_dora, {because}"))?;
+        }
+        if config.lora_bias {
+            self.need(name, Kind::BiasB, &[*out_features], &format!("lora_bias, {because}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// By what name the head's numbers are kept, whichever of its names the file uses.
+const HEAD: &str = HEADS[0];
 
 impl<'a> Places<'a> {
     fn assign(config: &LoraConfig, tensors: impl Iterator<Item = Named<'a>>) -> Result<Self> {
         let mut places = Places::default();
-        let mut head_name: Option<&str> = None;
         for (name, info) in tensors {
-            let place = match Name::parse(name)? {
-                Name::A(module) => &mut places.pairs.entry(module).or_default()[0],
-                Name::B(module) => &mut places.pairs.entry(module).or_default()[1],
-                Name::Head(head, bias) => {
-                    if !config.saves_head(head) {
-                        return Err(Error::unprocessable(format!(
-                            "tensor {name} is a classification head, but {CONFIG} has neither {head:?} in \
-                             modules_to_save nor task_type \"SEQ_CLS\""
-                        )));
-                    }
-                    if let Some(other) = head_name.replace(head).filter(|other| *other != head) {
-                        return Err(Error::unprocessable(format!(
-                            "tensor {name}: there are two classification heads, {other:?} and {head:?}; expected one"
-                        )));
-                    }
-                    &mut places.head[bias as usize]
+            let (module, kind) = parse_name(name)?;
+            if HEADS.contains(&module) {
+                if !config.saves_head(module) {
+                    return Err(Error::unprocessable(format!(
+                        "tensor {name} is a classification head, but {CONFIG} has neither {module:?} in modules_to_save \
+                         nor task_type \"SEQ_CLS\""
+                    )));
                 }
-                Name::Other(path) => return Err(unknown(name, path)),
-            };
+                if let Some(other) = places.head.replace(module).filter(|other| *other != module) {
+                    return Err(Error::unprocessable(format!(
+                        "tensor {name}: there are two classification heads, {other:?} and {module:?}; expected one"
+                    )));
+                }
+            }
             check_dtype(name, info.dtype)?;
-            if let Some((other, _)) = place.replace((name, info)) {
+            if let Some((other, _)) = places.modules.entry(module).or_default().insert(kind, (name, info)) {
                 return Err(Error::unprocessable(format!(
                     "tensors {other} and {name} are the same one under two names"
                 )));
             }
         }
         match places.head {
-            [None, Some((name, _))] => {
-                Err(Error::unprocessable(format!("tensor {name}: the head has a bias but no weight")))
-            }
-            [None, None] if config.is_sequence_classification() => Err(Error::unprocessable(format!(
+            Some(head) => match places.get(head, Kind::Weight) {
+                Some(_) => Ok(places),
+                None => {
+                    Err(Error::unprocessable(format!("tensor {PREFIX}{head}.bias: the head has a bias but no weight")))
+                }
+            },
+            None if config.is_sequence_classification() => Err(Error::unprocessable(format!(
                 "task_type is \"SEQ_CLS\" but the file has no classification head; expected the tensor \
-                 {PREFIX}score.weight"
+                 {PREFIX}{HEAD}.weight"
             ))),
-            _ => Ok(places),
+            None => Ok(places),
         }
     }
 
-    /// Gives every tensor its part in the targets, by names and shapes alone.
-    fn fit(&self, config: &LoraConfig, targets: &[Target], base: &ModelConfig) -> Result<HashMap<String, Part>> {
-        let mut parts = HashMap::new();
-        let targeted: HashSet<&str> = targets.iter().map(|t| t.module.name.as_str()).collect();
-        if let Some((module, pair)) = self.pairs.iter().find(|(module, _)| !targeted.contains(*module)) {
-            let name = pair.iter().flatten().next().map_or(*module, |(name, _)| name);
-            return Err(stray(name, module, config, base));
+    fn get(&self, module: &str, kind: Kind) -> Option<Named<'a>> {
+        self.modules.get(module)?.get(&kind).copied()
+    }
+
+    /// Gives every tensor its part, by names and shapes alone.
+    fn fit(&self, config: &LoraConfig, base: &ModelConfig) -> Result<Plan> {
+        let known: HashSet<String> = known_modules(base).collect();
+        for (module, kinds) in self.modules.iter().filter(|(module, _)| !known.contains(**module)) {
+            if let Some((kind, (name, _))) = kinds.first_key_value() {
+                return Err(stray(name, module, *kind, config, base));
+            }
         }
-        for (index, Target { module, rank, .. }) in targets.iter().enumerate() {
-            let because = format!(
-                "rank {rank}, the module {} maps {} to {}",
-                module.name, module.in_features, module.out_features
-            );
-            let [a, b] = self.pairs.get(module.name.as_str()).copied().unwrap_or_default();
-            for (found, part, matrix, expected) in [
-                (a, Part::A(index), "lora_A", [*rank, module.in_features]),
-                (b, Part::B(index), "lora_B", [module.out_features, *rank]),
-            ] {
-                let Some((name, info)) = found else {
+        let vocab_size = self.vocab_size(config, base)?;
+        let targets = config.targets(base, vocab_size)?;
+        let mut taken = Taken { places: self, parts: HashMap::new() };
+        for target in &targets {
+            taken.pair(target, config)?;
+        }
+        let norms = config.saved_norms(base);
+        for norm in &norms {
+            let name = norm.name();
+            let because = format!("modules_to_save {:?}, the base's hidden size", config.modules_to_save);
+            taken.need(&name, Kind::Weight, &[base.hidden_size], &because)?;
+        }
+        let tables = self.tables(config, base, vocab_size, &mut taken)?;
+        if let (Some(head), Some(rows)) = (self.head, self.head_rows()?) {
+            let because = "classes × the base's hidden size";
+            taken.need(head, Kind::Weight, &[rows, base.hidden_size], because)?;
+            taken.may(head, Kind::Bias, &[rows], "one a class")?;
+            for (module, _) in taken.parts.values_mut().filter(|(module, _)| module == head) {
+                *module = HEAD.into();
+            }
+        }
+        let tensors =
+            self.modules.iter().flat_map(|(module, kinds)| kinds.iter().map(move |(k, (n, _))| (module, k, n)));
+        if let Some((module, kind, name)) = tensors.into_iter().find(|(_, _, name)| !taken.parts.contains_key(**name)) {
+            return Err(stray(name, module, *kind, config, base));
+        }
+        Ok(Plan { targets, norms, tables, vocab_size, hidden_size: base.hidden_size, parts: taken.parts })
+    }
+
+    /// Tokens that the adapter knows: as many as a whole table has rows, else the base's and those with rows of their own.
+    fn vocab_size(&self, config: &LoraConfig, base: &ModelConfig) -> Result<usize> {
+        let tables =
+            [EMBEDDING, LM_HEAD].map(|table| [Kind::Weight, Kind::BaseWeight].map(|kind| self.get(table, kind)));
+        let mut found: Option<(&str, usize)> = None;
+        for (name, info) in tables.into_iter().flatten().flatten() {
+            let rows = info.shape.first().copied().unwrap_or(0);
+            check_shape(name, &info.shape, &[rows, base.hidden_size], "tokens × the base's hidden size")?;
+            if !(1..=MAX_VOCABULARY).contains(&rows) {
+                return Err(Error::unprocessable(format!(
+                    "tensor {name} has {rows} rows; expected 1 to {MAX_VOCABULARY}"
+                )));
+            }
+            match found {
+                Some((other, there)) if there != rows => {
                     return Err(Error::unprocessable(format!(
-                        "tensor {PREFIX}{}.{matrix}.weight is missing; {CONFIG} targets this module ({because})",
-                        module.name
+                        "tensor {name} has {rows} rows, {other} has {there}; expected one a token in both"
                     )));
-                };
-                check_shape(name, &info.shape, &expected, &because)?;
-                parts.insert(name.to_string(), part);
+                }
+                _ => found = Some((name, rows)),
             }
         }
-        if let (Some(rows), [Some((name, info)), bias]) = (self.head_rows()?, self.head) {
-            check_shape(name, &info.shape, &[rows, base.hidden_size], "classes × the base's hidden size")?;
-            parts.insert(name.to_string(), Part::HeadWeight);
-            if let Some((name, _)) = bias {
-                parts.insert(name.to_string(), Part::HeadBias);
+        let tokens = config.trainable_tokens.iter().flat_map(|(_, tokens)| tokens);
+        let last = tokens.max().map_or(0, |&token| token as usize + 1);
+        match found {
+            Some((name, rows)) if last > rows => Err(Error::unprocessable(format!(
+                "trainable_token_indices names the token {}, but {name} has {rows} rows",
+                last - 1
+            ))),
+            Some((_, rows)) => Ok(rows),
+            None => Ok(base.vocab_size.max(last)),
+        }
+    }
+
+    /// Where the rows of both tables come from. On a base that ties them, what replaces the base's embedding replaces
+    /// `lm_head` too; what is saved as a module of its own (`modules_to_save`) only where PEFT was told to tie it.
+    fn tables(
+        &self,
+        config: &LoraConfig,
+        base: &ModelConfig,
+        vocab_size: usize,
+        taken: &mut Taken,
+    ) -> Result<[Table; 2]> {
+        let tied = base.tie_word_embeddings;
+        let (shape, because) = ([vocab_size, base.hidden_size], "tokens × the base's hidden size");
+        let mut found = HashSet::new();
+        for table in [EMBEDDING, LM_HEAD] {
+            for kind in [Kind::Weight, Kind::BaseWeight] {
+                if taken.may(table, kind, &shape, because)? {
+                    found.insert((table, kind));
+                }
+            }
+            // A classifier has no lm_head, and PEFT may leave the copy of a tied one out.
+            let absent = table == LM_HEAD && (config.is_sequence_classification() || tied && config.ties_saved());
+            if config.saves(table) && !absent {
+                taken.need(table, Kind::Weight, &shape, because)?;
             }
         }
-        Ok(parts)
+        // What takes the place of the base's table, and so of a table tied to it.
+        let replaces = |table| {
+            let weight = found.contains(&(table, Kind::Weight)) && !config.saves(table);
+            let base_weight = found.contains(&(table, Kind::BaseWeight));
+            if weight { Some((table, Kind::Weight)) } else { base_weight.then_some((table, Kind::BaseWeight)) }
+        };
+        let whole = |table, other| {
+            let own = found.contains(&(table, Kind::Weight)).then_some((table, Kind::Weight));
+            let copied = table == LM_HEAD && tied && config.ties_saved();
+            let copy = (copied && found.contains(&(other, Kind::Weight))).then_some((other, Kind::Weight));
+            own.or(copy).or_else(|| replaces(table)).or_else(|| if tied { replaces(other) } else { None })
+        };
+
+        let listed = |table: &str| config.trainable_tokens.iter().find(|(end, _)| table.ends_with(end)).map(|(_, t)| t);
+        let mut rows = |table, tokens: &Vec<u32>| -> Result<Option<(&'static str, Vec<u32>)>> {
+            let because = format!("the {} tokens of trainable_token_indices × the base's hidden size", tokens.len());
+            taken.need(table, Kind::Tokens, &[tokens.len(), base.hidden_size], &because)?;
+            Ok(Some((table, tokens.clone())))
+        };
+        let of_embedding = listed(EMBEDDING).map_or(Ok(None), |tokens| rows(EMBEDDING, tokens))?;
+        let of_lm_head = match (listed(EMBEDDING), listed(LM_HEAD)) {
+            // One for both; PEFT may write it twice.
+            (Some(tokens), other) if tied && other.is_none_or(|other| other == tokens) => {
+                taken.may(LM_HEAD, Kind::Tokens, &[tokens.len(), base.hidden_size], "as for the embedding")?;
+                of_embedding.clone()
+            }
+            (_, Some(tokens)) => rows(LM_HEAD, tokens)?,
+            (_, None) => None,
+        };
+        let embedding = Table { whole: whole(EMBEDDING, LM_HEAD), tokens: of_embedding };
+        let mut lm_head = Table { whole: whole(LM_HEAD, EMBEDDING), tokens: of_lm_head };
+        // A classifier has no lm_head that could have rows for new tokens.
+        if config.is_sequence_classification() && !lm_head.knows(base.vocab_size..vocab_size) {
+            lm_head = embedding.clone();
+        }
+        for (name, table) in [(EMBEDDING, &embedding), (LM_HEAD, &lm_head)] {
+            if !table.knows(base.vocab_size..vocab_size) {
+                return Err(Error::unprocessable(format!(
+                    "tensor {PREFIX}{name}.weight is missing: the adapter has {vocab_size} tokens, and the base's \
+                     {name} has rows for {}",
+                    base.vocab_size
+                )));
+            }
+        }
+        Ok([embedding, lm_head])
     }
 
     /// Refuses pairs that fit no base: both matrices are there, and their ranks agree.
     fn check_pairs(&self) -> Result<()> {
-        for (module, pair) in &self.pairs {
-            let (a, b) = match pair {
-                [Some(a), Some(b)] => (a, b),
-                [a, b] => {
-                    let missing = if a.is_none() { "lora_A" } else { "lora_B" };
-                    let there = a.or(*b).map_or("", |(name, _)| name);
-                    return Err(Error::unprocessable(format!(
-                        "tensor {PREFIX}{module}.{missing}.weight is missing, but {there} is there"
-                    )));
-                }
-            };
-            match (&a.1.shape[..], &b.1.shape[..]) {
-                ([rank, _], [_, other]) if rank == other => {}
-                (found, other) => {
-                    return Err(Error::unprocessable(format!(
-                        "tensor {} has shape {found:?} and {} has shape {other:?}; expected [rank, inputs] and \
-                         [outputs, rank]",
-                        a.0, b.0
-                    )));
+        for (module, kinds) in &self.modules {
+            for [a, b] in [[Kind::A, Kind::B], [Kind::EmbeddingA, Kind::EmbeddingB]] {
+                let ((name_a, a), (name_b, b)) = match (kinds.get(&a), kinds.get(&b)) {
+                    (None, None) => continue,
+                    (Some(a), Some(b)) => (a, b),
+                    (there, other) => {
+                        let missing = ending(if there.is_none() { a } else { b });
+                        let there = there.or(other).map_or("", |(name, _)| name);
+                        return Err(Error::unprocessable(format!(
+                            "tensor {PREFIX}{module}.{missing} is missing, but {there} is there"
+                        )));
+                    }
+                };
+                match (&a.shape[..], &b.shape[..]) {
+                    ([rank, _], [_, other]) if rank == other => {}
+                    (found, other) => {
+                        return Err(Error::unprocessable(format!(
+                            "tensor {name_a} has shape {found:?} and {name_b} has shape {other:?}; expected \
+                             [rank, inputs] and [outputs, rank]"
+                        )));
+                    }
                 }
             }
         }
@@ -401,7 +652,8 @@ impl<'a> Places<'a> {
 
     /// Classes of the head, if there is one.
     fn head_rows(&self) -> Result<Option<usize>> {
-        let [Some((name, info)), bias] = self.head else { return Ok(None) };
+        let Some(head) = self.head else { return Ok(None) };
+        let Some((name, info)) = self.get(head, Kind::Weight) else { return Ok(None) };
         let rows = info.shape.first().copied().unwrap_or(0);
         if rows == 1 {
             return Err(Error::unprocessable(format!(
@@ -415,7 +667,7 @@ impl<'a> Places<'a> {
                 info.shape
             )));
         }
-        if let Some((name, info)) = bias {
+        if let Some((name, info)) = self.get(head, Kind::Bias) {
             check_shape(name, &info.shape, &[rows], "one a class")?;
         }
         Ok(Some(rows))
@@ -429,35 +681,46 @@ fn check_shape(name: &str, found: &[usize], expected: &[usize], because: &str) -
     Err(Error::unprocessable(format!("tensor {name} has shape {found:?}; expected {expected:?} ({because})")))
 }
 
-/// A LoRA tensor of a module that is not targeted.
-fn stray(name: &str, module: &str, config: &LoraConfig, base: &ModelConfig) -> Error {
+/// Every module that an adapter may bring a tensor for.
+fn known_modules(base: &ModelConfig) -> impl Iterator<Item = String> {
+    let linear = base.target_modules().into_iter().map(|m| m.name);
+    let norms = base.norms().into_iter().map(|norm| norm.name());
+    linear.chain(norms).chain([EMBEDDING, LM_HEAD].into_iter().chain(HEADS).map(String::from))
+}
+
+/// A tensor that nothing in the configuration asks for.
+fn stray(name: &str, module: &str, kind: Kind, config: &LoraConfig, base: &ModelConfig) -> Error {
     let layer = module.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
-    Error::unprocessable(match layer {
-        Some(layer) if layer >= base.layers => {
+    let linear = base.target_modules().iter().any(|m| m.name == module);
+    let known = linear || [EMBEDDING, LM_HEAD].contains(&module);
+    let norm = base.norms().iter().any(|norm| norm.name() == module);
+    Error::unprocessable(match (kind, layer) {
+        (_, Some(layer)) if layer >= base.layers => {
             format!("tensor {name} belongs to layer {layer}, but the base has the layers 0 to {}", base.layers - 1)
         }
-        _ if base.target_modules().iter().any(|m| m.name == module) => format!(
+        (Kind::Magnitude, _) if known => format!("tensor {name} is DoRA's, but {CONFIG} has no use_dora"),
+        (Kind::BiasB, _) if known => format!("tensor {name} is a bias of lora_B, but {CONFIG} has no lora_bias"),
+        (Kind::Tokens, _) if known => format!("tensor {name} is not in trainable_token_indices of {CONFIG}"),
+        (Kind::Weight, _) if norm => format!(
+            "tensor {name} is a norm that {CONFIG} does not save (modules_to_save {:?})",
+            config.modules_to_save
+        ),
+        (Kind::Weight | Kind::BaseWeight, _) if linear => format!(
+            "tensor {name} replaces a linear layer; supported in modules_to_save: norms, the embedding, lm_head and a \
+             classification head"
+        ),
+        (Kind::Bias | Kind::BaseBias, _) if config.bias == Bias::None => {
+            format!("tensor {name} is a bias, but {CONFIG} saves none (bias \"none\")")
+        }
+        (Kind::Bias | Kind::BaseBias, _) if known || norm => {
+            format!("tensor {name} is a bias, and the base has none there")
+        }
+        _ if known => format!(
             "tensor {name} is for a module that {CONFIG} does not target (target_modules {})",
             config.target_modules
         ),
-        _ => format!(
-            "tensor {name} is for the module {module}, which is not a linear layer of the base's decoder layers"
-        ),
+        _ => format!("tensor {name} is for the module {module}, which is none of the base that an adapter can change"),
     })
-}
-
-/// A tensor that is neither of a LoRA pair nor of a head.
-fn unknown(name: &str, path: &str) -> Error {
-    let what = if path.contains("lora_magnitude_vector") {
-        "DoRA is not supported"
-    } else if path.contains(".lora_") && path.ends_with(".bias") {
-        "a bias of a LoRA matrix (lora_bias) is not supported"
-    } else if path.contains("lora_embedding") || path.contains("embed_tokens") || path.contains("lm_head") {
-        "changed embeddings are not supported"
-    } else {
-        "expected only lora_A and lora_B weights and a classification head"
-    };
-    Error::unprocessable(format!("tensor {name}: {what}"))
 }
 
 /// Tells of the other base where the adapter names one. Names differ for good reasons, so alone that is no error.
@@ -470,8 +733,8 @@ fn explain_base(error: Error, config: &LoraConfig, base_id: &str) -> Error {
     Error { message, ..error }
 }
 
-fn short_name(projection: Projection) -> &'static str {
-    let path = projection.path();
+/// The last part of a module's path.
+fn short_name(path: &str) -> &str {
     path.rsplit_once('.').map_or(path, |(_, name)| name)
 }
 
@@ -543,7 +806,7 @@ pub fn inspect(directory: &Path, base: Option<&ModelConfig>) -> Result<Inspectio
 #[cfg(test)]
 mod tests {
     use safetensors::Dtype;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::ErrorKind;
@@ -571,7 +834,7 @@ mod tests {
         let files = adapter(1);
         let folder = files.folder();
         let loaded = load(folder.path(), &tiny(), "tiny").unwrap();
-        let Adapter { generation, pairs, head } = &loaded.adapter;
+        let Adapter { generation, pairs, head, .. } = &loaded.adapter;
         assert_eq!(*generation, generation_of(folder.path()).unwrap());
         assert!(head.is_none());
         assert_eq!(
@@ -715,12 +978,22 @@ mod tests {
         for (tensor_name, expected) in [
             (name("2.self_attn.q_proj.lora_A.weight"), "layer 2, but the base has the layers 0 to 1"),
             (name("0.self_attn.k_proj.lora_A.weight"), "does not target"),
-            (name("0.self_attn.qkv_proj.lora_A.weight"), "not a linear layer"),
-            ("base_model.model.lm_head.lora_A.weight".into(), "not a linear layer"),
-            (name("0.self_attn.q_proj.lora_magnitude_vector"), "DoRA"),
-            (name("0.self_attn.q_proj.lora_B.bias"), "bias"),
-            ("base_model.model.model.embed_tokens.lora_embedding_A".into(), "embeddings"),
-            ("base_model.model.model.norm.weight".into(), "expected only"),
+            (name("0.self_attn.qkv_proj.lora_A.weight"), "none of the base"),
+            ("base_model.model.lm_head.lora_A.weight".into(), "does not target"),
+            (name("0.self_attn.q_proj.lora_magnitude_vector"), "no use_dora"),
+            (name("0.self_attn.q_proj.weight"), "replaces a linear layer"),
+            (name("0.self_attn.q_proj.base_layer.bias"), "saves none"),
+            (name("0.self_attn.q_proj.lora_embedding_A"), "does not target"),
+            (name("0.self_attn.q_proj.lora_C"), "expected the ending"),
+            (name("0.input_layernorm.weight"), "does not save"),
+            (
+                "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta".into(),
+                "not in trainable_token",
+            ),
+            ("base_model.model.model.vision.weight".into(), "none of the base"),
+            (name("0.self_attn.q_proj.lora_B.bias"), "no lora_bias"),
+            ("base_model.model.model.embed_tokens.lora_embedding_A".into(), "does not target"),
+            ("base_model.model.model.norm.weight".into(), "does not save"),
             ("model.layers.0.self_attn.q_proj.lora_A.weight".into(), "does not begin with"),
             (name("0.self_attn.q_proj.lora_A.default.weight"), "under two names"),
         ] {
@@ -729,6 +1002,114 @@ mod tests {
             let message = refused(&files);
             assert!(message.contains(&tensor_name) && message.contains(expected), "{message}");
         }
+    }
+
+    /// Rank 2 on q with all that an adapter can bring: a magnitude, saved norms, tables of 33 tokens.
+    fn rich() -> Files {
+        let mut files = adapter(1);
+        files.config["target_modules"] = json!(["q_proj"]);
+        files.config["use_dora"] = json!(true);
+        files.config["modules_to_save"] = json!(["norm", "embed_tokens", "lm_head"]);
+        files.tensors.retain(|name, _| name.contains("q_proj"));
+        for layer in 0..2 {
+            let magnitude = name(&format!("{layer}.self_attn.q_proj.lora_magnitude_vector"));
+            files.tensors.insert(magnitude, Tensor::f32(&[12], |_| 1.0));
+            for norm in ["input", "post_attention"] {
+                let norm = name(&format!("{layer}.{norm}_layernorm.weight"));
+                files.tensors.insert(norm, Tensor::f32(&[8], |_| 1.0));
+            }
+        }
+        for (module, shape) in [("model.norm", vec![8]), ("model.embed_tokens", vec![33, 8]), ("lm_head", vec![33, 8])]
+        {
+            let tensor = Tensor::f32(&shape, |i| i as f32);
+            files.tensors.insert(format!("base_model.model.{module}.weight"), tensor);
+        }
+        files
+    }
+
+    #[test]
+    fn what_is_saved_beside_the_pairs_arrives() {
+        let Loaded { adapter, summary } = read(&rich()).unwrap();
+        assert_eq!(
+            (adapter.vocab_size, adapter.norms.len(), summary.target_modules),
+            (Some(33), 5, vec!["q_proj".into()])
+        );
+        let rows = adapter.lm_head.rows.unwrap();
+        assert_eq!((rows.tokens.clone(), rows.rows.len(), rows.rows[33 * 8 - 1]), (None, 33 * 8, 263.0));
+        assert_eq!(adapter.embedding.rows.unwrap(), rows);
+        assert_eq!(adapter.pairs[&(1, Projection::Q)].magnitude, Some(vec![1.0; 12]));
+    }
+
+    #[test]
+    fn what_is_saved_beside_the_pairs_must_fit() {
+        let (lm_head, embedding) = ("base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight");
+        let magnitude = name("0.self_attn.q_proj.lora_magnitude_vector");
+        let norm = name("1.input_layernorm.weight");
+        for (tensor, shape, expected) in [
+            (&*magnitude, vec![11], "has shape [11]; expected [12] (use_dora"),
+            (&*magnitude, vec![12, 1], "has shape [12, 1]; expected [12]"),
+            (&*norm, vec![9], "has shape [9]; expected [8]"),
+            (lm_head, vec![32, 8], "has 32 rows, base_model.model.model.embed_tokens.weight has 33"),
+            (lm_head, vec![33, 9], "has shape [33, 9]; expected [33, 8]"),
+            (embedding, vec![264], "has shape [264]; expected [264, 8]"),
+            (embedding, vec![0, 8], "has 0 rows"),
+        ] {
+            let mut files = rich();
+            files.tensors.insert(tensor.into(), Tensor::f32(&shape, |_| 0.0));
+            let message = refused(&files);
+            assert!(message.contains(tensor) && message.contains(expected), "{message}");
+        }
+        for tensor in [&*magnitude, &*norm, lm_head] {
+            let mut files = rich();
+            files.tensors.insert(tensor.into(), Tensor { ..rich().tensors[tensor].clone() });
+            let bytes = &mut files.tensors.get_mut(tensor).unwrap().bytes;
+            bytes[4..8].copy_from_slice(&f32::NAN.to_le_bytes());
+            let message = refused(&files);
+            assert!(message.contains(tensor) && message.contains("NaN"), "{message}");
+            files.tensors.remove(tensor);
+            let message = refused(&files);
+            assert!(message.contains(&format!("{tensor} is missing")), "{message}");
+        }
+    }
+
+    #[test]
+    fn rows_of_tokens_must_fit() {
+        let rows = |table: &str| format!("base_model.model.{table}.token_adapter.trainable_tokens_delta");
+        let with = |indices: Value, tables: &[(&str, usize)]| {
+            let mut files = adapter(1);
+            files.config["trainable_token_indices"] = indices;
+            for (table, count) in tables {
+                files.tensors.insert(rows(table), Tensor::f32(&[*count, 8], |i| i as f32));
+            }
+            files
+        };
+        let embedding = "model.embed_tokens";
+        let found = read(&with(json!([5, 32, 3]), &[(embedding, 3)])).unwrap().adapter;
+        let own = found.embedding.rows.unwrap();
+        assert_eq!((own.tokens.unwrap(), own.rows[0], found.vocab_size), (vec![3, 5, 32], 16.0, Some(33)));
+        // The base's tables are tied.
+        assert_eq!(found.lm_head.rows.unwrap().tokens.unwrap(), [3, 5, 32]);
+        let apart = json!({"embed_tokens": [1], "lm_head": [2, 3]});
+        let found = read(&with(apart.clone(), &[(embedding, 1), ("lm_head", 2)])).unwrap().adapter;
+        assert_eq!(found.lm_head.rows.unwrap().tokens.unwrap(), [2, 3]);
+        for (files, expected) in [
+            (with(json!([5, 32, 3]), &[(embedding, 2)]), "has shape [2, 8]; expected [3, 8]"),
+            (with(json!([5]), &[]), "trainable_tokens_delta is missing"),
+            (with(apart, &[(embedding, 1)]), "lm_head.token_adapter.trainable_tokens_delta is missing"),
+            // Token 32 is new, and 33 too, which nothing has a row for.
+            (
+                with(json!({"embed_tokens": [32, 33], "lm_head": [33]}), &[(embedding, 2), ("lm_head", 1)]),
+                "lm_head.weight",
+            ),
+        ] {
+            let message = refused(&files);
+            assert!(message.contains(expected), "{expected}: {message}");
+        }
+        // Of tables that are not tied, each needs its own.
+        let base = ModelConfig { tie_word_embeddings: false, ..tiny() };
+        let files = with(json!([32]), &[(embedding, 1)]);
+        let message = load(files.folder().path(), &base, "").unwrap_err().message;
+        assert!(message.contains("lm_head.weight is missing: the adapter has 33 tokens"), "{message}");
     }
 
     #[test]
@@ -906,7 +1287,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reference_adapters_are_accepted_or_refused_by_name() {
+    fn the_reference_adapters_are_read() {
         let directory = fixtures().join("tiny/llama");
         let config = std::fs::read_to_string(directory.join("base/config.json")).unwrap();
         let base = ModelConfig::from_json(&config).unwrap();
@@ -916,37 +1297,24 @@ mod tests {
             let folder_name = folder.file_name().into_string().unwrap();
             let Some(variant) = folder_name.strip_prefix("adapter_") else { continue };
             seen += 1;
-            let result = load(&folder.path(), &base, "tiny-llama");
+            let loaded = load(&folder.path(), &base, "tiny-llama").unwrap();
             let expected = match variant {
-                "dora_r4" => Err("use_dora"),
-                "lora_bias" => Err("lora_bias"),
-                "embed_and_head" => Err("embed_tokens"),
-                "modules_to_save_norm" => Err("\"norm\""),
-                "qv_r4" => Ok((4, 4, 2.0, 0)),
-                "regex_targets" => Ok((4, 4, 2.0, 0)),
-                "all_linear" => Ok((14, 4, 2.0, 0)),
-                "all_r8" => Ok((14, 8, 2.0, 0)),
-                "rslora_r8" => Ok((14, 8, 16.0 / 8f32.sqrt(), 0)),
-                "exclude_down" => Ok((12, 4, 2.0, 0)),
-                "layers_1_only" => Ok((7, 4, 2.0, 0)),
-                "rank_alpha_pattern" => Ok((14, 16, 4.0 / 16.0, 0)),
-                "seqcls" => Ok((4, 4, 2.0, 3)),
+                "embed_and_head" => (2, 4, 2.0, 0),
+                "qv_r4" | "regex_targets" | "modules_to_save_norm" => (4, 4, 2.0, 0),
+                "all_linear" | "dora_r4" | "lora_bias" => (14, 4, 2.0, 0),
+                "all_r8" => (14, 8, 2.0, 0),
+                "rslora_r8" => (14, 8, 16.0 / 8f32.sqrt(), 0),
+                "exclude_down" => (12, 4, 2.0, 0),
+                "layers_1_only" => (7, 4, 2.0, 0),
+                "rank_alpha_pattern" => (14, 16, 4.0 / 16.0, 0),
+                "seqcls" => (4, 4, 2.0, 3),
                 other => panic!("unknown variant {other}"),
             };
-            match (result, expected) {
-                (Ok(loaded), Ok((pairs, rank, scale, labels))) => {
-                    let first = loaded.adapter.pairs.values().next().unwrap();
-                    let classes = loaded.adapter.head.as_ref().map_or(0, |h| h.labels.len());
-                    assert_eq!(
-                        (loaded.adapter.pairs.len(), loaded.summary.rank, classes),
-                        (pairs, rank, labels),
-                        "{variant}"
-                    );
-                    assert!((first.scale - scale).abs() < 1e-6, "{variant}: {}", first.scale);
-                }
-                (Err(e), Err(field)) => assert!(e.message.contains(field), "{variant}: {e}"),
-                (result, _) => panic!("{variant}: {result:?}"),
-            }
+            let (pairs, rank, scale, labels) = expected;
+            let first = loaded.adapter.pairs.values().next().unwrap();
+            let classes = loaded.adapter.head.as_ref().map_or(0, |h| h.labels.len());
+            assert_eq!((loaded.adapter.pairs.len(), loaded.summary.rank, classes), (pairs, rank, labels), "{variant}");
+            assert!((first.scale - scale).abs() < 1e-6, "{variant}: {}", first.scale);
         }
         assert_eq!(seen, 13);
     }

@@ -19,7 +19,7 @@ use crate::adapter::name::check_name;
 use crate::adapter::peft::{self, Loaded, Summary};
 use crate::adapter::store::{Lease, Store};
 use crate::adapter::{Adapter, Generation, Upload};
-use crate::base::{DecoderOptions, ModelConfig};
+use crate::base::{Decoder, ModelConfig};
 use crate::lora::PackedAdapter;
 use crate::metrics::Metrics;
 use crate::{Error, Result};
@@ -35,11 +35,10 @@ const LOAD_FACTOR: u64 = 3;
 const MAX_CHASES: usize = 16;
 
 pub struct RegistryOptions {
-    pub config: ModelConfig,
+    /// The base as it is served; adapters are checked against it and packed to match it.
+    pub decoder: Arc<Decoder>,
     /// The base's id, to tell an adapter for another base by its `base_model_name_or_path` in messages.
     pub base: String,
-    /// How the base is held; adapters are packed to match it.
-    pub decoder: DecoderOptions,
     /// Folders of adapters, one folder each, only read. An earlier one wins a name.
     pub directories: Vec<PathBuf>,
     /// Where uploads live. A stored adapter hides one of the same name in `directories`.
@@ -48,6 +47,12 @@ pub struct RegistryOptions {
     pub memory: usize,
     /// Longest upload in bytes, also after unpacking.
     pub max_upload: u64,
+}
+
+impl RegistryOptions {
+    fn config(&self) -> &ModelConfig {
+        self.decoder.config()
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -177,7 +182,7 @@ impl Registry {
             .into_par_iter()
             .map(|(name, record)| {
                 let path = store.object(&record.generation);
-                let entry = peft::survey(&path, &options.config, &options.base).map(|summary| {
+                let entry = peft::survey(&path, options.config(), &options.base).map(|summary| {
                     let (generation, created) = (record.generation, record.created);
                     Arc::new(Entry { generation, source: Source::Store, path, summary, created })
                 });
@@ -383,11 +388,11 @@ impl Inner {
     }
 
     fn read(&self, directory: &Path) -> Result<Loaded> {
-        peft::load(directory, &self.options.config, &self.options.base)
+        peft::load(directory, self.options.config(), &self.options.base)
     }
 
     fn pack(&self, adapter: Adapter) -> Result<PackedAdapter> {
-        PackedAdapter::new(adapter, &self.options.config, &self.options.decoder)
+        PackedAdapter::new(adapter, &self.options.decoder)
     }
 
     /// The files of an entry are not what they were. In a read-only folder somebody has replaced them: the names that
@@ -573,7 +578,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
     }
     let read: HashMap<String, Arc<Entry>> = folders
         .into_par_iter()
-        .filter_map(|(name, path)| match peft::identify(&path, &options.config, &options.base) {
+        .filter_map(|(name, path)| match peft::identify(&path, options.config(), &options.base) {
             Ok((summary, generation)) => Some((name, directory_entry(path, generation, summary))),
             Err(e) => {
                 tracing::error!("{} is left out: {e}", path.display());
@@ -633,13 +638,14 @@ mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::time::Duration;
 
-    use candle_core::{DType, Device};
+    use candle_core::Device;
     use tempfile::TempDir;
 
     use super::*;
     use crate::ErrorKind;
     use crate::adapter::testing::{Files, Tensor, adapter, classifier, tiny};
     use crate::base::Kernels;
+    use crate::base::testing::{decoder, options};
 
     struct World {
         root: TempDir,
@@ -667,14 +673,8 @@ mod tests {
 
         fn open_with(&self, base: &str) -> Result<Arc<Registry>> {
             let options = RegistryOptions {
-                config: tiny(),
                 base: base.into(),
-                decoder: DecoderOptions {
-                    device: Device::Cpu,
-                    kernels: Kernels::for_device(&Device::Cpu),
-                    format: None,
-                    dtype: DType::F32,
-                },
+                decoder: Arc::new(decoder(&tiny(), options(Kernels::for_device(&Device::Cpu)), 1)),
                 directories: vec![self.root.path().join("adapters")],
                 store: self.root.path().join("store"),
                 memory: self.memory,

@@ -43,6 +43,37 @@ impl Projection {
     }
 }
 
+/// The norms of a decoder. An adapter may bring its own weights for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum NormSite {
+    Input(usize),
+    PostAttention(usize),
+    Final,
+}
+
+impl NormSite {
+    /// Full module path, as Hugging Face names it.
+    pub fn name(self) -> String {
+        match self {
+            NormSite::Input(layer) => format!("model.layers.{layer}.input_layernorm"),
+            NormSite::PostAttention(layer) => format!("model.layers.{layer}.post_attention_layernorm"),
+            NormSite::Final => "model.norm".into(),
+        }
+    }
+}
+
+/// Full module paths of the two tables whose rows belong to tokens.
+pub const EMBEDDING: &str = "model.embed_tokens";
+pub const LM_HEAD: &str = "lm_head";
+
+/// A matrix of the base that a low-rank pair can be added to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Module {
+    Linear(usize, Projection),
+    Embedding,
+    LmHead,
+}
+
 /// A linear layer of the base, as adapters name it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetModule {
@@ -329,6 +360,12 @@ impl ModelConfig {
             Projection::Gate | Projection::Up => (self.intermediate_size, self.hidden_size),
             Projection::Down => (self.hidden_size, self.intermediate_size),
         }
+    }
+
+    /// Every norm, in the order of the layers.
+    pub fn norms(&self) -> Vec<NormSite> {
+        let layers = (0..self.layers).flat_map(|l| [NormSite::Input(l), NormSite::PostAttention(l)]);
+        layers.chain([NormSite::Final]).collect()
     }
 
     /// Every linear layer inside the decoder blocks, in the order of the layers.

@@ -1,5 +1,7 @@
 //! The decoder: token ids in, hidden states and logits out, for any mix of sequences.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
@@ -7,7 +9,7 @@ use crate::base::attention::{self, Rope, SequenceRows};
 use crate::base::kv::KvCache;
 use crate::base::matmul::{self, Format, PackedMatrix, Product};
 use crate::base::simd::{self, Simd};
-use crate::base::{ModelConfig, Projection, Weights};
+use crate::base::{ModelConfig, Module, NormSite, Projection, Weights};
 use crate::{Error, Result};
 
 /// The linear layers of a block after fusion. An adapter's delta is added at each.
@@ -22,6 +24,16 @@ pub enum Site {
 impl Site {
     pub const ALL: [Site; 4] = [Site::Qkv, Site::O, Site::GateUp, Site::Down];
 
+    /// The layer that a projection is a part of.
+    pub fn of(projection: Projection) -> Self {
+        match projection {
+            Projection::Q | Projection::K | Projection::V => Site::Qkv,
+            Projection::O => Site::O,
+            Projection::Gate | Projection::Up => Site::GateUp,
+            Projection::Down => Site::Down,
+        }
+    }
+
     /// The projections whose outputs lie side by side in this layer's output.
     pub fn projections(self) -> &'static [Projection] {
         match self {
@@ -33,22 +45,27 @@ impl Site {
     }
 }
 
-/// What is added to the output of the base's linear layers: the adapters' part of a step.
+/// What the adapters of some rows change. Rows that no adapter changes keep the base's result.
 pub trait Delta {
     /// `y += delta(x)`; `x` is `[rows, in_features]`, `y` is `[rows, out_features]`, both row-major.
     fn add(&self, layer: usize, site: Site, x: &[f32], y: &mut [f32], rows: usize);
     /// The same for tensors on a device.
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor>;
-}
 
-/// The base alone.
-pub struct NoDelta;
+    /// Rows whose adapter has its own weights for a norm.
+    fn norms(&self, site: NormSite) -> Vec<(Range<usize>, &Norm)>;
 
-impl Delta for NoDelta {
-    fn add(&self, _: usize, _: Site, _: &[f32], _: &mut [f32], _: usize) {}
-    fn add_tensor(&self, _: usize, _: Site, _: &Tensor, y: Tensor) -> Result<Tensor> {
-        Ok(y)
-    }
+    /// Changes the embeddings `x`, `[rows, hidden_size]`. A token that the base does not know is the adapter's to write.
+    fn embed(&self, tokens: &[u32], x: &mut [f32]);
+    fn embed_tensor(&self, tokens: &[u32], x: Tensor) -> Result<Tensor>;
+
+    /// The largest vocabulary of the rows' adapters.
+    fn vocab_size(&self) -> usize;
+    /// Rows whose logits begin with the base's; the others' are the adapter's alone.
+    fn base_logits(&self, rows: usize) -> Vec<Range<usize>>;
+    /// Changes the logits `y`, `[rows, width]`, of final states `x`, `[rows, hidden_size]`.
+    fn logits(&self, x: &[f32], y: &mut [f32], rows: usize);
+    fn logits_tensor(&self, x: &Tensor, y: Tensor) -> Result<Tensor>;
 }
 
 /// Which implementation computes the layers.
@@ -99,9 +116,26 @@ struct Layer {
     down: Linear,
 }
 
-struct Norm {
+/// The weights of a norm, for the decoder's kernels.
+#[derive(Debug)]
+pub struct Norm {
     weight: Vec<f32>,
     tensor: Option<Tensor>,
+}
+
+impl Norm {
+    pub fn new(weight: Vec<f32>, options: &DecoderOptions) -> Result<Self> {
+        let tensor = match options.kernels {
+            Kernels::Packed(_) => None,
+            Kernels::Tensor => Some(Tensor::new(weight.as_slice(), &options.device)?.to_dtype(options.dtype)?),
+        };
+        Ok(Norm { weight, tensor })
+    }
+
+    /// Memory it takes.
+    pub fn bytes(&self) -> usize {
+        4 * self.weight.len() + self.tensor.as_ref().map_or(0, |t| t.elem_count() * t.dtype().size_in_bytes())
+    }
 }
 
 pub struct Decoder {
@@ -155,14 +189,7 @@ impl Loader<'_> {
                 raw.shape
             )));
         }
-        let weight = raw.to_f32()?;
-        let tensor = match self.options.kernels {
-            Kernels::Packed(_) => None,
-            Kernels::Tensor => {
-                Some(Tensor::new(weight.as_slice(), &self.options.device)?.to_dtype(self.options.dtype)?)
-            }
-        };
-        Ok(Norm { weight, tensor })
+        Norm::new(raw.to_f32()?, self.options)
     }
 }
 
@@ -176,20 +203,21 @@ impl Decoder {
                 parts.map(|&p| (format!("model.layers.{layer}.{}.weight", p.path()), c.shape(p))).collect();
             loader.linear(&parts)
         };
+        let norm = |site: NormSite| loader.norm(&format!("{}.weight", site.name()), c.hidden_size);
         let vocabulary = (c.vocab_size, c.hidden_size);
         let layer = |l: usize| -> Result<Layer> {
             Ok(Layer {
-                input_norm: loader.norm(&format!("model.layers.{l}.input_layernorm.weight"), c.hidden_size)?,
+                input_norm: norm(NormSite::Input(l))?,
                 qkv: site(l, Site::Qkv)?,
                 o: site(l, Site::O)?,
-                post_norm: loader.norm(&format!("model.layers.{l}.post_attention_layernorm.weight"), c.hidden_size)?,
+                post_norm: norm(NormSite::PostAttention(l))?,
                 gate_up: site(l, Site::GateUp)?,
                 down: site(l, Site::Down)?,
             })
         };
         let embedding = loader.linear(&[("model.embed_tokens.weight".into(), vocabulary)])?;
         let layers = (0..c.layers).map(layer).collect::<Result<_>>()?;
-        let norm = loader.norm("model.norm.weight", c.hidden_size)?;
+        let norm = norm(NormSite::Final)?;
         let lm_head = match c.tie_word_embeddings {
             true => None,
             false => Some(loader.linear(&[("lm_head.weight".into(), vocabulary)])?),
@@ -214,6 +242,40 @@ impl Decoder {
         let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
         let norms = (2 * self.layers.len() + 1) * 4 * self.config.hidden_size;
         layers.chain([&self.embedding]).chain(&self.lm_head).map(linear).sum::<usize>() + norms
+    }
+
+    /// The numbers of a matrix as they are served, `[out_features, in_features]`; of the embedding
+    /// `[vocab_size, hidden_size]`.
+    pub fn weights(&self, module: Module) -> Result<Vec<f32>> {
+        let c = &self.config;
+        // The matrix, those before it in the same layer, its shape.
+        let (linear, before, (n, k)) = match module {
+            Module::Linear(l, projection) => {
+                let (layer, site) = (&self.layers[l], Site::of(projection));
+                let linear = match site {
+                    Site::Qkv => &layer.qkv,
+                    Site::O => &layer.o,
+                    Site::GateUp => &layer.gate_up,
+                    Site::Down => &layer.down,
+                };
+                let before = site.projections().iter().take_while(|&&p| p != projection);
+                (linear, before.copied().collect::<Vec<_>>(), c.shape(projection))
+            }
+            Module::Embedding => (&self.embedding, vec![], (c.vocab_size, c.hidden_size)),
+            Module::LmHead => (self.lm_head.as_ref().unwrap_or(&self.embedding), vec![], (c.vocab_size, c.hidden_size)),
+        };
+        match linear {
+            Linear::Packed(parts) => {
+                let mut rows = vec![0.0; n * k];
+                let part = &parts[before.len()];
+                rows.par_chunks_exact_mut(k).enumerate().for_each(|(row, out)| part.row(row, out));
+                Ok(rows)
+            }
+            Linear::Tensor(t) => {
+                let first = before.iter().map(|&p| c.shape(p).0).sum();
+                Ok(t.narrow(0, first, n)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+            }
+        }
     }
 
     /// The formats that the packed matrices have, for people.
@@ -246,7 +308,7 @@ impl Decoder {
     /// Computes one step and returns the final hidden states of the rows in `wanted`: `[wanted, hidden_size]`.
     ///
     /// `tokens` holds one id per row; `sequences` cover all rows; the keys and values of each sequence's earlier
-    /// positions are in `cache` already, those of its rows are written to it.
+    /// positions are in `cache` already, those of its rows are written to it. `wanted` is in ascending order.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -256,9 +318,9 @@ impl Decoder {
         wanted: &[usize],
     ) -> Result<Vec<f32>> {
         let rope = Rope::new(&self.config, sequences);
-        let mut x = self.embed(tokens)?;
+        let mut x = self.embed(tokens, delta)?;
         for (l, layer) in self.layers.iter().enumerate() {
-            let h = self.rms_norm(&x, &layer.input_norm)?;
+            let h = self.norm(&x, &layer.input_norm, &delta.norms(NormSite::Input(l)))?;
             let qkv = self.linear(&layer.qkv, l, Site::Qkv, &h, delta)?;
             let cache = &mut cache.layers[l];
             let h = match (&qkv, self.options.kernels) {
@@ -270,7 +332,7 @@ impl Decoder {
                 _ => unreachable!("host rows are made by the packed kernels"),
             };
             add(&mut x, self.linear(&layer.o, l, Site::O, &h, delta)?)?;
-            let h = self.rms_norm(&x, &layer.post_norm)?;
+            let h = self.norm(&x, &layer.post_norm, &delta.norms(NormSite::PostAttention(l)))?;
             let gate_up = self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?;
             let h = self.silu_mul(gate_up)?;
             add(&mut x, self.linear(&layer.down, l, Site::Down, &h, delta)?)?;
@@ -278,41 +340,58 @@ impl Decoder {
         if wanted.is_empty() {
             return Ok(vec![]);
         }
-        let x = self.rms_norm(&select(x, wanted)?, &self.norm)?;
+        let place = |row: usize| wanted.partition_point(|&w| w < row);
+        let own: Vec<_> = delta.norms(NormSite::Final);
+        let own: Vec<_> = own.into_iter().map(|(rows, norm)| (place(rows.start)..place(rows.end), norm)).collect();
+        let x = self.norm(&select(x, wanted)?, &self.norm, &own)?;
         match x {
             Rows::Host { data, .. } => Ok(data),
             Rows::Device(t) => Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
         }
     }
 
-    /// Logits `[rows, vocab_size]` of final hidden states `[rows, hidden_size]`.
-    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
-        let width = self.config.hidden_size;
-        let x = match self.options.kernels {
-            Kernels::Packed(_) => Rows::Host { data: hidden.to_vec(), width },
-            Kernels::Tensor => {
-                let t = Tensor::from_slice(hidden, (hidden.len() / width, width), &self.options.device)?;
-                Rows::Device(t.to_dtype(self.options.dtype)?)
+    /// Logits `[rows, width]` of final hidden states `[rows, hidden_size]`, `width` being the largest vocabulary among
+    /// the base's and those of the rows' adapters. What a row has beyond its own vocabulary means nothing.
+    pub fn logits(&self, hidden: &[f32], delta: &dyn Delta) -> Result<Vec<f32>> {
+        let (k, vocab) = (self.config.hidden_size, self.config.vocab_size);
+        let (rows, width) = (hidden.len() / k, vocab.max(delta.vocab_size()));
+        match (self.lm_head.as_ref().unwrap_or(&self.embedding), self.options.kernels) {
+            (Linear::Packed(parts), Kernels::Packed(simd)) => {
+                let mut y = vec![0.0; rows * width];
+                let base = delta.base_logits(rows).into_iter();
+                let product = |rows| Product { matrix: &parts[0], rows, x_column: 0, y_column: 0, scale: 1.0 };
+                matmul::multiply(simd, &base.map(product).collect::<Vec<_>>(), hidden, k, &mut y, width);
+                delta.logits(hidden, &mut y, rows);
+                Ok(y)
             }
-        };
-        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        match self.linear(head, 0, Site::O, &x, &NoDelta)? {
-            Rows::Host { data, .. } => Ok(data),
-            Rows::Device(t) => Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
+            (Linear::Tensor(w), _) => {
+                let x = Tensor::from_slice(hidden, (rows, k), &self.options.device)?.to_dtype(self.options.dtype)?;
+                let y = x.matmul(&w.t()?)?.pad_with_zeros(1, 0, width - vocab)?;
+                let y = delta.logits_tensor(&x, y)?;
+                Ok(y.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+            }
+            _ => unreachable!("packed weights are for packed kernels"),
         }
     }
 
-    fn embed(&self, tokens: &[u32]) -> Result<Rows> {
-        let width = self.config.hidden_size;
+    fn embed(&self, tokens: &[u32], delta: &dyn Delta) -> Result<Rows> {
+        let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
         match &self.embedding {
             Linear::Packed(parts) => {
                 let mut data = vec![0.0; tokens.len() * width];
                 for (row, &token) in data.chunks_exact_mut(width).zip(tokens) {
-                    parts[0].row(token as usize, row);
+                    if (token as usize) < vocab {
+                        parts[0].row(token as usize, row);
+                    }
                 }
+                delta.embed(tokens, &mut data);
                 Ok(Rows::Host { data, width })
             }
-            Linear::Tensor(t) => Ok(Rows::Device(t.index_select(&Tensor::new(tokens, t.device())?, 0)?)),
+            Linear::Tensor(t) => {
+                let known: Vec<u32> = tokens.iter().map(|&token| token.min(vocab as u32 - 1)).collect();
+                let x = t.index_select(&Tensor::new(known, t.device())?, 0)?;
+                Ok(Rows::Device(delta.embed_tensor(tokens, x)?))
+            }
         }
     }
 
@@ -336,6 +415,16 @@ impl Decoder {
             }
             _ => unreachable!("rows are where the weights are"),
         }
+    }
+
+    /// A norm of all rows; those with weights of their own go by these.
+    fn norm(&self, x: &Rows, base: &Norm, own: &[(Range<usize>, &Norm)]) -> Result<Rows> {
+        let mut out = self.rms_norm(x, base)?;
+        for (rows, norm) in own.iter().filter(|(rows, _)| !rows.is_empty()) {
+            let part = self.rms_norm(&x.narrow(rows)?, norm)?;
+            out.replace(rows, part)?;
+        }
+        Ok(out)
     }
 
     /// `x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467), row by row.
@@ -377,6 +466,28 @@ impl Decoder {
             }
             _ => unreachable!("host rows are made by the packed kernels"),
         }
+    }
+}
+
+impl Rows {
+    fn narrow(&self, rows: &Range<usize>) -> Result<Rows> {
+        Ok(match self {
+            Rows::Host { data, width } => {
+                Rows::Host { data: data[rows.start * width..rows.end * width].to_vec(), width: *width }
+            }
+            Rows::Device(t) => Rows::Device(t.narrow(0, rows.start, rows.len())?),
+        })
+    }
+
+    fn replace(&mut self, rows: &Range<usize>, with: Rows) -> Result<()> {
+        match (self, with) {
+            (Rows::Host { data, width }, Rows::Host { data: with, .. }) => {
+                data[rows.start * *width..rows.end * *width].copy_from_slice(&with);
+            }
+            (Rows::Device(t), Rows::Device(with)) => *t = t.slice_assign(&[rows.clone(), 0..t.dims()[1]], &with)?,
+            _ => unreachable!("rows are where the weights are"),
+        }
+        Ok(())
     }
 }
 

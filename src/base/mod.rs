@@ -11,13 +11,15 @@ mod kv;
 pub mod matmul;
 pub mod simd;
 mod source;
+#[cfg(test)]
+pub mod testing;
 mod tokenizer;
 mod weights;
 
 pub use attention::SequenceRows;
 pub use chat::ChatTemplate;
-pub use config::{ModelConfig, Projection, TargetModule};
-pub use decoder::{Decoder, DecoderOptions, Delta, Kernels, NoDelta, Site};
+pub use config::{EMBEDDING, LM_HEAD, ModelConfig, Module, NormSite, Projection, TargetModule};
+pub use decoder::{Decoder, DecoderOptions, Delta, Kernels, Norm, Site};
 pub use fetch::{fetch, packaged};
 pub use kv::{BLOCK, KvCache};
 pub use source::{Base, DEFAULT_MODEL};

@@ -35,8 +35,8 @@ pub struct Host {
     pub dtype: String,
     /// `cpu` or `cuda`.
     pub device_name: &'static str,
-    /// How the weights are held; an adapter is packed alike.
-    pub decoder: DecoderOptions,
+    /// The base; an adapter is packed to match it.
+    pub decoder: Arc<Decoder>,
 }
 
 impl Host {
@@ -53,14 +53,13 @@ impl Host {
         let device_name = if device.is_cpu() { "cpu" } else { "cuda" };
         tracing::info!("loading {} on {}", base.id, device_name);
         let held = DecoderOptions { device, kernels, format, dtype };
-        let decoder = Decoder::load(&base.config, &base.weights, held.clone())?;
+        let decoder = Arc::new(Decoder::load(&base.config, &base.weights, held)?);
         metrics.base_bytes.set(decoder.bytes() as i64);
         tracing::info!("weights take {:.1} MB", decoder.bytes() as f64 / 1e6);
         let registry = Registry::open(
             RegistryOptions {
-                config: base.config.clone(),
+                decoder: decoder.clone(),
                 base: base.id.clone(),
-                decoder: held.clone(),
                 directories: args.adapters.clone(),
                 store: limits.store,
                 memory: args.adapter_memory.0 as usize,
@@ -79,7 +78,7 @@ impl Host {
             max_queue: limits.max_queue,
             eos_tokens: base.config.eos_tokens.clone(),
         };
-        let runner = Runner::new(decoder, args.kv_memory.0 as usize)?;
+        let runner = Runner::new(decoder.clone(), args.kv_memory.0 as usize)?;
         let engine = Engine::start(Box::new(runner), base.tokenizer.clone(), options, metrics.clone())?;
         Ok(Host {
             base_id: base.id,
@@ -91,7 +90,7 @@ impl Host {
             metrics,
             dtype: described,
             device_name,
-            decoder: held,
+            decoder,
         })
     }
 }

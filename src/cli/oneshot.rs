@@ -30,7 +30,7 @@ async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<
     let path = Path::new(name);
     let packed = if path.join("adapter_config.json").exists() {
         let loaded = crate::adapter::load(path, &host.config, &host.base_id)?;
-        Arc::new(PackedAdapter::new(loaded.adapter, &host.config, &host.decoder)?)
+        Arc::new(PackedAdapter::new(loaded.adapter, &host.decoder)?)
     } else {
         host.registry.acquire(name).await?
     };

@@ -284,6 +284,7 @@ impl Stepper {
             }
         }
         let digest = |(sequence, output, result): (&mut Sequence<Job>, Output, Vec<f32>)| {
+            let vocab_size = sequence.adapter.as_ref().map_or(vocab_size, |a| a.vocab_size);
             let outcome = check_length(sequence, output, &result, vocab_size).and_then(|()| match output {
                 Output::None => Ok(Outcome::Nothing),
                 _ => sequence.digest(result, vocab_size, max_tokens, vocabulary, eos_tokens, now),

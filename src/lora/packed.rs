@@ -4,10 +4,12 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 
+use super::dora;
+use super::table::{Embedding, LmHead};
 use crate::Result;
 use crate::adapter::{Adapter, Generation, Head};
 use crate::base::matmul::PackedMatrix;
-use crate::base::{DecoderOptions, Kernels, ModelConfig, Site};
+use crate::base::{Decoder, DecoderOptions, Kernels, Module, Norm, NormSite, Site};
 
 /// The low-rank pairs of one fused linear layer.
 #[derive(Debug)]
@@ -25,6 +27,9 @@ pub(super) struct Part {
     /// First of this projection's outputs among those of the fused layer.
     pub column: usize,
     pub scale: f32,
+    /// What follows the product: `y = gain * y + shift`.
+    pub gain: Option<Vector>,
+    pub shift: Option<Vector>,
 }
 
 #[derive(Debug)]
@@ -35,17 +40,14 @@ pub(super) enum Factor {
 }
 
 impl Factor {
-    fn new(rows: &[f32], n: usize, k: usize, base: &DecoderOptions) -> Result<Self> {
+    pub fn new(rows: &[f32], n: usize, k: usize, base: &DecoderOptions) -> Result<Self> {
         Ok(match base.kernels {
             Kernels::Packed(_) => Factor::Packed(PackedMatrix::pack_exactly(rows, n, k)),
-            Kernels::Tensor => {
-                let tensor = Tensor::from_slice(rows, (n, k), &Device::Cpu)?;
-                Factor::Tensor(tensor.to_dtype(base.dtype)?.to_device(&base.device)?)
-            }
+            Kernels::Tensor => Factor::Tensor(tensor(rows, (n, k), base)?),
         })
     }
 
-    fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         match self {
             Factor::Packed(m) => m.bytes(),
             Factor::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
@@ -59,6 +61,62 @@ impl Factor {
             Factor::Tensor(t) => t.dims()[0],
         }
     }
+
+    pub fn packed(&self) -> &PackedMatrix {
+        match self {
+            Factor::Packed(m) => m,
+            Factor::Tensor(_) => unreachable!("adapters are packed for the base's kernels"),
+        }
+    }
+
+    pub fn tensor(&self) -> &Tensor {
+        match self {
+            Factor::Tensor(t) => t,
+            Factor::Packed(_) => unreachable!("adapters are packed for the base's kernels"),
+        }
+    }
+}
+
+/// A number for each output feature.
+#[derive(Debug)]
+pub(super) enum Vector {
+    Host(Vec<f32>),
+    /// `[1, out_features]`, in the decoder's numbers.
+    Tensor(Tensor),
+}
+
+impl Vector {
+    pub fn new(numbers: Vec<f32>, base: &DecoderOptions) -> Result<Self> {
+        Ok(match base.kernels {
+            Kernels::Packed(_) => Vector::Host(numbers),
+            Kernels::Tensor => Vector::Tensor(tensor(&numbers, (1, numbers.len()), base)?),
+        })
+    }
+
+    pub fn bytes(&self) -> usize {
+        match self {
+            Vector::Host(numbers) => 4 * numbers.len(),
+            Vector::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
+        }
+    }
+
+    pub fn host(&self) -> &[f32] {
+        match self {
+            Vector::Host(numbers) => numbers,
+            Vector::Tensor(_) => unreachable!("adapters are packed for the base's kernels"),
+        }
+    }
+
+    pub fn tensor(&self) -> &Tensor {
+        match self {
+            Vector::Tensor(t) => t,
+            Vector::Host(_) => unreachable!("adapters are packed for the base's kernels"),
+        }
+    }
+}
+
+fn tensor(numbers: &[f32], shape: (usize, usize), base: &DecoderOptions) -> Result<Tensor> {
+    Ok(Tensor::from_slice(numbers, shape, &Device::Cpu)?.to_dtype(base.dtype)?.to_device(&base.device)?)
 }
 
 /// An adapter on the device, in the layout that the delta kernels read.
@@ -72,14 +130,22 @@ pub struct PackedAdapter {
     pub labels: Option<Vec<String>>,
     /// Memory it takes.
     pub bytes: usize,
+    /// Tokens it knows, the base's and its own.
+    pub vocab_size: usize,
     pub(super) sites: HashMap<(usize, Site), PackedSite>,
+    pub(super) norms: HashMap<NormSite, Norm>,
+    pub(super) embedding: Option<Embedding>,
+    pub(super) lm_head: Option<LmHead>,
     head: Option<Head>,
 }
 
 impl PackedAdapter {
-    /// For the kernels and the numbers that `base` is held in. Each pair is freed as soon as it is packed, so that an
-    /// adapter is not twice in memory.
-    pub fn new(mut adapter: Adapter, config: &ModelConfig, base: &DecoderOptions) -> Result<Self> {
+    /// For the kernels and the numbers of `base`. Each pair is freed as soon as it is packed, so that an adapter is not
+    /// twice in memory.
+    ///
+    /// Errors: `Unprocessable` where DoRA's numbers and the base's weights have no finite quotient.
+    pub fn new(mut adapter: Adapter, base: &Decoder) -> Result<Self> {
+        let (config, options) = (base.config(), base.options());
         let mut sites = HashMap::new();
         for layer in 0..config.layers {
             for site in Site::ALL {
@@ -87,27 +153,53 @@ impl PackedAdapter {
                 for &projection in site.projections() {
                     let (n, k) = config.shape(projection);
                     if let Some(pair) = adapter.pairs.remove(&(layer, projection)) {
+                        let gain = match &pair.magnitude {
+                            Some(_) => dora::gains(&base.weights(Module::Linear(layer, projection))?, &pair)
+                                .map_err(|e| e.context(format!("model.layers.{layer}.{}", projection.path())))?,
+                            None => None,
+                        };
+                        let shift = pair.bias.as_ref().map(|bias| bias.iter().map(|b| pair.scale * b).collect());
+                        let vector = |numbers: Option<Vec<f32>>| numbers.map(|v| Vector::new(v, options)).transpose();
                         a.extend_from_slice(&pair.a);
-                        let b = Factor::new(&pair.b, n, pair.rank, base)?;
-                        parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
+                        parts.push(Part {
+                            b: Factor::new(&pair.b, n, pair.rank, options)?,
+                            rank_start: ranks,
+                            column,
+                            scale: pair.scale,
+                            gain: vector(gain)?,
+                            shift: vector(shift)?,
+                        });
                         ranks += pair.rank;
                     }
                     (column, width) = (column + n, k);
                 }
                 if !parts.is_empty() {
-                    let a = Factor::new(&a, ranks, width, base)?;
+                    let a = Factor::new(&a, ranks, width, options)?;
                     sites.insert((layer, site), PackedSite { a, parts });
                 }
             }
         }
-        let site_bytes = |s: &PackedSite| s.a.bytes() + s.parts.iter().map(|p| p.b.bytes()).sum::<usize>();
+        let norms = std::mem::take(&mut adapter.norms).into_iter();
+        let norms: HashMap<NormSite, Norm> =
+            norms.map(|(site, weight)| Ok((site, Norm::new(weight, options)?))).collect::<Result<_>>()?;
+        let vocab_size = adapter.vocab_size.unwrap_or(config.vocab_size);
+        let (embedding, lm_head) = super::table::pack(adapter.embedding, adapter.lm_head, vocab_size, base)?;
         let head = adapter.head;
+
+        let vector = |v: &Option<Vector>| v.as_ref().map_or(0, Vector::bytes);
+        let part = |p: &Part| p.b.bytes() + vector(&p.gain) + vector(&p.shift);
+        let sites_bytes: usize = sites.values().map(|s| s.a.bytes() + s.parts.iter().map(part).sum::<usize>()).sum();
+        let norm_bytes: usize = norms.values().map(Norm::bytes).sum();
         let head_bytes = head.as_ref().map_or(0, |h| 4 * (h.weight.len() + h.bias.as_ref().map_or(0, Vec::len)));
         Ok(PackedAdapter {
             generation: adapter.generation,
             labels: head.as_ref().map(|h| h.labels.clone()),
-            bytes: sites.values().map(site_bytes).sum::<usize>() + head_bytes,
+            bytes: sites_bytes + norm_bytes + head_bytes + super::table::bytes(&embedding, &lm_head),
+            vocab_size,
             sites,
+            norms,
+            embedding,
+            lm_head,
             head,
         })
     }
