@@ -75,6 +75,13 @@ pub struct OwnRows {
     pub rows: Vec<f32>,
 }
 
+/// A norm's weights as Hugging Face's file has them; what is `None` stays the base's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OwnNorm {
+    pub weight: Option<Vec<f32>>,
+    pub bias: Option<Vec<f32>>,
+}
+
 /// A trained classification head over the last token's hidden state.
 #[derive(Debug, Clone)]
 pub struct Head {
@@ -92,8 +99,10 @@ pub struct Adapter {
     pub generation: Generation,
     /// Keyed by layer and projection.
     pub pairs: BTreeMap<(usize, Projection), LoraPair>,
+    /// Biases that take the place of the base's.
+    pub biases: BTreeMap<(usize, Projection), Vec<f32>>,
     /// Norms that take the place of the base's.
-    pub norms: BTreeMap<NormSite, Vec<f32>>,
+    pub norms: BTreeMap<NormSite, OwnNorm>,
     /// Tokens it knows; `None` where these are the base's.
     pub vocab_size: Option<usize>,
     pub embedding: TableChange,
@@ -107,6 +116,7 @@ impl Adapter {
         Adapter {
             generation,
             pairs: BTreeMap::new(),
+            biases: BTreeMap::new(),
             norms: BTreeMap::new(),
             vocab_size: None,
             embedding: TableChange::default(),
@@ -120,7 +130,7 @@ impl Adapter {
         let table = |t: &TableChange| t.rows.is_some() || t.pair.is_some();
         match () {
             _ if self.pairs.values().any(|p| p.magnitude.is_some()) => Some("DoRA's magnitudes"),
-            _ if self.pairs.values().any(|p| p.bias.is_some()) => Some("biases"),
+            _ if self.pairs.values().any(|p| p.bias.is_some()) || !self.biases.is_empty() => Some("biases"),
             _ if !self.norms.is_empty() => Some("norms"),
             _ if table(&self.embedding) => Some("changed embeddings"),
             _ if table(&self.lm_head) => Some("a changed lm_head"),

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::adapter::files::{CONFIG, shorten};
 use crate::adapter::labels;
-use crate::base::{EMBEDDING, LM_HEAD, ModelConfig, Module, NormSite};
+use crate::base::{LM_HEAD, ModelConfig, Module};
 use crate::{Error, Result};
 
 /// Largest rank accepted; published adapters stay far below.
@@ -40,7 +40,7 @@ const IGNORED: [&str; 17] = [
     "auto_mapping",
     "corda_config",
     "eva_config",
-    // Only for GPT-2's Conv1D layers; PEFT resets it on linear layers, which are all that the bases here have.
+    // How the base's weights lie, which the base itself says; PEFT corrects the field by that. A and B lie alike either way.
     "fan_in_fan_out",
     "inference_mode",
     "label2id",
@@ -150,8 +150,9 @@ pub struct LoraConfig {
     pub bias: Bias,
     /// What happens to the embedding happens to a tied `lm_head` too.
     pub ensure_weight_tying: bool,
-    /// Tokens whose rows are trained, by the end of the table's name, in the order of the saved rows.
-    pub trainable_tokens: Vec<(String, Vec<u32>)>,
+    /// Tokens whose rows are trained, by the end of the table's name (`None` is the embedding), in the order of the saved
+    /// rows.
+    pub trainable_tokens: Vec<(Option<String>, Vec<u32>)>,
     /// Class names by class number.
     pub id2label: Option<Vec<String>>,
 }
@@ -247,18 +248,6 @@ impl LoraConfig {
         if self.use_dora && self.lora_bias {
             return Err(bad("use_dora and lora_bias are both true; PEFT has no such adapters"));
         }
-        for (table, _) in &self.trainable_tokens {
-            if ![EMBEDDING, LM_HEAD].iter().any(|name| name.ends_with(table.as_str())) {
-                return Err(bad(format!(
-                    "trainable_token_indices names {table:?}; the base's tables are {EMBEDDING:?} and {LM_HEAD:?}"
-                )));
-            }
-            if let Some(saved) = self.modules_to_save.iter().find(|saved| table.ends_with(saved.as_str())) {
-                return Err(bad(format!(
-                    "trainable_token_indices and modules_to_save both name {saved:?}; a table is saved one way"
-                )));
-            }
-        }
         let by_pattern = matches!(self.target_modules, Modules::Pattern(_));
         if by_pattern && self.layers_to_transform.is_some() {
             return Err(bad("layers_to_transform works only with a list of target_modules, not with a pattern"));
@@ -287,12 +276,30 @@ impl LoraConfig {
 
     /// Whether the module of this full name is saved as a whole: PEFT asks for the end of the name alone.
     pub(super) fn saves(&self, name: &str) -> bool {
-        self.modules_to_save.iter().any(|end| name.ends_with(end.as_str())) || self.ties_saved() && name == EMBEDDING
+        self.modules_to_save.iter().any(|end| name.ends_with(end.as_str()))
     }
 
-    /// The norms that are saved.
-    pub(super) fn saved_norms(&self, base: &ModelConfig) -> Vec<NormSite> {
-        base.norms().into_iter().filter(|norm| self.saves(&norm.name())).collect()
+    /// Tokens of a table whose rows are trained.
+    pub(super) fn tokens_of(&self, table: &str, base: &ModelConfig) -> Option<&Vec<u32>> {
+        let is_embedding = table == base.family.names().embedding;
+        let listed = |end: &Option<String>| end.as_ref().map_or(is_embedding, |end| table.ends_with(end.as_str()));
+        self.trainable_tokens.iter().find(|(end, _)| listed(end)).map(|(_, tokens)| tokens)
+    }
+
+    /// Refuses trained tokens of what is no table of the base, or is saved whole.
+    pub(super) fn check_tokens(&self, base: &ModelConfig) -> Result<()> {
+        let tables = [base.family.names().embedding, LM_HEAD];
+        for end in self.trainable_tokens.iter().filter_map(|(end, _)| end.as_ref()) {
+            if !tables.iter().any(|name| name.ends_with(end.as_str())) {
+                return Err(bad(format!("trainable_token_indices names {end:?}; the base's tables are {tables:?}")));
+            }
+        }
+        match tables.iter().find(|table| self.saves(table) && self.tokens_of(table, base).is_some()) {
+            Some(table) => Err(bad(format!(
+                "trainable_token_indices and modules_to_save both name {table}; a table is saved one way"
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// Whether `lm_head` is the embedding that is saved, on a base that ties them.
@@ -320,17 +327,26 @@ impl LoraConfig {
             let shape = (m.out_features, m.in_features);
             (m.name, Module::Linear(m.layer, m.projection), shape)
         });
-        let embedding = (EMBEDDING.to_string(), Module::Embedding, (base.hidden_size, vocab_size));
+        let tables = [base.family.names().embedding, LM_HEAD];
+        let embedding = (tables[0].to_string(), Module::Embedding, (base.hidden_size, vocab_size));
         let lm_head = (LM_HEAD.to_string(), Module::LmHead, (vocab_size, base.hidden_size));
         // `all-linear` means neither table. A sequence classifier has no lm_head for a pattern to match.
-        let tables = match self.is_sequence_classification() {
+        let targets = match self.is_sequence_classification() {
             _ if self.target_modules.is_all_linear() => vec![],
             true => vec![embedding],
             false => vec![embedding, lm_head],
         };
-        let all: Vec<_> = linear.chain(tables).collect();
+        let all: Vec<_> = linear.chain(targets).collect();
         let names: Vec<&str> = all.iter().map(|(name, ..)| name.as_str()).collect();
         let mut chosen = self.chosen(&names, &effort)?;
+        if let Some(positions) = base.family.names().positions.filter(|_| !self.target_modules.is_all_linear())
+            && self.chosen(&[positions], &effort)? == [true]
+        {
+            return Err(bad(format!(
+                "target_modules {} includes {positions}, learned positions, which is not supported",
+                self.target_modules
+            )));
+        }
         if base.tie_word_embeddings && self.ties_targets() {
             let tables =
                 all.iter().zip(&mut chosen).filter(|((_, module, _), _)| !matches!(module, Module::Linear(..)));
@@ -339,10 +355,12 @@ impl LoraConfig {
         if !chosen.contains(&true) {
             return Err(bad(format!(
                 "target_modules {} (with layers_to_transform and exclude_modules) matches no module of the base; its \
-                 modules are {} to {}, {EMBEDDING} and {LM_HEAD}",
+                 modules are {} to {}, {} and {}",
                 self.target_modules,
                 names.first().unwrap_or(&"none"),
-                names.iter().rfind(|name| ![EMBEDDING, LM_HEAD].contains(name)).unwrap_or(&"none"),
+                names.iter().rfind(|name| !tables.contains(name)).unwrap_or(&"none"),
+                tables[0],
+                tables[1]
             )));
         }
         let names: Vec<&str> = names.iter().zip(&chosen).filter_map(|(name, chosen)| chosen.then_some(*name)).collect();
@@ -544,7 +562,7 @@ impl Fields {
     }
 
     /// A list of tokens is for the embedding.
-    fn trainable_tokens(&mut self) -> Result<Vec<(String, Vec<u32>)>> {
+    fn trainable_tokens(&mut self) -> Result<Vec<(Option<String>, Vec<u32>)>> {
         let name = "trainable_token_indices";
         let token = |v: &Value| {
             let token = v.as_u64().filter(|&token| token < MAX_VOCABULARY as u64);
@@ -562,8 +580,8 @@ impl Fields {
         };
         match self.take(name) {
             None => Ok(vec![]),
-            Some(Value::Object(map)) => map.iter().map(|(table, list)| Ok((table.clone(), tokens(list)?))).collect(),
-            Some(list) => Ok(vec![("embed_tokens".into(), tokens(&list)?)]),
+            Some(Value::Object(map)) => map.iter().map(|(table, l)| Ok((Some(table.clone()), tokens(l)?))).collect(),
+            Some(list) => Ok(vec![(None, tokens(&list)?)]),
         }
     }
 
@@ -709,7 +727,9 @@ mod tests {
     }
 
     fn targets(changes: Value) -> Result<Vec<String>> {
-        let targets = parse(changes)?.targets(&tiny(), 32)?;
+        let config = parse(changes)?;
+        config.check_tokens(&tiny())?;
+        let targets = config.targets(&tiny(), 32)?;
         Ok(targets.into_iter().map(|t| t.name.strip_prefix("model.layers.").unwrap_or(&t.name).to_string()).collect())
     }
 

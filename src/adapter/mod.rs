@@ -21,7 +21,7 @@ mod tensors;
 pub mod testing;
 mod upload;
 
-pub use adapter::{Adapter, Generation, Head, LoraPair, OwnRows, TableChange};
+pub use adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows, TableChange};
 pub use config::Modules;
 pub use generation::generation_of;
 pub use name::{BASE_NAME, check_name};

@@ -12,8 +12,8 @@ use crate::adapter::files::{CONFIG, PICKLE, read_optional, shorten, steady};
 use crate::adapter::generation::GenerationHasher;
 use crate::adapter::labels::{self, LABELS_JSON, LABELS_TEXT};
 use crate::adapter::tensors::{TensorFile, check_dtype};
-use crate::adapter::{Adapter, Generation, Head, LoraPair, OwnRows};
-use crate::base::{EMBEDDING, LM_HEAD, ModelConfig, Module, NormSite, Projection};
+use crate::adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows};
+use crate::base::{LM_HEAD, ModelConfig, Module, NormKind, NormSite, Projection};
 use crate::{Error, Result};
 
 /// What PEFT puts in front of every module's path.
@@ -107,15 +107,18 @@ impl Files {
         let places = Places::assign(&self.config, self.tensors.tensors())?;
         let plan = places.fit(&self.config, base).map_err(|e| explain_base(e, &self.config, base_id))?;
         let targeted = |module: &str| plan.targets.iter().any(|t| short_name(&t.name) == module);
-        let short_names = Projection::ALL.iter().map(|p| short_name(p.path()));
+        // GPT-2 has two modules of one name.
+        let mut names: Vec<String> = vec![];
+        let linear = base.family.projections().map(|p| base.family.short_name(p));
+        for name in linear.chain([base.family.names().embedding, LM_HEAD].map(short_name)) {
+            if targeted(name) && !names.iter().any(|n| n == name) {
+                names.push(name.into());
+            }
+        }
         let summary = Summary {
             rank: plan.targets.iter().map(|t| t.rank).max().unwrap_or(0),
             lora_alpha: self.config.lora_alpha,
-            target_modules: short_names
-                .chain([EMBEDDING, LM_HEAD].map(short_name))
-                .filter(|name| targeted(name))
-                .map(String::from)
-                .collect(),
+            target_modules: names,
             labels: self.labels(places.head_rows()?)?,
             parameters: self.tensors.numbers(),
             bytes: self.bytes(),
@@ -159,8 +162,13 @@ impl Fitted {
                 Module::LmHead => adapter.lm_head.pair = Some(pair),
             }
         }
-        for norm in plan.norms {
-            adapter.norms.insert(norm, read(take(&norm.name(), Kind::Weight))?);
+        for (site, name) in plan.norms {
+            let bias = take(&name, Kind::Bias).or(take(&name, Kind::BaseBias));
+            adapter.norms.insert(site, OwnNorm { weight: take(&name, Kind::Weight), bias });
+        }
+        for (name, layer, projection) in plan.biases {
+            let bias = take(&name, Kind::BaseBias).or(take(&name, Kind::Bias));
+            adapter.biases.insert((layer, projection), read(bias)?);
         }
         adapter.vocab_size = Some(plan.vocab_size);
         let rows = |table: Table| -> Result<Option<OwnRows>> {
@@ -300,7 +308,7 @@ enum Kind {
 
 /// How the end of a tensor's name says so. PEFT leaves out the adapter's name, `default`; exports of a raw state dict keep
 /// it.
-const ENDINGS: [(&str, Kind); 22] = [
+const ENDINGS: [(&str, Kind); 23] = [
     ("lora_A.weight", Kind::A),
     ("lora_A.default.weight", Kind::A),
     ("lora_B.weight", Kind::B),
@@ -321,6 +329,7 @@ const ENDINGS: [(&str, Kind); 22] = [
     ("original_module.weight", Kind::BaseWeight),
     ("base_layer.weight", Kind::BaseWeight),
     ("base_layer.bias", Kind::BaseBias),
+    ("original_module.bias", Kind::BaseBias),
     ("weight", Kind::Weight),
     ("bias", Kind::Bias),
 ];
@@ -364,7 +373,10 @@ struct Places<'a> {
 /// What the numbers become.
 struct Plan {
     targets: Vec<Target>,
-    norms: Vec<NormSite>,
+    /// Norms with their module's path.
+    norms: Vec<(NormSite, String)>,
+    /// Linear layers that bring a bias.
+    biases: Vec<(String, usize, Projection)>,
     /// Of the embedding and of `lm_head`.
     tables: [Table; 2],
     vocab_size: usize,
@@ -493,11 +505,37 @@ impl<'a> Places<'a> {
         for target in &targets {
             taken.pair(target, config)?;
         }
-        let norms = config.saved_norms(base);
-        for norm in &norms {
-            let name = norm.name();
-            let because = format!("modules_to_save {:?}, the base's hidden size", config.modules_to_save);
-            taken.need(&name, Kind::Weight, &[base.hidden_size], &because)?;
+        config.check_tokens(base)?;
+        let mut norms = vec![];
+        for (site, name, width) in base.norms() {
+            let has_bias = base.architecture.norm == NormKind::Layer;
+            let mut changed = config.saves(&name);
+            if changed {
+                let because = format!("modules_to_save {:?}, the norm's width", config.modules_to_save);
+                taken.need(&name, Kind::Weight, &[width], &because)?;
+            }
+            if has_bias && (changed || config.bias == Bias::All) {
+                for kind in [Kind::Bias, Kind::BaseBias] {
+                    changed |= taken.may(&name, kind, &[width], "the norm's width")?;
+                }
+            }
+            if changed {
+                norms.push((site, name));
+            }
+        }
+        let mut biases = vec![];
+        for module in base.target_modules() {
+            let targeted = targets.iter().any(|target| target.name == module.name);
+            if config.bias == Bias::All || config.bias == Bias::Targets && targeted {
+                let has_bias = base.architecture.has_bias(module.projection);
+                let (mut found, because) = (false, "the module's outputs");
+                for kind in [Kind::Bias, Kind::BaseBias] {
+                    found |= has_bias && taken.may(&module.name, kind, &[module.out_features], because)?;
+                }
+                if found {
+                    biases.push((module.name, module.layer, module.projection));
+                }
+            }
         }
         let tables = self.tables(config, base, vocab_size, &mut taken)?;
         if let (Some(head), Some(rows)) = (self.head, self.head_rows()?) {
@@ -513,13 +551,14 @@ impl<'a> Places<'a> {
         if let Some((module, kind, name)) = tensors.into_iter().find(|(_, _, name)| !taken.parts.contains_key(**name)) {
             return Err(stray(name, module, *kind, config, base));
         }
-        Ok(Plan { targets, norms, tables, vocab_size, hidden_size: base.hidden_size, parts: taken.parts })
+        let (hidden_size, parts) = (base.hidden_size, taken.parts);
+        Ok(Plan { targets, norms, biases, tables, vocab_size, hidden_size, parts })
     }
 
     /// Tokens that the adapter knows: as many as a whole table has rows, else the base's and those with rows of their own.
     fn vocab_size(&self, config: &LoraConfig, base: &ModelConfig) -> Result<usize> {
-        let tables =
-            [EMBEDDING, LM_HEAD].map(|table| [Kind::Weight, Kind::BaseWeight].map(|kind| self.get(table, kind)));
+        let tables = [base.family.names().embedding, LM_HEAD]
+            .map(|table| [Kind::Weight, Kind::BaseWeight].map(|kind| self.get(table, kind)));
         let mut found: Option<(&str, usize)> = None;
         for (name, info) in tables.into_iter().flatten().flatten() {
             let rows = info.shape.first().copied().unwrap_or(0);
@@ -559,10 +598,10 @@ impl<'a> Places<'a> {
         vocab_size: usize,
         taken: &mut Taken,
     ) -> Result<[Table; 2]> {
-        let tied = base.tie_word_embeddings;
+        let (embedding, tied) = (base.family.names().embedding, base.tie_word_embeddings);
         let (shape, because) = ([vocab_size, base.hidden_size], "tokens × the base's hidden size");
         let mut found = HashSet::new();
-        for table in [EMBEDDING, LM_HEAD] {
+        for table in [embedding, LM_HEAD] {
             for kind in [Kind::Weight, Kind::BaseWeight] {
                 if taken.may(table, kind, &shape, because)? {
                     found.insert((table, kind));
@@ -587,14 +626,14 @@ impl<'a> Places<'a> {
             own.or(copy).or_else(|| replaces(table)).or_else(|| if tied { replaces(other) } else { None })
         };
 
-        let listed = |table: &str| config.trainable_tokens.iter().find(|(end, _)| table.ends_with(end)).map(|(_, t)| t);
+        let listed = |table: &str| config.tokens_of(table, base);
         let mut rows = |table, tokens: &Vec<u32>| -> Result<Option<(&'static str, Vec<u32>)>> {
             let because = format!("the {} tokens of trainable_token_indices × the base's hidden size", tokens.len());
             taken.need(table, Kind::Tokens, &[tokens.len(), base.hidden_size], &because)?;
             Ok(Some((table, tokens.clone())))
         };
-        let of_embedding = listed(EMBEDDING).map_or(Ok(None), |tokens| rows(EMBEDDING, tokens))?;
-        let of_lm_head = match (listed(EMBEDDING), listed(LM_HEAD)) {
+        let of_embedding = listed(embedding).map_or(Ok(None), |tokens| rows(embedding, tokens))?;
+        let of_lm_head = match (listed(embedding), listed(LM_HEAD)) {
             // One for both; PEFT may write it twice.
             (Some(tokens), other) if tied && other.is_none_or(|other| other == tokens) => {
                 taken.may(LM_HEAD, Kind::Tokens, &[tokens.len(), base.hidden_size], "as for the embedding")?;
@@ -603,13 +642,13 @@ impl<'a> Places<'a> {
             (_, Some(tokens)) => rows(LM_HEAD, tokens)?,
             (_, None) => None,
         };
-        let embedding = Table { whole: whole(EMBEDDING, LM_HEAD), tokens: of_embedding };
-        let mut lm_head = Table { whole: whole(LM_HEAD, EMBEDDING), tokens: of_lm_head };
+        let input = Table { whole: whole(embedding, LM_HEAD), tokens: of_embedding };
+        let mut output = Table { whole: whole(LM_HEAD, embedding), tokens: of_lm_head };
         // A classifier has no lm_head that could have rows for new tokens.
-        if config.is_sequence_classification() && !lm_head.knows(base.vocab_size..vocab_size) {
-            lm_head = embedding.clone();
+        if config.is_sequence_classification() && !output.knows(base.vocab_size..vocab_size) {
+            output = input.clone();
         }
-        for (name, table) in [(EMBEDDING, &embedding), (LM_HEAD, &lm_head)] {
+        for (name, table) in [(embedding, &input), (LM_HEAD, &output)] {
             if !table.knows(base.vocab_size..vocab_size) {
                 return Err(Error::unprocessable(format!(
                     "tensor {PREFIX}{name}.weight is missing: the adapter has {vocab_size} tokens, and the base's \
@@ -618,7 +657,7 @@ impl<'a> Places<'a> {
                 )));
             }
         }
-        Ok([embedding, lm_head])
+        Ok([input, output])
     }
 
     /// Refuses pairs that fit no base: both matrices are there, and their ranks agree.
@@ -684,16 +723,17 @@ fn check_shape(name: &str, found: &[usize], expected: &[usize], because: &str) -
 /// Every module that an adapter may bring a tensor for.
 fn known_modules(base: &ModelConfig) -> impl Iterator<Item = String> {
     let linear = base.target_modules().into_iter().map(|m| m.name);
-    let norms = base.norms().into_iter().map(|norm| norm.name());
-    linear.chain(norms).chain([EMBEDDING, LM_HEAD].into_iter().chain(HEADS).map(String::from))
+    let norms = base.norms().into_iter().map(|(_, name, _)| name);
+    linear.chain(norms).chain([base.family.names().embedding, LM_HEAD].into_iter().chain(HEADS).map(String::from))
 }
 
 /// A tensor that nothing in the configuration asks for.
 fn stray(name: &str, module: &str, kind: Kind, config: &LoraConfig, base: &ModelConfig) -> Error {
-    let layer = module.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+    let layer =
+        module.strip_prefix(base.family.names().layers).and_then(|rest| rest.split('.').nth(1)?.parse::<usize>().ok());
     let linear = base.target_modules().iter().any(|m| m.name == module);
-    let known = linear || [EMBEDDING, LM_HEAD].contains(&module);
-    let norm = base.norms().iter().any(|norm| norm.name() == module);
+    let known = linear || [base.family.names().embedding, LM_HEAD].contains(&module);
+    let norm = base.norms().iter().any(|(_, name, _)| name == module);
     Error::unprocessable(match (kind, layer) {
         (_, Some(layer)) if layer >= base.layers => {
             format!("tensor {name} belongs to layer {layer}, but the base has the layers 0 to {}", base.layers - 1)

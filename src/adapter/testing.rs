@@ -8,12 +8,12 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::base::{ModelConfig, Projection};
+use crate::base::{Architecture, Family, ModelConfig, Projection, Rope};
 
 /// A decoder of two layers: q is 12×8, k and v are 6×8, o is 8×12, gate and up are 10×8, down is 8×10.
 pub fn tiny() -> ModelConfig {
     ModelConfig {
-        family: "llama".into(),
+        family: Family::Llama,
         vocab_size: 32,
         hidden_size: 8,
         intermediate_size: 10,
@@ -21,8 +21,10 @@ pub fn tiny() -> ModelConfig {
         heads: 2,
         kv_heads: 1,
         head_dim: 6,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
+        norm_eps: 1e-5,
+        rope: Some(Rope::plain(10_000.0, 6)),
+        windows: vec![],
+        architecture: Architecture::of(Family::Llama),
         context: 64,
         tie_word_embeddings: true,
         bos_token: None,
@@ -66,7 +68,7 @@ pub fn adapter(seed: usize) -> Files {
     for layer in 0..base.layers {
         for projection in [Projection::Q, Projection::V] {
             let (outputs, inputs) = base.shape(projection);
-            let module = format!("base_model.model.model.layers.{layer}.{}", projection.path());
+            let module = format!("base_model.model.model.layers.{layer}.{}", base.family.path(projection));
             let value = move |i| (seed * 1000 + layer * 100 + i) as f32 / 8.0;
             files.tensors.insert(format!("{module}.lora_A.weight"), Tensor::f32(&[2, inputs], value));
             files.tensors.insert(format!("{module}.lora_B.weight"), Tensor::f32(&[outputs, 2], value));

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::base::ModelConfig;
+use crate::base::decoder::RowNorm;
 use crate::base::kv::{BLOCK, LayerCache, value_width};
 use crate::base::simd::{self, LANES, Rows, Simd};
 
@@ -28,69 +29,85 @@ impl SequenceRows<'_> {
 }
 
 /// Rotation of each row's heads by its position (RoFormer, arXiv 2104.09864), halves split as in Hugging Face's Llama.
-pub(super) struct Rope {
-    /// `[rows, head_dim / 2]`.
-    pub cos: Vec<f32>,
-    pub sin: Vec<f32>,
+pub(super) struct Rotation {
+    /// Pairs of numbers of a head that are turned; the numbers after them stay as they are.
+    half: usize,
+    /// `[rows, half]`.
+    cos: Vec<f32>,
+    sin: Vec<f32>,
 }
 
-impl Rope {
+impl Rotation {
     pub fn new(config: &ModelConfig, sequences: &[SequenceRows]) -> Self {
-        let (half, frequencies) = (config.head_dim / 2, config.rope_frequencies());
         let rows = sequences.iter().map(|s| s.rows.end).max().unwrap_or(0);
+        let Some(rope) = &config.rope else { return Rotation { half: 0, cos: vec![], sin: vec![] } };
+        let half = rope.frequencies.len();
         let (mut cos, mut sin) = (vec![0.0; rows * half], vec![0.0; rows * half]);
         for s in sequences {
             for (i, row) in s.rows.clone().enumerate() {
-                for (j, f) in frequencies.iter().enumerate() {
-                    let angle = (s.start + i) as f32 * f;
-                    (sin[row * half + j], cos[row * half + j]) = angle.sin_cos();
+                for (j, f) in rope.frequencies.iter().enumerate() {
+                    let (s, c) = ((s.start + i) as f32 * f).sin_cos();
+                    (sin[row * half + j], cos[row * half + j]) = (s * rope.attention_factor, c * rope.attention_factor);
                 }
             }
         }
-        Rope { cos, sin }
+        Rotation { half, cos, sin }
     }
 
     /// Rotates one head `x` of `row` into `out` and scales it.
     fn rotate(&self, row: usize, x: &[f32], scale: f32, out: &mut [f32]) {
-        let half = x.len() / 2;
+        let half = self.half;
         let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
         let ((x1, x2), (o1, o2)) = (x.split_at(half), out.split_at_mut(half));
         for i in 0..half {
             o1[i] = (x1[i] * cos[i] - x2[i] * sin[i]) * scale;
             o2[i] = (x2[i] * cos[i] + x1[i] * sin[i]) * scale;
         }
+        o2[half..].iter_mut().zip(&x2[half..]).for_each(|(o, x)| *o = x * scale);
     }
+}
+
+/// What one layer's attention needs beside its rows and its cache.
+pub(super) struct Attention<'a> {
+    pub config: &'a ModelConfig,
+    pub layer: usize,
+    /// Norms of each head of q and of k, before they are rotated.
+    pub head_norms: Option<[RowNorm<'a>; 2]>,
+    pub rotation: &'a Rotation,
+    pub sequences: &'a [SequenceRows<'a>],
 }
 
 /// Writes the step's keys and values into the cache and returns the attention's output `[rows, heads * head_dim]`.
 /// `qkv` is `[rows, (heads + 2 * kv_heads) * head_dim]`.
 ///
 /// Each row is computed on its own, over blocks in ascending order: its result does not depend on the other rows.
-pub(super) fn packed(
-    simd: Simd,
-    config: &ModelConfig,
-    rope: &Rope,
-    sequences: &[SequenceRows],
-    qkv: &[f32],
-    cache: &mut LayerCache,
-) -> Vec<f32> {
+pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut LayerCache) -> Vec<f32> {
+    let &Attention { config, layer, ref head_norms, rotation, sequences } = attention;
     let LayerCache::Cpu { keys, values } = cache else { unreachable!("the decoder made its own cache") };
     let (hd, kv_heads, vw) = (config.head_dim, config.kv_heads, value_width(config));
     let (group, q_width) = (config.heads / kv_heads, config.heads * hd);
     let width = q_width + 2 * kv_heads * hd;
     let rows = qkv.len() / width;
-    let scale = 1.0 / (hd as f32).sqrt();
+    let (scale, softcap) = (config.attention_scale(layer), config.architecture.attention_softcap);
+    let window = config.window(layer).unwrap_or(usize::MAX);
 
     let mut queries = vec![0.0; rows * q_width];
-    let mut key = vec![0.0; hd];
+    let (mut key, mut normed) = (vec![0.0; hd], vec![0.0; hd]);
+    let mut turn = |which: usize, row: usize, x: &[f32], scale: f32, out: &mut [f32]| match head_norms {
+        None => rotation.rotate(row, x, scale, out),
+        Some(norms) => {
+            norms[which].of_row(row).row(simd, x, &mut normed);
+            rotation.rotate(row, &normed, scale, out);
+        }
+    };
     for s in sequences {
         for (i, row) in s.rows.clone().enumerate() {
             let x = &qkv[row * width..][..width];
             let heads = queries[row * q_width..][..q_width].chunks_exact_mut(hd).zip(x.chunks_exact(hd));
-            heads.for_each(|(out, x)| rope.rotate(row, x, scale, out));
+            heads.for_each(|(out, x)| turn(0, row, x, scale, out));
             let (block, slot) = (s.slot(s.start + i) / BLOCK, s.slot(s.start + i) % BLOCK);
             for head in 0..kv_heads {
-                rope.rotate(row, &x[q_width + head * hd..][..hd], 1.0, &mut key);
+                turn(1, row, &x[q_width + head * hd..][..hd], 1.0, &mut key);
                 let at = (block * kv_heads + head) * hd * BLOCK;
                 for (d, &k) in key.iter().enumerate() {
                     keys[at + d * BLOCK + slot] = k;
@@ -109,8 +126,11 @@ pub(super) fn packed(
     let attend = |(scores, sums): &mut (Vec<f32>, Vec<f32>), task: usize, out: &mut [f32]| {
         let (row, head) = (task / kv_heads, task % kv_heads);
         let s = of_row(row);
-        let visible = s.start + row - s.rows.start + 1;
-        let blocks = &s.blocks[..visible.div_ceil(BLOCK)];
+        let end = s.start + row - s.rows.start + 1;
+        let first = end.saturating_sub(window);
+        let blocks = &s.blocks[first / BLOCK..end.div_ceil(BLOCK)];
+        // Positions that are seen, counted from the start of the first block.
+        let seen = first % BLOCK..end - first / BLOCK * BLOCK;
         let span = blocks.len() * BLOCK;
         scores.clear();
         scores.resize(group * span, 0.0);
@@ -120,14 +140,21 @@ pub(super) fn packed(
             simd::multiply(simd, group, hd, q, Rows { data: k, stride: BLOCK }, &mut scores[i * BLOCK..], span);
         }
         sums.clear();
-        sums.extend(scores.chunks_exact_mut(span).map(|s| simd::softmax(simd, &mut s[..visible])));
+        sums.extend(scores.chunks_exact_mut(span).map(|scores| {
+            let scores = &mut scores[seen.clone()];
+            if let Some(cap) = softcap {
+                simd::softcap(simd, scores, cap as f32);
+            }
+            simd::softmax(simd, scores)
+        }));
         let sum_panel = |panel: usize, acc: &mut [f32]| {
             for (i, &block) in blocks.iter().enumerate() {
                 // Slots past the row's own position may hold anything, so they are left out, not multiplied by 0.
-                let slots = BLOCK.min(visible - i * BLOCK);
+                let (from, to) = (seen.start.saturating_sub(i * BLOCK), BLOCK.min(seen.end - i * BLOCK));
                 let v = &values[(block as usize * kv_heads + head) * BLOCK * vw..][..BLOCK * vw];
-                let p = Rows { data: &scores[i * BLOCK..], stride: span };
-                simd::multiply(simd, group, slots, p, Rows { data: &v[panel..], stride: vw }, acc, LANES);
+                let p = Rows { data: &scores[i * BLOCK + from..], stride: span };
+                let v = Rows { data: &v[from * vw + panel..], stride: vw };
+                simd::multiply(simd, group, to - from, p, v, acc, LANES);
             }
         };
         let mut acc = vec![0.0; group * LANES];
@@ -155,25 +182,33 @@ pub(super) fn packed(
 }
 
 /// The same by candle's operations, on any device.
-pub(super) fn tensors(
-    config: &ModelConfig,
-    rope: &Rope,
-    sequences: &[SequenceRows],
-    qkv: &Tensor,
-    cache: &mut LayerCache,
-) -> Result<Tensor> {
+pub(super) fn tensors(attention: &Attention, qkv: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
+    let &Attention { config, layer, ref head_norms, rotation, sequences } = attention;
     let LayerCache::Tensor { keys, values } = cache else { unreachable!("the decoder made its own cache") };
     let (hd, heads, kv_heads) = (config.head_dim, config.heads, config.kv_heads);
     let (rows, _) = qkv.dims2()?;
     let (device, dtype) = (qkv.device(), qkv.dtype());
-    let rotate = |x: Tensor, heads: usize| -> Result<Tensor> {
-        let table = |t: &[f32]| Tensor::from_slice(t, (rows, hd / 2), device)?.to_dtype(dtype);
-        let x = x.reshape((rows, heads, hd))?.transpose(0, 1)?.unsqueeze(0)?.contiguous()?;
-        let x = candle_nn::rotary_emb::rope(&x, &table(&rope.cos)?, &table(&rope.sin)?)?;
-        Ok(x.squeeze(0)?.transpose(0, 1)?.contiguous()?)
+    let turn = |which: usize, x: Tensor, heads: usize| -> Result<Tensor> {
+        let mut x = x.reshape((rows * heads, hd))?;
+        if let Some(norms) = head_norms {
+            x = norms[which].tensor(&x, heads)?;
+        }
+        let x = x.reshape((rows, heads, hd))?;
+        let (half, turned) = (rotation.half, 2 * rotation.half);
+        if half == 0 {
+            return Ok(x);
+        }
+        let table = |t: &[f32]| Tensor::from_slice(t, (rows, half), device)?.to_dtype(dtype);
+        let first = x.narrow(2, 0, turned)?.transpose(0, 1)?.unsqueeze(0)?.contiguous()?;
+        let first = candle_nn::rotary_emb::rope(&first, &table(&rotation.cos)?, &table(&rotation.sin)?)?;
+        let first = first.squeeze(0)?.transpose(0, 1)?;
+        match turned == hd {
+            true => Ok(first.contiguous()?),
+            false => Ok(Tensor::cat(&[first, x.narrow(2, turned, hd - turned)?], 2)?),
+        }
     };
-    let q = rotate(qkv.narrow(1, 0, heads * hd)?, heads)?;
-    let k = rotate(qkv.narrow(1, heads * hd, kv_heads * hd)?, kv_heads)?.reshape((rows, kv_heads * hd))?;
+    let q = turn(0, qkv.narrow(1, 0, heads * hd)?, heads)?;
+    let k = turn(1, qkv.narrow(1, heads * hd, kv_heads * hd)?, kv_heads)?.reshape((rows, kv_heads * hd))?;
     let v = qkv.narrow(1, (heads + kv_heads) * hd, kv_heads * hd)?.contiguous()?;
     let mut slots = vec![0u32; rows];
     for s in sequences {
@@ -183,10 +218,14 @@ pub(super) fn tensors(
     keys.scatter_set(&index, &k, 0)?;
     values.scatter_set(&index, &v, 0)?;
 
+    let window = config.window(layer).unwrap_or(usize::MAX);
     let mut out = Vec::with_capacity(sequences.len());
     for s in sequences {
-        let (m, length) = (s.rows.len(), s.start + s.rows.len());
-        let slots: Vec<u32> = (0..length).map(|p| s.slot(p) as u32).collect();
+        // The first row looks back furthest.
+        let (m, end) = (s.rows.len(), s.start + s.rows.len());
+        let first = (s.start + 1).saturating_sub(window);
+        let length = end - first;
+        let slots: Vec<u32> = (first..end).map(|p| s.slot(p) as u32).collect();
         let slots = Tensor::from_vec(slots, length, device)?;
         let fetch =
             |t: &Tensor| t.index_select(&slots, 0)?.reshape((length, kv_heads, hd))?.transpose(0, 1)?.contiguous();
@@ -194,10 +233,13 @@ pub(super) fn tensors(
         // Queries that share a key-value head become rows of one product: [kv_heads, group * m, head_dim].
         let q = q.narrow(0, s.rows.start, m)?.transpose(0, 1)?.contiguous()?;
         let q = q.reshape((kv_heads, heads / kv_heads * m, hd))?;
-        let scores = (q.matmul(&k.t()?)?.to_dtype(DType::F32)? * (1.0 / (hd as f64).sqrt()))?;
-        let mask: Vec<f32> = (0..m)
-            .flat_map(|i| (0..length).map(move |p| if p <= s.start + i { 0.0 } else { f32::NEG_INFINITY }))
-            .collect();
+        let mut scores = (q.matmul(&k.t()?)?.to_dtype(DType::F32)? * f64::from(config.attention_scale(layer)))?;
+        if let Some(cap) = config.architecture.attention_softcap {
+            scores = softcap(&scores, cap)?;
+        }
+        let seen = |i: usize, p: usize| p <= s.start + i && s.start + i - p < window;
+        let mask: Vec<f32> =
+            (0..m).flat_map(|i| (first..end).map(move |p| if seen(i, p) { 0.0 } else { f32::NEG_INFINITY })).collect();
         let mask = Tensor::from_vec(mask, (1, 1, m, length), device)?;
         let scores = scores.reshape((kv_heads, heads / kv_heads, m, length))?.broadcast_add(&mask)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(dtype)?;
@@ -205,4 +247,9 @@ pub(super) fn tensors(
         out.push(y.reshape((heads, m, hd))?.transpose(0, 1)?.reshape((m, heads * hd))?);
     }
     Ok(Tensor::cat(&out, 0)?)
+}
+
+/// `cap * tanh(x / cap)`.
+pub(super) fn softcap(x: &Tensor, cap: f64) -> Result<Tensor> {
+    Ok(((x / cap)?.tanh()? * cap)?)
 }

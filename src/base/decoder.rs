@@ -5,49 +5,17 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-use crate::base::attention::{self, Rope, SequenceRows};
+use crate::base::attention::{self, Attention, Rotation, SequenceRows};
 use crate::base::kv::KvCache;
 use crate::base::matmul::{self, Format, PackedMatrix, Product};
 use crate::base::simd::{self, Simd};
-use crate::base::{ModelConfig, Module, NormSite, Projection, Weights};
+use crate::base::{Activation, LM_HEAD, ModelConfig, Module, NormKind, NormSite, Projection, RawTensor, Site, Weights};
 use crate::{Error, Result};
-
-/// The linear layers of a block after fusion. An adapter's delta is added at each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Site {
-    Qkv,
-    O,
-    GateUp,
-    Down,
-}
-
-impl Site {
-    pub const ALL: [Site; 4] = [Site::Qkv, Site::O, Site::GateUp, Site::Down];
-
-    /// The layer that a projection is a part of.
-    pub fn of(projection: Projection) -> Self {
-        match projection {
-            Projection::Q | Projection::K | Projection::V => Site::Qkv,
-            Projection::O => Site::O,
-            Projection::Gate | Projection::Up => Site::GateUp,
-            Projection::Down => Site::Down,
-        }
-    }
-
-    /// The projections whose outputs lie side by side in this layer's output.
-    pub fn projections(self) -> &'static [Projection] {
-        match self {
-            Site::Qkv => &[Projection::Q, Projection::K, Projection::V],
-            Site::O => &[Projection::O],
-            Site::GateUp => &[Projection::Gate, Projection::Up],
-            Site::Down => &[Projection::Down],
-        }
-    }
-}
 
 /// What the adapters of some rows change. Rows that no adapter changes keep the base's result.
 pub trait Delta {
-    /// `y += delta(x)`; `x` is `[rows, in_features]`, `y` is `[rows, out_features]`, both row-major.
+    /// `y += delta(x)`; `x` is `[rows, in_features]`, `y` is `[rows, out_features]`, both row-major. `y` holds the product
+    /// with the base's weights; the base's bias, if there is one, is added afterwards.
     fn add(&self, layer: usize, site: Site, x: &[f32], y: &mut [f32], rows: usize);
     /// The same for tensors on a device.
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor>;
@@ -55,7 +23,8 @@ pub trait Delta {
     /// Rows whose adapter has its own weights for a norm.
     fn norms(&self, site: NormSite) -> Vec<(Range<usize>, &Norm)>;
 
-    /// Changes the embeddings `x`, `[rows, hidden_size]`. A token that the base does not know is the adapter's to write.
+    /// Changes the embeddings `x`, `[rows, hidden_size]`, before they are scaled. A token that the base does not know is
+    /// the adapter's to write.
     fn embed(&self, tokens: &[u32], x: &mut [f32]);
     fn embed_tensor(&self, tokens: &[u32], x: Tensor) -> Result<Tensor>;
 
@@ -63,7 +32,7 @@ pub trait Delta {
     fn vocab_size(&self) -> usize;
     /// Rows whose logits begin with the base's; the others' are the adapter's alone.
     fn base_logits(&self, rows: usize) -> Vec<Range<usize>>;
-    /// Changes the logits `y`, `[rows, width]`, of final states `x`, `[rows, hidden_size]`.
+    /// Changes the logits `y`, `[rows, width]`, of final states `x`, `[rows, hidden_size]`, before they are capped.
     fn logits(&self, x: &[f32], y: &mut [f32], rows: usize);
     fn logits_tensor(&self, x: &Tensor, y: Tensor) -> Result<Tensor>;
 }
@@ -95,10 +64,23 @@ pub struct DecoderOptions {
 }
 
 /// One or more matrices with the same input, their outputs side by side.
-enum Linear {
+enum Matrices {
     Packed(Vec<PackedMatrix>),
     /// `[out_features, in_features]`.
     Tensor(Tensor),
+}
+
+/// Numbers that are the same for every row.
+#[derive(Debug)]
+enum Vector {
+    Host(Vec<f32>),
+    Device(Tensor),
+}
+
+struct Linear {
+    matrices: Matrices,
+    /// Of all outputs.
+    bias: Option<Vector>,
 }
 
 /// Rows of activations.
@@ -107,34 +89,37 @@ enum Rows {
     Device(Tensor),
 }
 
-struct Layer {
-    input_norm: Norm,
-    qkv: Linear,
-    o: Linear,
-    post_norm: Norm,
-    gate_up: Linear,
-    down: Linear,
-}
-
-/// The weights of a norm, for the decoder's kernels.
+/// A norm's weights, for the decoder's kernels.
 #[derive(Debug)]
 pub struct Norm {
-    weight: Vec<f32>,
-    tensor: Option<Tensor>,
+    kind: NormKind,
+    eps: f32,
+    weight: Vector,
+    bias: Option<Vector>,
 }
 
-impl Norm {
-    pub fn new(weight: Vec<f32>, options: &DecoderOptions) -> Result<Self> {
-        let tensor = match options.kernels {
-            Kernels::Packed(_) => None,
-            Kernels::Tensor => Some(Tensor::new(weight.as_slice(), &options.device)?.to_dtype(options.dtype)?),
-        };
-        Ok(Norm { weight, tensor })
+struct Layer {
+    attention_norm: Norm,
+    /// Of q and of k.
+    head_norms: Option<[Norm; 2]>,
+    qkv: Linear,
+    o: Linear,
+    attention_post_norm: Option<Norm>,
+    mlp_norm: Norm,
+    gate_up: Linear,
+    down: Linear,
+    mlp_post_norm: Option<Norm>,
+}
+
+impl Layer {
+    fn linears(&self) -> [&Linear; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
     }
 
-    /// Memory it takes.
-    pub fn bytes(&self) -> usize {
-        4 * self.weight.len() + self.tensor.as_ref().map_or(0, |t| t.elem_count() * t.dtype().size_in_bytes())
+    fn norms(&self) -> impl Iterator<Item = &Norm> {
+        let always = [&self.attention_norm, &self.mlp_norm];
+        let post = self.attention_post_norm.iter().chain(&self.mlp_post_norm);
+        always.into_iter().chain(post).chain(self.head_norms.iter().flatten())
     }
 }
 
@@ -142,30 +127,129 @@ pub struct Decoder {
     config: ModelConfig,
     options: DecoderOptions,
     embedding: Linear,
+    /// Learned positions, added to the embedding.
+    positions: Option<Linear>,
     layers: Vec<Layer>,
     norm: Norm,
     /// `None` where it is the embedding.
     lm_head: Option<Linear>,
 }
 
+impl Vector {
+    fn new(data: Vec<f32>, dtype: DType, options: &DecoderOptions) -> Result<Self> {
+        Ok(match options.kernels {
+            Kernels::Packed(_) => Vector::Host(data),
+            Kernels::Tensor => Vector::Device(Tensor::new(data, &options.device)?.to_dtype(dtype)?),
+        })
+    }
+
+    fn to_f32(&self) -> Result<Vec<f32>> {
+        match self {
+            Vector::Host(data) => Ok(data.clone()),
+            Vector::Device(t) => Ok(t.to_dtype(DType::F32)?.to_vec1()?),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Vector::Host(data) => 4 * data.len(),
+            Vector::Device(t) => t.elem_count() * t.dtype().size_in_bytes(),
+        }
+    }
+}
+
+impl Linear {
+    fn bytes(&self) -> usize {
+        let matrices = match &self.matrices {
+            Matrices::Packed(parts) => parts.iter().map(PackedMatrix::bytes).sum(),
+            Matrices::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
+        };
+        matrices + self.bias.as_ref().map_or(0, Vector::bytes)
+    }
+}
+
+impl Norm {
+    /// Memory it takes.
+    pub fn bytes(&self) -> usize {
+        self.weight.bytes() + self.bias.as_ref().map_or(0, Vector::bytes)
+    }
+
+    pub(super) fn row(&self, simd: Simd, x: &[f32], out: &mut [f32]) {
+        match (self.kind, &self.weight, &self.bias) {
+            (NormKind::Rms, Vector::Host(weight), _) => simd::rms_norm(simd, x, weight, self.eps, out),
+            (NormKind::Layer, Vector::Host(weight), Some(Vector::Host(bias))) => {
+                simd::layer_norm(simd, x, weight, bias, self.eps, out)
+            }
+            _ => unreachable!("host rows are for packed kernels, and layer norms have a bias"),
+        }
+    }
+
+    /// Each row of `x`.
+    fn tensor(&self, x: &Tensor) -> Result<Tensor> {
+        let (Vector::Device(weight), dtype) = (&self.weight, x.dtype()) else {
+            unreachable!("rows are where the weights are")
+        };
+        let x = x.to_dtype(weight.dtype())?.contiguous()?;
+        let y = match (self.kind, &self.bias) {
+            (NormKind::Rms, _) => candle_nn::ops::rms_norm(&x, weight, self.eps)?,
+            (NormKind::Layer, Some(Vector::Device(bias))) => candle_nn::ops::layer_norm(&x, weight, bias, self.eps)?,
+            _ => unreachable!("layer norms have a bias"),
+        };
+        Ok(y.to_dtype(dtype)?)
+    }
+}
+
+/// A norm of a step's rows: the base's, but for rows whose adapter has its own.
+pub(super) struct RowNorm<'a> {
+    base: &'a Norm,
+    own: Vec<(Range<usize>, &'a Norm)>,
+}
+
+impl<'a> RowNorm<'a> {
+    pub fn of_row(&self, row: usize) -> &'a Norm {
+        self.own.iter().find(|(rows, _)| rows.contains(&row)).map_or(self.base, |(_, norm)| norm)
+    }
+
+    /// Each row of `x`, `parts` of which are one of the step's.
+    pub fn tensor(&self, x: &Tensor, parts: usize) -> Result<Tensor> {
+        let mut y = self.base.tensor(x)?;
+        for (rows, norm) in self.own.iter().filter(|(rows, _)| !rows.is_empty()) {
+            let rows = rows.start * parts..rows.end * parts;
+            let own = norm.tensor(&x.narrow(0, rows.start, rows.len())?)?;
+            y = y.slice_assign(&[rows, 0..y.dims()[1]], &own)?;
+        }
+        Ok(y)
+    }
+}
+
 struct Loader<'a> {
+    config: &'a ModelConfig,
     weights: &'a Weights,
     options: &'a DecoderOptions,
 }
 
 impl Loader<'_> {
-    /// Several matrices `[out_features, in_features]` with one input.
-    fn linear(&self, parts: &[(String, (usize, usize))]) -> Result<Linear> {
-        let mut packed = Vec::new();
-        let mut tensors = Vec::new();
-        for (name, (n, k)) in parts {
-            let raw = self.weights.get(name)?;
-            if raw.shape != [*n, *k] {
-                return Err(Error::unprocessable(format!(
-                    "base weights: {name} has shape {:?}, the config says [{n}, {k}]",
-                    raw.shape
-                )));
-            }
+    fn get(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'_>> {
+        let raw = self.weights.get(name)?;
+        if raw.shape != shape {
+            return Err(Error::unprocessable(format!(
+                "base weights: {name} has shape {:?}, the config says {shape:?}",
+                raw.shape
+            )));
+        }
+        Ok(raw)
+    }
+
+    fn vector(&self, data: Vec<f32>, dtype: DType) -> Result<Vector> {
+        Vector::new(data, dtype, self.options)
+    }
+
+    /// Modules with matrices `[out_features, in_features]` and one input.
+    fn linear(&self, modules: &[(String, (usize, usize))], has_bias: bool) -> Result<Linear> {
+        let (mut packed, mut tensors, mut bias) = (Vec::new(), Vec::new(), Vec::new());
+        for (module, (n, k)) in modules {
+            let name = format!("{module}.weight");
+            let raw = self.get(&name, &[*n, *k])?;
             let named = |e: Error| e.context(format!("base weights: {name}"));
             match self.options.kernels {
                 Kernels::Packed(_) => packed.push(PackedMatrix::from_raw(&raw, self.options.format).map_err(named)?),
@@ -174,55 +258,72 @@ impl Loader<'_> {
                     tensors.push(t.to_dtype(self.options.dtype)?.to_device(&self.options.device)?);
                 }
             }
+            if has_bias {
+                bias.extend(self.get(&format!("{module}.bias"), &[*n])?.to_f32()?);
+            }
         }
-        Ok(match self.options.kernels {
-            Kernels::Packed(_) => Linear::Packed(packed),
-            Kernels::Tensor => Linear::Tensor(Tensor::cat(&tensors, 0)?),
-        })
+        let matrices = match self.options.kernels {
+            Kernels::Packed(_) => Matrices::Packed(packed),
+            Kernels::Tensor => Matrices::Tensor(Tensor::cat(&tensors, 0)?),
+        };
+        let bias = has_bias.then(|| self.vector(bias, self.options.dtype)).transpose()?;
+        Ok(Linear { matrices, bias })
     }
 
-    fn norm(&self, name: &str, width: usize) -> Result<Norm> {
-        let raw = self.weights.get(name)?;
-        if raw.shape != [width] {
-            return Err(Error::unprocessable(format!(
-                "base weights: {name} has shape {:?}, the config says [{width}]",
-                raw.shape
-            )));
-        }
-        Norm::new(raw.to_f32()?, self.options)
+    fn site(&self, layer: usize, site: Site) -> Result<Linear> {
+        let c = self.config;
+        let projections = site.projections(c.family);
+        let module = |&p| (c.in_layer(layer, c.family.path(p)), c.shape(p));
+        let modules: Vec<_> = projections.iter().map(module).collect();
+        self.linear(&modules, c.architecture.has_bias(projections[0]))
     }
+
+    fn norm(&self, module: &str, width: usize) -> Result<Norm> {
+        let kind = self.config.architecture.norm;
+        let dtype = norm_dtype(self.config, self.options);
+        let read = |part: &str| self.vector(self.get(&format!("{module}.{part}"), &[width])?.to_f32()?, dtype);
+        let bias = (kind == NormKind::Layer).then(|| read("bias")).transpose()?;
+        Ok(Norm { kind, eps: self.config.norm_eps as f32, weight: read("weight")?, bias })
+    }
+
+    fn layer(&self, layer: usize) -> Result<Layer> {
+        let (names, c) = (self.config.family.names(), self.config);
+        let norm = |name: &str| self.norm(&c.in_layer(layer, name), c.hidden_size);
+        let head_norm = |name: &str| self.norm(&c.in_layer(layer, name), c.head_dim);
+        let head_norms = names.head_norms.map(|[q, k]| Ok::<_, Error>([head_norm(q)?, head_norm(k)?]));
+        Ok(Layer {
+            attention_norm: norm(names.attention_norm)?,
+            head_norms: head_norms.transpose()?,
+            qkv: self.site(layer, Site::Qkv)?,
+            o: self.site(layer, Site::O)?,
+            attention_post_norm: names.attention_post_norm.map(norm).transpose()?,
+            mlp_norm: norm(names.mlp_norm)?,
+            gate_up: self.site(layer, Site::GateUp)?,
+            down: self.site(layer, Site::Down)?,
+            mlp_post_norm: names.mlp_post_norm.map(norm).transpose()?,
+        })
+    }
+}
+
+/// Gemma's weights are near 0 in its files and 1 more here: f16 and bf16 would keep too little of them.
+fn norm_dtype(config: &ModelConfig, options: &DecoderOptions) -> DType {
+    if config.family.offsets_norms() { DType::F32 } else { options.dtype }
 }
 
 impl Decoder {
     pub fn load(config: &ModelConfig, weights: &Weights, options: DecoderOptions) -> Result<Self> {
-        let loader = Loader { weights, options: &options };
-        let c = config;
-        let site = |layer: usize, site: Site| {
-            let parts = site.projections().iter();
-            let parts: Vec<_> =
-                parts.map(|&p| (format!("model.layers.{layer}.{}.weight", p.path()), c.shape(p))).collect();
-            loader.linear(&parts)
-        };
-        let norm = |site: NormSite| loader.norm(&format!("{}.weight", site.name()), c.hidden_size);
-        let vocabulary = (c.vocab_size, c.hidden_size);
-        let layer = |l: usize| -> Result<Layer> {
-            Ok(Layer {
-                input_norm: norm(NormSite::Input(l))?,
-                qkv: site(l, Site::Qkv)?,
-                o: site(l, Site::O)?,
-                post_norm: norm(NormSite::PostAttention(l))?,
-                gate_up: site(l, Site::GateUp)?,
-                down: site(l, Site::Down)?,
-            })
-        };
-        let embedding = loader.linear(&[("model.embed_tokens.weight".into(), vocabulary)])?;
-        let layers = (0..c.layers).map(layer).collect::<Result<_>>()?;
-        let norm = norm(NormSite::Final)?;
-        let lm_head = match c.tie_word_embeddings {
+        let loader = Loader { config, weights, options: &options };
+        let (names, hidden) = (config.family.names(), config.hidden_size);
+        let table = |module: &str, rows: usize| loader.linear(&[(module.into(), (rows, hidden))], false);
+        let embedding = table(names.embedding, config.vocab_size)?;
+        let positions = names.positions.map(|module| table(module, config.context)).transpose()?;
+        let layers = (0..config.layers).map(|l| loader.layer(l)).collect::<Result<_>>()?;
+        let norm = loader.norm(names.norm, hidden)?;
+        let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(loader.linear(&[("lm_head.weight".into(), vocabulary)])?),
+            false => Some(table(LM_HEAD, config.vocab_size)?),
         };
-        Ok(Decoder { config: config.clone(), embedding, layers, norm, lm_head, options })
+        Ok(Decoder { config: config.clone(), embedding, positions, layers, norm, lm_head, options })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -233,57 +334,100 @@ impl Decoder {
         &self.options
     }
 
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let tables = [&self.embedding].into_iter().chain(&self.positions).chain(&self.lm_head);
+        self.layers.iter().flat_map(Layer::linears).chain(tables)
+    }
+
     /// Memory of the weights.
     pub fn bytes(&self) -> usize {
-        let linear = |l: &Linear| match l {
-            Linear::Packed(parts) => parts.iter().map(PackedMatrix::bytes).sum(),
-            Linear::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
-        };
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
-        let norms = (2 * self.layers.len() + 1) * 4 * self.config.hidden_size;
-        layers.chain([&self.embedding]).chain(&self.lm_head).map(linear).sum::<usize>() + norms
+        let norms = self.layers.iter().flat_map(Layer::norms).chain([&self.norm]);
+        self.linears().map(Linear::bytes).sum::<usize>() + norms.map(Norm::bytes).sum::<usize>()
     }
 
     /// The numbers of a matrix as they are served, `[out_features, in_features]`; of the embedding
     /// `[vocab_size, hidden_size]`.
     pub fn weights(&self, module: Module) -> Result<Vec<f32>> {
         let c = &self.config;
-        // The matrix, those before it in the same layer, its shape.
         let (linear, before, (n, k)) = match module {
             Module::Linear(l, projection) => {
-                let (layer, site) = (&self.layers[l], Site::of(projection));
-                let linear = match site {
-                    Site::Qkv => &layer.qkv,
-                    Site::O => &layer.o,
-                    Site::GateUp => &layer.gate_up,
-                    Site::Down => &layer.down,
-                };
-                let before = site.projections().iter().take_while(|&&p| p != projection);
-                (linear, before.copied().collect::<Vec<_>>(), c.shape(projection))
+                let (linear, before) = self.part(l, projection);
+                (linear, before, c.shape(projection))
             }
-            Module::Embedding => (&self.embedding, vec![], (c.vocab_size, c.hidden_size)),
-            Module::LmHead => (self.lm_head.as_ref().unwrap_or(&self.embedding), vec![], (c.vocab_size, c.hidden_size)),
+            Module::Embedding => (&self.embedding, &[][..], (c.vocab_size, c.hidden_size)),
+            Module::LmHead => {
+                (self.lm_head.as_ref().unwrap_or(&self.embedding), &[][..], (c.vocab_size, c.hidden_size))
+            }
         };
-        match linear {
-            Linear::Packed(parts) => {
+        match &linear.matrices {
+            Matrices::Packed(parts) => {
                 let mut rows = vec![0.0; n * k];
                 let part = &parts[before.len()];
                 rows.par_chunks_exact_mut(k).enumerate().for_each(|(row, out)| part.row(row, out));
                 Ok(rows)
             }
-            Linear::Tensor(t) => {
+            Matrices::Tensor(t) => {
                 let first = before.iter().map(|&p| c.shape(p).0).sum();
                 Ok(t.narrow(0, first, n)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
             }
         }
     }
 
+    /// The bias of a projection as it is served; `None` where it has none.
+    pub fn bias(&self, layer: usize, projection: Projection) -> Result<Option<Vec<f32>>> {
+        let (linear, before) = self.part(layer, projection);
+        let Some(bias) = &linear.bias else { return Ok(None) };
+        let first: usize = before.iter().map(|&p| self.config.shape(p).0).sum();
+        Ok(Some(bias.to_f32()?[first..][..self.config.shape(projection).0].to_vec()))
+    }
+
+    /// The layer that a projection is a part of, and the parts before it.
+    fn part(&self, layer: usize, projection: Projection) -> (&Linear, &'static [Projection]) {
+        let (layer, site) = (&self.layers[layer], Site::of(projection));
+        let linear = match site {
+            Site::Qkv => &layer.qkv,
+            Site::O => &layer.o,
+            Site::GateUp => &layer.gate_up,
+            Site::Down => &layer.down,
+        };
+        let parts = site.projections(self.config.family);
+        (linear, &parts[..parts.iter().take_while(|&&p| p != projection).count()])
+    }
+
+    /// A norm with an adapter's weights in Hugging Face's form; what it lacks is the base's. `None` where the base has no
+    /// such norm.
+    pub fn own_norm(&self, site: NormSite, weight: Option<Vec<f32>>, bias: Option<Vec<f32>>) -> Result<Option<Norm>> {
+        let layer = |l: usize| self.layers.get(l);
+        let head = |l: usize, which: usize| Some(&layer(l)?.head_norms.as_ref()?[which]);
+        let base = match site {
+            NormSite::Attention(l) => layer(l).map(|layer| &layer.attention_norm),
+            NormSite::Query(l) => head(l, 0),
+            NormSite::Key(l) => head(l, 1),
+            NormSite::AttentionPost(l) => layer(l).and_then(|layer| layer.attention_post_norm.as_ref()),
+            NormSite::Mlp(l) => layer(l).map(|layer| &layer.mlp_norm),
+            NormSite::MlpPost(l) => layer(l).and_then(|layer| layer.mlp_post_norm.as_ref()),
+            NormSite::Final => Some(&self.norm),
+        };
+        let Some(base) = base else { return Ok(None) };
+        let offset = if self.config.family.offsets_norms() { 1.0 } else { 0.0 };
+        let weight = match weight {
+            Some(weight) => weight.into_iter().map(|w| w + offset).collect(),
+            None => base.weight.to_f32()?,
+        };
+        let bias = match bias {
+            Some(bias) => Some(bias),
+            None => base.bias.as_ref().map(Vector::to_f32).transpose()?,
+        };
+        let vector = |data| Vector::new(data, norm_dtype(&self.config, &self.options), &self.options);
+        let (weight, bias) = (vector(weight)?, bias.map(vector).transpose()?);
+        Ok(Some(Norm { kind: base.kind, eps: base.eps, weight, bias }))
+    }
+
     /// The formats that the packed matrices have, for people.
     pub fn stored_as(&self) -> String {
-        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.o, &l.gate_up, &l.down]);
         let mut names = Vec::new();
-        for linear in layers.chain([&self.embedding]).chain(&self.lm_head) {
-            if let Linear::Packed(parts) = linear {
+        for linear in self.linears() {
+            if let Matrices::Packed(parts) = &linear.matrices {
                 names.extend(parts.iter().map(|m| format!("{:?}", m.format()).to_lowercase()));
             }
         }
@@ -317,37 +461,41 @@ impl Decoder {
         delta: &dyn Delta,
         wanted: &[usize],
     ) -> Result<Vec<f32>> {
-        let rope = Rope::new(&self.config, sequences);
-        let mut x = self.embed(tokens, delta)?;
+        let rotation = Rotation::new(&self.config, sequences);
+        let mut x = self.embed(tokens, sequences, delta)?;
+        let norm = |base, site: NormSite| RowNorm { base, own: delta.norms(site) };
         for (l, layer) in self.layers.iter().enumerate() {
-            let h = self.norm(&x, &layer.input_norm, &delta.norms(NormSite::Input(l)))?;
+            let h = self.norm(&x, &norm(&layer.attention_norm, NormSite::Attention(l)))?;
             let qkv = self.linear(&layer.qkv, l, Site::Qkv, &h, delta)?;
+            let head_norms = layer.head_norms.as_ref();
+            let head_norms = head_norms.map(|[q, k]| [norm(q, NormSite::Query(l)), norm(k, NormSite::Key(l))]);
+            let config = &self.config;
+            let attention = Attention { config, layer: l, head_norms, rotation: &rotation, sequences };
             let cache = &mut cache.layers[l];
             let h = match (&qkv, self.options.kernels) {
                 (Rows::Host { data, .. }, Kernels::Packed(simd)) => {
-                    let data = attention::packed(simd, &self.config, &rope, sequences, data, cache);
-                    Rows::Host { data, width: self.config.heads * self.config.head_dim }
+                    let data = attention::packed(&attention, simd, data, cache);
+                    Rows::Host { data, width: config.heads * config.head_dim }
                 }
-                (Rows::Device(qkv), _) => Rows::Device(attention::tensors(&self.config, &rope, sequences, qkv, cache)?),
+                (Rows::Device(qkv), _) => Rows::Device(attention::tensors(&attention, qkv, cache)?),
                 _ => unreachable!("host rows are made by the packed kernels"),
             };
-            add(&mut x, self.linear(&layer.o, l, Site::O, &h, delta)?)?;
-            let h = self.norm(&x, &layer.post_norm, &delta.norms(NormSite::PostAttention(l)))?;
-            let gate_up = self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?;
-            let h = self.silu_mul(gate_up)?;
-            add(&mut x, self.linear(&layer.down, l, Site::Down, &h, delta)?)?;
+            let h = self.linear(&layer.o, l, Site::O, &h, delta)?;
+            let post = layer.attention_post_norm.as_ref().map(|base| norm(base, NormSite::AttentionPost(l)));
+            add(&mut x, self.post_norm(h, post)?)?;
+            let h = self.norm(&x, &norm(&layer.mlp_norm, NormSite::Mlp(l)))?;
+            let h = self.activate(self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?)?;
+            let h = self.linear(&layer.down, l, Site::Down, &h, delta)?;
+            let post = layer.mlp_post_norm.as_ref().map(|base| norm(base, NormSite::MlpPost(l)));
+            add(&mut x, self.post_norm(h, post)?)?;
         }
         if wanted.is_empty() {
             return Ok(vec![]);
         }
+        let mut last = norm(&self.norm, NormSite::Final);
         let place = |row: usize| wanted.partition_point(|&w| w < row);
-        let own: Vec<_> = delta.norms(NormSite::Final);
-        let own: Vec<_> = own.into_iter().map(|(rows, norm)| (place(rows.start)..place(rows.end), norm)).collect();
-        let x = self.norm(&select(x, wanted)?, &self.norm, &own)?;
-        match x {
-            Rows::Host { data, .. } => Ok(data),
-            Rows::Device(t) => Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
-        }
+        last.own.iter_mut().for_each(|(rows, _)| *rows = place(rows.start)..place(rows.end));
+        self.norm(&select(x, wanted)?, &last)?.into_f32()
     }
 
     /// Logits `[rows, width]` of final hidden states `[rows, hidden_size]`, `width` being the largest vocabulary among
@@ -355,49 +503,70 @@ impl Decoder {
     pub fn logits(&self, hidden: &[f32], delta: &dyn Delta) -> Result<Vec<f32>> {
         let (k, vocab) = (self.config.hidden_size, self.config.vocab_size);
         let (rows, width) = (hidden.len() / k, vocab.max(delta.vocab_size()));
-        match (self.lm_head.as_ref().unwrap_or(&self.embedding), self.options.kernels) {
-            (Linear::Packed(parts), Kernels::Packed(simd)) => {
+        let cap = self.config.architecture.logit_softcap;
+        match (&self.lm_head.as_ref().unwrap_or(&self.embedding).matrices, self.options.kernels) {
+            (Matrices::Packed(parts), Kernels::Packed(simd)) => {
                 let mut y = vec![0.0; rows * width];
                 let base = delta.base_logits(rows).into_iter();
                 let product = |rows| Product { matrix: &parts[0], rows, x_column: 0, y_column: 0, scale: 1.0 };
                 matmul::multiply(simd, &base.map(product).collect::<Vec<_>>(), hidden, k, &mut y, width);
                 delta.logits(hidden, &mut y, rows);
+                if let Some(cap) = cap {
+                    simd::softcap(simd, &mut y, cap as f32);
+                }
                 Ok(y)
             }
-            (Linear::Tensor(w), _) => {
+            (Matrices::Tensor(w), _) => {
                 let x = Tensor::from_slice(hidden, (rows, k), &self.options.device)?.to_dtype(self.options.dtype)?;
                 let y = x.matmul(&w.t()?)?.pad_with_zeros(1, 0, width - vocab)?;
                 let y = delta.logits_tensor(&x, y)?;
-                Ok(y.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+                Rows::Device(cap.map_or(Ok(y.clone()), |cap| attention::softcap(&y, cap))?).into_f32()
             }
             _ => unreachable!("packed weights are for packed kernels"),
         }
     }
 
-    fn embed(&self, tokens: &[u32], delta: &dyn Delta) -> Result<Rows> {
-        let (width, vocab) = (self.config.hidden_size, self.config.vocab_size);
-        match &self.embedding {
-            Linear::Packed(parts) => {
-                let mut data = vec![0.0; tokens.len() * width];
-                for (row, &token) in data.chunks_exact_mut(width).zip(tokens) {
-                    if (token as usize) < vocab {
-                        parts[0].row(token as usize, row);
-                    }
+    fn embed(&self, tokens: &[u32], sequences: &[SequenceRows], delta: &dyn Delta) -> Result<Rows> {
+        let width = self.config.hidden_size;
+        let scale = self.config.architecture.scales_embedding.then(|| (width as f64).sqrt());
+        let mut positions = vec![0u32; tokens.len()];
+        for s in sequences {
+            s.rows.clone().enumerate().for_each(|(i, row)| positions[row] = (s.start + i) as u32);
+        }
+        let look_up = |table: &Linear, ids: &[u32]| match &table.matrices {
+            Matrices::Packed(parts) => {
+                let mut data = vec![0.0; ids.len() * width];
+                for (row, &id) in data.chunks_exact_mut(width).zip(ids) {
+                    parts[0].row(id as usize, row);
                 }
-                delta.embed(tokens, &mut data);
                 Ok(Rows::Host { data, width })
             }
-            Linear::Tensor(t) => {
-                let known: Vec<u32> = tokens.iter().map(|&token| token.min(vocab as u32 - 1)).collect();
-                let x = t.index_select(&Tensor::new(known, t.device())?, 0)?;
-                Ok(Rows::Device(delta.embed_tensor(tokens, x)?))
+            Matrices::Tensor(t) => Ok::<_, Error>(Rows::Device(t.index_select(&Tensor::new(ids, t.device())?, 0)?)),
+        };
+        // In place of a token that only an adapter knows stands another, until the adapter writes its own.
+        let known: Vec<u32> = tokens.iter().map(|&t| t.min(self.config.vocab_size as u32 - 1)).collect();
+        let mut x = match look_up(&self.embedding, &known)? {
+            Rows::Host { mut data, width } => {
+                delta.embed(tokens, &mut data);
+                Rows::Host { data, width }
+            }
+            Rows::Device(x) => Rows::Device(delta.embed_tensor(tokens, x)?),
+        };
+        if let Some(scale) = scale {
+            match &mut x {
+                Rows::Host { data, .. } => data.iter_mut().for_each(|x| *x *= scale as f32),
+                Rows::Device(t) => *t = (&*t * scale)?,
             }
         }
+        if let Some(table) = &self.positions {
+            add(&mut x, look_up(table, &positions)?)?;
+        }
+        Ok(x)
     }
 
     fn linear(&self, linear: &Linear, layer: usize, site: Site, x: &Rows, delta: &dyn Delta) -> Result<Rows> {
-        match (linear, x, self.options.kernels) {
-            (Linear::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd)) => {
+        match (&linear.matrices, x, self.options.kernels) {
+            (Matrices::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd)) => {
                 let (rows, n) = (x.len() / k, parts.iter().map(PackedMatrix::n).sum());
                 let mut y = vec![0.0; rows * n];
                 let mut y_column = 0;
@@ -408,61 +577,69 @@ impl Decoder {
                 }
                 matmul::multiply(simd, &products, x, *k, &mut y, n);
                 delta.add(layer, site, x, &mut y, rows);
+                if let Some(Vector::Host(bias)) = &linear.bias {
+                    y.chunks_exact_mut(n).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+                }
                 Ok(Rows::Host { data: y, width: n })
             }
-            (Linear::Tensor(w), Rows::Device(x), _) => {
-                Ok(Rows::Device(delta.add_tensor(layer, site, x, x.matmul(&w.t()?)?)?))
+            (Matrices::Tensor(w), Rows::Device(x), _) => {
+                let mut y = delta.add_tensor(layer, site, x, x.matmul(&w.t()?)?)?;
+                if let Some(Vector::Device(bias)) = &linear.bias {
+                    y = y.broadcast_add(bias)?;
+                }
+                Ok(Rows::Device(y))
             }
             _ => unreachable!("rows are where the weights are"),
         }
     }
 
-    /// A norm of all rows; those with weights of their own go by these.
-    fn norm(&self, x: &Rows, base: &Norm, own: &[(Range<usize>, &Norm)]) -> Result<Rows> {
-        let mut out = self.rms_norm(x, base)?;
-        for (rows, norm) in own.iter().filter(|(rows, _)| !rows.is_empty()) {
-            let part = self.rms_norm(&x.narrow(rows)?, norm)?;
-            out.replace(rows, part)?;
-        }
-        Ok(out)
-    }
-
-    /// `x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467), row by row.
-    fn rms_norm(&self, x: &Rows, norm: &Norm) -> Result<Rows> {
-        match (x, &norm.tensor) {
-            (Rows::Host { data, width }, _) => {
-                let Kernels::Packed(simd) = self.options.kernels else {
-                    unreachable!("host rows are for packed kernels")
-                };
+    /// Row by row.
+    fn norm(&self, x: &Rows, norm: &RowNorm) -> Result<Rows> {
+        match (x, self.options.kernels) {
+            (Rows::Host { data, width }, Kernels::Packed(simd)) => {
                 let mut out = vec![0.0; data.len()];
-                for (out, x) in out.chunks_exact_mut(*width).zip(data.chunks_exact(*width)) {
-                    simd::rms_norm(simd, x, &norm.weight, self.config.rms_norm_eps as f32, out);
+                for (row, (out, x)) in out.chunks_exact_mut(*width).zip(data.chunks_exact(*width)).enumerate() {
+                    norm.of_row(row).row(simd, x, out);
                 }
                 Ok(Rows::Host { data: out, width: *width })
             }
-            (Rows::Device(x), Some(w)) => {
-                Ok(Rows::Device(candle_nn::ops::rms_norm(&x.contiguous()?, w, self.config.rms_norm_eps as f32)?))
-            }
-            _ => unreachable!("rows are where the weights are"),
+            (Rows::Device(x), _) => Ok(Rows::Device(norm.tensor(x, 1)?)),
+            _ => unreachable!("host rows are made by the packed kernels"),
         }
     }
 
-    fn silu_mul(&self, gate_up: Rows) -> Result<Rows> {
-        let width = self.config.intermediate_size;
-        match (gate_up, self.options.kernels) {
+    fn post_norm(&self, x: Rows, norm: Option<RowNorm>) -> Result<Rows> {
+        if let Some(norm) = norm { self.norm(&x, &norm) } else { Ok(x) }
+    }
+
+    /// `activation(gate) * up`, or `activation(up)` where the family has no gate.
+    fn activate(&self, x: Rows) -> Result<Rows> {
+        let (activation, width) = (self.config.architecture.activation, self.config.intermediate_size);
+        let gated = self.config.family.is_gated();
+        match (x, self.options.kernels) {
             (Rows::Host { data, .. }, Kernels::Packed(simd)) => {
-                let mut out = vec![0.0; data.len() / 2];
-                let row = |(out, x): (&mut [f32], &[f32])| simd::silu_mul(simd, &x[..width], &x[width..], out);
+                let from = if gated { 2 * width } else { width };
+                let mut out = vec![0.0; data.len() / from * width];
+                let row = |(out, x): (&mut [f32], &[f32])| {
+                    simd::activate(simd, activation, &x[..width], out);
+                    out.iter_mut().zip(&x[width..]).for_each(|(o, up)| *o *= up);
+                };
                 if out.len() < 1 << 15 {
-                    out.chunks_exact_mut(width).zip(data.chunks_exact(2 * width)).for_each(row);
+                    out.chunks_exact_mut(width).zip(data.chunks_exact(from)).for_each(row);
                 } else {
-                    out.par_chunks_exact_mut(width).zip(data.par_chunks_exact(2 * width)).for_each(row);
+                    out.par_chunks_exact_mut(width).zip(data.par_chunks_exact(from)).for_each(row);
                 }
                 Ok(Rows::Host { data: out, width })
             }
             (Rows::Device(t), _) => {
-                let (gate, up) = (t.narrow(1, 0, width)?.contiguous()?, t.narrow(1, width, width)?.contiguous()?);
-                Ok(Rows::Device((gate.silu()? * up)?))
+                let first = t.narrow(1, 0, width)?.contiguous()?;
+                let first = match activation {
+                    Activation::Silu => first.silu()?,
+                    Activation::Gelu => first.gelu_erf()?,
+                    Activation::GeluTanh => first.gelu()?,
+                    Activation::Relu => first.relu()?,
+                };
+                Ok(Rows::Device(if gated { (first * t.narrow(1, width, width)?)? } else { first }))
             }
             _ => unreachable!("host rows are made by the packed kernels"),
         }
@@ -470,24 +647,11 @@ impl Decoder {
 }
 
 impl Rows {
-    fn narrow(&self, rows: &Range<usize>) -> Result<Rows> {
-        Ok(match self {
-            Rows::Host { data, width } => {
-                Rows::Host { data: data[rows.start * width..rows.end * width].to_vec(), width: *width }
-            }
-            Rows::Device(t) => Rows::Device(t.narrow(0, rows.start, rows.len())?),
-        })
-    }
-
-    fn replace(&mut self, rows: &Range<usize>, with: Rows) -> Result<()> {
-        match (self, with) {
-            (Rows::Host { data, width }, Rows::Host { data: with, .. }) => {
-                data[rows.start * *width..rows.end * *width].copy_from_slice(&with);
-            }
-            (Rows::Device(t), Rows::Device(with)) => *t = t.slice_assign(&[rows.clone(), 0..t.dims()[1]], &with)?,
-            _ => unreachable!("rows are where the weights are"),
+    fn into_f32(self) -> Result<Vec<f32>> {
+        match self {
+            Rows::Host { data, .. } => Ok(data),
+            Rows::Device(t) => Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
         }
-        Ok(())
     }
 }
 

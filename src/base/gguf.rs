@@ -282,6 +282,16 @@ impl Gguf {
         flag.as_bool().map(Some).ok_or_else(|| wrong(format!("{key} is {flag}, expected true or false")))
     }
 
+    /// The numbers of an f32 tensor, `None` where the file lacks it. `data` is the whole file.
+    pub fn numbers(&self, data: &[u8], name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(place) = self.tensors.get(name) else { return Ok(None) };
+        if place.dtype != GgmlDType::F32 {
+            return Err(wrong(format!("{name} is stored as {:?}; expected F32", place.dtype)));
+        }
+        let numbers = data[place.bytes.clone()].as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
+        Ok(Some(numbers.collect()))
+    }
+
     /// The list of texts under `key`.
     pub fn texts(&self, key: &str) -> Result<Vec<&str>> {
         let list = self.get(key)?.as_list().and_then(|l| l.iter().map(Meta::as_str).collect());

@@ -18,6 +18,8 @@ pub enum Format {
     F16,
     /// 8 bits a weight, a scale for [`GROUP`] of them along `k`.
     Q8,
+    /// 5 bits a weight, held in 8, a scale and a minimum for [`GROUP`] of them along `k`.
+    Q5,
     /// 4 bits a weight, a scale and a minimum for [`GROUP`] of them along `k`.
     Q4,
 }
@@ -28,8 +30,15 @@ enum Data {
     /// bf16 or f16 bits.
     Half(Vec<u16>),
     Q8 {
+        /// Weights along `k` that share a scale.
+        group: usize,
         scales: Vec<[f32; LANES]>,
         q: Vec<i8>,
+    },
+    Q5 {
+        scales: Vec<[f32; LANES]>,
+        mins: Vec<[f32; LANES]>,
+        q: Vec<u8>,
     },
     Q4 {
         scales: Vec<[f32; LANES]>,
@@ -65,7 +74,7 @@ impl PackedMatrix {
             Format::Bf16 => Data::Half(fill(panels, k, |p, i, l| bf16::from_f32(at(p, i, l)).to_bits())),
             Format::F16 => Data::Half(fill(panels, k, |p, i, l| f16::from_f32(at(p, i, l)).to_bits())),
             Format::Q8 => {
-                let scales = per_group(panels, k, |panel, group, lane| {
+                let scales = per_group(panels, k, GROUP, |panel, group, lane| {
                     let max = (0..GROUP).map(|i| at(panel, group * GROUP + i, lane).abs()).fold(0.0, f32::max);
                     max / 127.0
                 });
@@ -74,26 +83,32 @@ impl PackedMatrix {
                     let scale = scales[panel * groups + i / GROUP][lane];
                     if scale == 0.0 { 0 } else { (at(panel, i, lane) / scale).round() as i8 }
                 });
-                Data::Q8 { scales, q }
+                Data::Q8 { group: GROUP, scales, q }
             }
-            Format::Q4 => {
+            Format::Q5 | Format::Q4 => {
+                let steps = if format == Format::Q5 { 31.0 } else { 15.0 };
                 let range = |panel: usize, group: usize, lane: usize| {
                     let values = (0..GROUP).map(|i| at(panel, group * GROUP + i, lane));
                     values.fold((f32::MAX, f32::MIN), |(low, high), v| (low.min(v), high.max(v)))
                 };
-                let mins = per_group(panels, k, |p, g, l| range(p, g, l).0);
-                let scales = per_group(panels, k, |p, g, l| (range(p, g, l).1 - range(p, g, l).0) / 15.0);
+                let mins = per_group(panels, k, GROUP, |p, g, l| range(p, g, l).0);
+                let scales = per_group(panels, k, GROUP, |p, g, l| (range(p, g, l).1 - range(p, g, l).0) / steps);
                 let groups = k / GROUP;
-                let nibble = |panel: usize, i: usize, lane: usize| {
+                let q = |panel: usize, i: usize, lane: usize| {
                     let group = panel * groups + i / GROUP;
                     let scale = scales[group][lane];
                     if scale == 0.0 { 0 } else { ((at(panel, i, lane) - mins[group][lane]) / scale).round() as u8 }
                 };
-                let q = fill(panels, k / 2, |panel, i, lane| {
-                    let k = i / (GROUP / 2) * GROUP + i % (GROUP / 2);
-                    nibble(panel, k, lane) | nibble(panel, k + GROUP / 2, lane) << 4
-                });
-                Data::Q4 { scales, mins, q }
+                match format {
+                    Format::Q5 => {
+                        let q = fill(panels, k, q);
+                        Data::Q5 { scales, mins, q }
+                    }
+                    _ => {
+                        let q = fill_nibbles(panels, k, q);
+                        Data::Q4 { scales, mins, q }
+                    }
+                }
             }
         };
         PackedMatrix { n, k, format, data }
@@ -112,50 +127,26 @@ impl PackedMatrix {
         Self::pack(rows, n, k, format)
     }
 
-    /// Packs a tensor `[n, k]`. Without a `format`, f32, bf16 and f16 stay what they are, the block formats Q4_0, Q4_1 and
-    /// Q8_0 keep their numbers, and other block formats are rounded to f16, which takes more memory than they do.
+    /// Packs a tensor `[n, k]`. Without a `format`, f32, bf16 and f16 stay what they are, and so do the numbers of the block
+    /// formats of 4 to 8 bits, though some take more memory than in the file; those of fewer bits become f16.
     ///
     /// A `k` that is not in whole groups cannot be quantised and becomes bf16.
     pub fn from_raw(raw: &RawTensor, format: Option<Format>) -> Result<Self> {
         let &[n, k] = raw.shape.as_slice() else {
             return Err(Error::unprocessable(format!("shape {:?}, where a matrix was expected", raw.shape)));
         };
-        let quantised = |f| matches!(f, Format::Q8 | Format::Q4);
+        let quantised = |f| matches!(f, Format::Q8 | Format::Q5 | Format::Q4);
         match (format, raw.stored) {
-            (None, Stored::Ggml(dtype @ (GgmlDType::Q4_0 | GgmlDType::Q4_1 | GgmlDType::Q8_0))) => {
-                Ok(Self::from_blocks(&raw.bytes, n, k, dtype))
-            }
+            (None, Stored::Ggml(dtype)) => match Blocks::new(&raw.bytes, n, k, dtype) {
+                Some(blocks) => Ok(blocks.pack()),
+                None => Ok(Self::pack(&raw.to_f32()?, n, k, Format::F16)),
+            },
             (Some(f), _) if quantised(f) && k % GROUP != 0 => Ok(Self::pack(&raw.to_f32()?, n, k, Format::Bf16)),
             (Some(f), _) => Ok(Self::pack(&raw.to_f32()?, n, k, f)),
             (None, Stored::F32) => Ok(Self::pack(&raw.to_f32()?, n, k, Format::F32)),
             (None, Stored::Bf16) => Ok(Self::pack(&raw.to_f32()?, n, k, Format::Bf16)),
-            (None, _) => Ok(Self::pack(&raw.to_f32()?, n, k, Format::F16)),
+            (None, Stored::F16) => Ok(Self::pack(&raw.to_f32()?, n, k, Format::F16)),
         }
-    }
-
-    /// Lays ggml blocks of 32 out in panels, number by number the same.
-    fn from_blocks(bytes: &[u8], n: usize, k: usize, dtype: GgmlDType) -> Self {
-        let (panels, groups, size) = (n.div_ceil(LANES), k / GROUP, dtype.type_size());
-        let block = |panel: usize, group: usize, lane: usize| {
-            let row = panel * LANES + lane;
-            (row < n).then(|| &bytes[(row * groups + group) * size..][..size])
-        };
-        let number = |b: &[u8], at: usize| f16::from_le_bytes([b[at], b[at + 1]]).to_f32();
-        let scales = per_group(panels, k, |p, g, l| block(p, g, l).map_or(0.0, |b| number(b, 0)));
-        if dtype == GgmlDType::Q8_0 {
-            let q = fill(panels, k, |p, i, l| block(p, i / GROUP, l).map_or(0, |b| b[2 + i % GROUP] as i8));
-            return PackedMatrix { n, k, format: Format::Q8, data: Data::Q8 { scales, q } };
-        }
-        // Q4_0 is `d * (q - 8)`, Q4_1 is `d * q + m`. In both, byte i of a block holds weights i and i + 16.
-        let first = if dtype == GgmlDType::Q4_0 { 2 } else { 4 };
-        let mins = per_group(panels, k, |p, g, l| match block(p, g, l) {
-            None => 0.0,
-            Some(b) if dtype == GgmlDType::Q4_0 => -8.0 * number(b, 0),
-            Some(b) => number(b, 2),
-        });
-        let half = GROUP / 2;
-        let q = fill(panels, k / 2, |p, i, l| block(p, i / half, l).map_or(0, |b| b[first + i % half]));
-        PackedMatrix { n, k, format: Format::Q4, data: Data::Q4 { scales, mins, q } }
     }
 
     /// Output features.
@@ -177,8 +168,10 @@ impl PackedMatrix {
         match &self.data {
             Data::F32(w) => 4 * w.len(),
             Data::Half(w) => 2 * w.len(),
-            Data::Q8 { scales, q } => 4 * LANES * scales.len() + q.len(),
-            Data::Q4 { scales, mins, q } => 4 * LANES * (scales.len() + mins.len()) + q.len(),
+            Data::Q8 { scales, q, .. } => 4 * LANES * scales.len() + q.len(),
+            Data::Q5 { scales, mins, q } | Data::Q4 { scales, mins, q } => {
+                4 * LANES * (scales.len() + mins.len()) + q.len()
+            }
         }
     }
 
@@ -186,15 +179,23 @@ impl PackedMatrix {
         self.n.div_ceil(LANES)
     }
 
+    /// Weights along `k` that are unpacked and multiplied at once.
+    fn group_len(&self) -> usize {
+        if let Data::Q8 { group, .. } = &self.data { *group } else { GROUP }
+    }
+
     /// The weights `[k0..k0 + len][LANES]` of a panel; `k0` in whole groups, `len` at most a group.
     fn group(&self, panel: usize, k0: usize, len: usize) -> Group<'_> {
         let (start, len) = ((panel * self.k + k0) * LANES, len * LANES);
-        let index = start / (GROUP * LANES);
+        let index = start / (self.group_len() * LANES);
         match &self.data {
             Data::F32(w) => Group::F32(&w[start..][..len]),
             Data::Half(w) if self.format == Format::F16 => Group::F16(&w[start..][..len]),
             Data::Half(w) => Group::Bf16(&w[start..][..len]),
-            Data::Q8 { scales, q } => Group::Q8 { scale: &scales[index], q: &q[start..][..len] },
+            Data::Q8 { scales, q, .. } => Group::Q8 { scale: &scales[index], q: &q[start..][..len] },
+            Data::Q5 { scales, mins, q } => {
+                Group::Q5 { scale: &scales[index], min: &mins[index], q: &q[start..][..len] }
+            }
             Data::Q4 { scales, mins, q } => {
                 Group::Q4 { scale: &scales[index], min: &mins[index], q: &q[start / 2..][..len / 2] }
             }
@@ -205,8 +206,9 @@ impl PackedMatrix {
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let (panel, lane) = (row / LANES, row % LANES);
         let mut scratch = [0.0; GROUP * LANES];
-        for (i, out) in out.chunks_mut(GROUP).enumerate() {
-            simd::unpack(Simd::detect(), self.group(panel, i * GROUP, out.len()), &mut scratch);
+        let group = self.group_len();
+        for (i, out) in out.chunks_mut(group).enumerate() {
+            simd::unpack(Simd::detect(), self.group(panel, i * group, out.len()), &mut scratch);
             for (j, out) in out.iter_mut().enumerate() {
                 *out = scratch[j * LANES + lane];
             }
@@ -225,7 +227,7 @@ impl PackedMatrix {
         const ROWS: usize = 48;
         let mut acc = [[0.0f32; ROWS * LANES]; SIDE];
         let mut scratch = [0.0f32; GROUP * LANES];
-        let first = panels.start;
+        let (first, group) = (panels.start, self.group_len());
         for row in (0..m).step_by(ROWS) {
             let rows = ROWS.min(m - row);
             let mut panel = first;
@@ -234,8 +236,8 @@ impl PackedMatrix {
                 for acc in &mut acc[..side] {
                     acc[..rows * LANES].fill(0.0);
                 }
-                for k0 in (0..self.k).step_by(GROUP) {
-                    let len = GROUP.min(self.k - k0);
+                for k0 in (0..self.k).step_by(group) {
+                    let len = group.min(self.k - k0);
                     let x = Rows { data: &x.data[row * x.stride + k0..], stride: x.stride };
                     for (p, acc) in acc[..side].iter_mut().enumerate() {
                         let group = self.group(panel + p, k0, len);
@@ -275,11 +277,126 @@ fn fill<T: Copy + Default + Send>(panels: usize, k: usize, f: impl Fn(usize, usi
     out
 }
 
+/// The same for weights of 4 bits: a byte `[i][lane]` of a group holds `k = i` and `k = i + GROUP / 2`.
+fn fill_nibbles(panels: usize, k: usize, f: impl Fn(usize, usize, usize) -> u8 + Sync) -> Vec<u8> {
+    let half = GROUP / 2;
+    fill(panels, k / 2, |panel, i, lane| {
+        let k = i / half * GROUP + i % half;
+        f(panel, k, lane) | f(panel, k + half, lane) << 4
+    })
+}
+
 /// `f(panel, group, lane)` for every group of weights.
-fn per_group(panels: usize, k: usize, f: impl Fn(usize, usize, usize) -> f32 + Sync) -> Vec<[f32; LANES]> {
-    assert_eq!(k % GROUP, 0);
-    let groups = k / GROUP;
+fn per_group(
+    panels: usize,
+    k: usize,
+    group: usize,
+    f: impl Fn(usize, usize, usize) -> f32 + Sync,
+) -> Vec<[f32; LANES]> {
+    assert_eq!(k % group, 0);
+    let groups = k / group;
     (0..panels * groups).into_par_iter().map(|i| std::array::from_fn(|lane| f(i / groups, i % groups, lane))).collect()
+}
+
+/// A matrix in one of ggml's block formats whose numbers are a small integer times a scale, plus a minimum or not.
+struct Blocks<'a> {
+    bytes: &'a [u8],
+    n: usize,
+    k: usize,
+    dtype: GgmlDType,
+}
+
+impl<'a> Blocks<'a> {
+    /// `None` for a format whose numbers are made in another way.
+    fn new(bytes: &'a [u8], n: usize, k: usize, dtype: GgmlDType) -> Option<Self> {
+        use GgmlDType::*;
+        matches!(dtype, Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q4K | Q5K | Q6K).then_some(Blocks { bytes, n, k, dtype })
+    }
+
+    /// The block that holds weight `i` of a row, and the weight's place in it.
+    fn block(&self, row: usize, i: usize) -> (&'a [u8], usize) {
+        let (length, size) = (self.dtype.block_size(), self.dtype.type_size());
+        let index = row * (self.k / length) + i / length;
+        (&self.bytes[index * size..][..size], i % length)
+    }
+
+    /// Scale and minimum of weight `i`.
+    fn scale(&self, row: usize, i: usize) -> (f32, f32) {
+        let (b, i) = self.block(row, i);
+        let number = |at: usize| f16::from_le_bytes([b[at], b[at + 1]]).to_f32();
+        match self.dtype {
+            GgmlDType::Q4_0 => (number(0), -8.0 * number(0)),
+            GgmlDType::Q4_1 | GgmlDType::Q5_1 => (number(0), number(2)),
+            GgmlDType::Q4K | GgmlDType::Q5K => {
+                // Eight groups have 6 bits of scale and of minimum each: the first four in the low bits of bytes 0 to 3 and
+                // 4 to 7, the others in the halves of bytes 8 to 11 and the high bits of those before.
+                let (s, group) = (&b[4..16], i / GROUP);
+                let (scale, min) = match group {
+                    0..4 => (s[group] & 63, s[group + 4] & 63),
+                    _ => (s[group + 4] & 15 | s[group - 4] >> 6 << 4, s[group + 4] >> 4 | s[group] >> 6 << 4),
+                };
+                (number(0) * f32::from(scale), -(number(2) * f32::from(min)))
+            }
+            GgmlDType::Q6K => (number(208) * f32::from(b[192 + i / 16] as i8), 0.0),
+            _ => (number(0), 0.0),
+        }
+    }
+
+    /// The integer of weight `i`: not negative where there is a minimum.
+    fn q(&self, row: usize, i: usize) -> i8 {
+        let (b, i) = self.block(row, i);
+        // Weights that lie `half` apart share a byte.
+        let nibble = |bytes: &[u8], i: usize, half: usize| {
+            let byte = bytes[i / (2 * half) * half + i % half];
+            if i / half % 2 == 0 { byte & 15 } else { byte >> 4 }
+        };
+        let q = match self.dtype {
+            GgmlDType::Q4_0 => nibble(&b[2..], i, 16),
+            GgmlDType::Q4_1 => nibble(&b[4..], i, 16),
+            GgmlDType::Q5_0 => (nibble(&b[6..], i, 16) | (b[2 + i / 8] >> (i % 8) & 1) << 4).wrapping_sub(16),
+            GgmlDType::Q5_1 => nibble(&b[8..], i, 16) | (b[4 + i / 8] >> (i % 8) & 1) << 4,
+            GgmlDType::Q4K => nibble(&b[16..], i, 32),
+            GgmlDType::Q5K => nibble(&b[48..], i, 32) | (b[16 + i % 32] >> (i / 32) & 1) << 4,
+            GgmlDType::Q6K => {
+                let high = b[128 + i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+                (nibble(b, i, 64) | high << 4).wrapping_sub(32)
+            }
+            _ => b[2 + i],
+        };
+        q as i8
+    }
+
+    /// Lays the blocks out in panels, number by number the same.
+    fn pack(&self) -> PackedMatrix {
+        let (n, k, panels) = (self.n, self.k, self.n.div_ceil(LANES));
+        let scale = |group: usize| {
+            move |p: usize, g: usize, l: usize| {
+                let row = p * LANES + l;
+                if row < n { self.scale(row, g * group) } else { (0.0, 0.0) }
+            }
+        };
+        let q = |p: usize, i: usize, l: usize| if p * LANES + l < n { self.q(p * LANES + l, i) } else { 0 };
+        let per_group = |group: usize, which: fn((f32, f32)) -> f32| {
+            let scale = scale(group);
+            per_group(panels, k, group, move |p, g, l| which(scale(p, g, l)))
+        };
+        let (format, data) = match self.dtype {
+            GgmlDType::Q5_0 | GgmlDType::Q8_0 | GgmlDType::Q6K => {
+                let group = if self.dtype == GgmlDType::Q6K { 16 } else { GROUP };
+                let (scales, q) = (per_group(group, |s| s.0), fill(panels, k, q));
+                (Format::Q8, Data::Q8 { group, scales, q })
+            }
+            GgmlDType::Q5_1 | GgmlDType::Q5K => {
+                let (scales, mins) = (per_group(GROUP, |s| s.0), per_group(GROUP, |s| s.1));
+                (Format::Q5, Data::Q5 { scales, mins, q: fill(panels, k, |p, i, l| q(p, i, l) as u8) })
+            }
+            _ => {
+                let (scales, mins) = (per_group(GROUP, |s| s.0), per_group(GROUP, |s| s.1));
+                (Format::Q4, Data::Q4 { scales, mins, q: fill_nibbles(panels, k, |p, i, l| q(p, i, l) as u8) })
+            }
+        };
+        PackedMatrix { n, k, format, data }
+    }
 }
 
 /// Where a matrix's product goes: some rows of a batch, a range of columns of the result.
@@ -372,7 +489,7 @@ mod tests {
         rows
     }
 
-    const FORMATS: [Format; 5] = [Format::F32, Format::Bf16, Format::F16, Format::Q8, Format::Q4];
+    const FORMATS: [Format; 6] = [Format::F32, Format::Bf16, Format::F16, Format::Q8, Format::Q5, Format::Q4];
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
@@ -382,11 +499,11 @@ mod tests {
         ) {
             let mut next = numbers(seed);
             for format in FORMATS {
-                let k = if matches!(format, Format::Q8 | Format::Q4) { groups * GROUP } else { groups * GROUP + odd };
+                let k = if matches!(format, Format::Q8 | Format::Q5 | Format::Q4) { groups * GROUP } else { groups * GROUP + odd };
                 let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();
                 let matrix = PackedMatrix::pack(&weights, n, k, format);
                 let kept = unpacked(&matrix);
-                let loss = match format { Format::F32 => 0.0, Format::Bf16 => 4e-3, Format::F16 => 5e-4, Format::Q8 => 4e-3, Format::Q4 => 7e-2 };
+                let loss = match format { Format::F32 => 0.0, Format::Bf16 => 4e-3, Format::F16 => 5e-4, Format::Q8 => 4e-3, Format::Q5 => 4e-2, Format::Q4 => 7e-2 };
                 for (a, b) in weights.iter().zip(&kept) {
                     prop_assert!((a - b).abs() <= loss, "{format:?}: {a} became {b}");
                 }
@@ -410,24 +527,42 @@ mod tests {
         }
     }
 
+    /// Also where a product goes through them: tiles begin at whole groups, which have 16 weights for one of the formats.
     #[test]
     fn ggml_blocks_keep_their_numbers() {
-        use candle_core::quantized::{k_quants, k_quants::GgmlType};
-        let (n, k) = (21, 96);
+        use candle_core::quantized::QTensor;
+        use candle_core::{Device, Tensor};
+        let (n, k, m) = (21, 512, 5);
         let mut next = numbers(7);
         let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();
-        fn check<T: GgmlType + Clone>(weights: &[f32], n: usize, k: usize, dtype: GgmlDType) {
-            let mut blocks = vec![T::zeros(); n * k / GROUP];
-            T::from_float(weights, &mut blocks);
-            let mut want = vec![0.0; n * k];
-            T::to_float(&blocks, &mut want);
-            // SAFETY: the block types are plain data without padding.
-            let bytes =
-                unsafe { std::slice::from_raw_parts(blocks.as_ptr().cast::<u8>(), std::mem::size_of_val(&blocks[..])) };
-            assert_eq!(unpacked(&PackedMatrix::from_blocks(bytes, n, k, dtype)), want);
+        let x: Vec<f32> = (0..m * k).map(|_| next()).collect();
+        let weights = Tensor::from_vec(weights, (n, k), &Device::Cpu).unwrap();
+        use GgmlDType::*;
+        let formats = [
+            (Q4_0, Format::Q4),
+            (Q4_1, Format::Q4),
+            (Q5_0, Format::Q8),
+            (Q5_1, Format::Q5),
+            (Q8_0, Format::Q8),
+            (Q4K, Format::Q4),
+            (Q5K, Format::Q5),
+            (Q6K, Format::Q8),
+        ];
+        for (dtype, format) in formats {
+            let quantised = QTensor::quantize(&weights, dtype).unwrap();
+            let want: Vec<f32> = quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let raw = RawTensor { shape: vec![n, k], stored: Stored::Ggml(dtype), bytes: quantised.data().unwrap() };
+            let packed = PackedMatrix::from_raw(&raw, None).unwrap();
+            assert_eq!(packed.format(), format);
+            assert_eq!(unpacked(&packed), want, "{dtype:?}");
+            let product = |matrix| [Product { matrix, rows: 0..m, x_column: 0, y_column: 0, scale: 1.0 }];
+            let plain = PackedMatrix::pack(&want, n, k, Format::F32);
+            for simd in Simd::all() {
+                let (mut got, mut same) = (vec![0.0; m * n], vec![0.0; m * n]);
+                multiply(simd, &product(&packed), &x, k, &mut got, n);
+                multiply(simd, &product(&plain), &x, k, &mut same, n);
+                assert_eq!(got, same, "{dtype:?} by {simd:?}");
+            }
         }
-        check::<k_quants::BlockQ4_0>(&weights, n, k, GgmlDType::Q4_0);
-        check::<k_quants::BlockQ4_1>(&weights, n, k, GgmlDType::Q4_1);
-        check::<k_quants::BlockQ8_0>(&weights, n, k, GgmlDType::Q8_0);
     }
 }

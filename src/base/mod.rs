@@ -4,11 +4,13 @@ mod attention;
 mod chat;
 mod config;
 mod decoder;
+mod family;
 mod fetch;
 mod gguf;
 mod jinja;
 mod kv;
 pub mod matmul;
+mod rope;
 pub mod simd;
 mod source;
 #[cfg(test)]
@@ -18,10 +20,12 @@ mod weights;
 
 pub use attention::SequenceRows;
 pub use chat::ChatTemplate;
-pub use config::{EMBEDDING, LM_HEAD, ModelConfig, Module, NormSite, Projection, TargetModule};
-pub use decoder::{Decoder, DecoderOptions, Delta, Kernels, Norm, Site};
+pub use config::{ModelConfig, TargetModule};
+pub use decoder::{Decoder, DecoderOptions, Delta, Kernels, Norm};
+pub use family::{Activation, Architecture, Family, LM_HEAD, Module, Names, NormKind, NormSite, Projection, Site};
 pub use fetch::{fetch, packaged};
 pub use kv::{BLOCK, KvCache};
+pub use rope::Rope;
 pub use source::{Base, DEFAULT_MODEL};
 pub use tokenizer::Tokenizer;
 pub use weights::{RawTensor, Stored, Weights};

@@ -5,6 +5,10 @@
 
 use std::sync::OnceLock;
 
+use candle_core::cpu::erf::erf_f32;
+
+use crate::base::Activation;
+
 /// Output features in a panel of packed weights, slots in a block of the KV cache: two AVX2 vectors of f32, or one of
 /// AVX-512.
 pub const LANES: usize = 16;
@@ -64,6 +68,12 @@ pub enum Group<'a> {
         scale: &'a [f32; LANES],
         q: &'a [i8],
     },
+    /// `scale[lane] * q + min[lane]`, `q` is `[GROUP][LANES]`.
+    Q5 {
+        scale: &'a [f32; LANES],
+        min: &'a [f32; LANES],
+        q: &'a [u8],
+    },
     /// `scale[lane] * q + min[lane]`; byte `[i][lane]` holds `k = i` in its low and `k = i + 16` in its high half.
     Q4 {
         scale: &'a [f32; LANES],
@@ -79,6 +89,7 @@ impl Group<'_> {
             Group::F32(w) => w.len() / LANES,
             Group::Bf16(w) | Group::F16(w) => w.len() / LANES,
             Group::Q8 { q, .. } => q.len() / LANES,
+            Group::Q5 { q, .. } => q.len() / LANES,
             Group::Q4 { q, .. } => 2 * q.len() / LANES,
         }
     }
@@ -119,6 +130,13 @@ fn unpack_body(group: Group, out: &mut [f32; GROUP * LANES]) {
             for (o, q) in out.chunks_exact_mut(LANES).zip(q.chunks_exact(LANES)) {
                 for lane in 0..LANES {
                     o[lane] = q[lane] as f32 * scale[lane];
+                }
+            }
+        }
+        Group::Q5 { scale, min, q } => {
+            for (o, q) in out.chunks_exact_mut(LANES).zip(q.chunks_exact(LANES)) {
+                for lane in 0..LANES {
+                    o[lane] = q[lane] as f32 * scale[lane] + min[lane];
                 }
             }
         }
@@ -168,6 +186,17 @@ fn unpack_avx2(group: Group, out: &mut [f32; GROUP * LANES]) {
                 store(&mut o[8..], _mm256_mul_ps(high, scale[1]));
             }
         }
+        Group::Q5 { scale, min, q } => {
+            let (scale, min) = (pair(scale), pair(min));
+            for (o, q) in out.chunks_exact_mut(LANES).zip(q.chunks_exact(LANES)) {
+                let q = bytes(q.as_ptr());
+                let low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(q));
+                let high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(q)));
+                // Not fused, as below.
+                store(&mut o[..8], _mm256_add_ps(_mm256_mul_ps(low, scale[0]), min[0]));
+                store(&mut o[8..], _mm256_add_ps(_mm256_mul_ps(high, scale[1]), min[1]));
+            }
+        }
         Group::Q4 { scale, min, q } => {
             let (scale, min, mask) = (pair(scale), pair(min), _mm_set1_epi8(15));
             let (first, second) = out.split_at_mut(GROUP / 2 * LANES);
@@ -204,6 +233,11 @@ mod lanes512 {
     pub struct Q8<'a> {
         pub scale: __m512,
         pub q: &'a [i8],
+    }
+    pub struct Q5<'a> {
+        pub scale: __m512,
+        pub min: __m512,
+        pub q: &'a [u8],
     }
     pub struct Q4<'a> {
         pub scale: __m512,
@@ -250,6 +284,18 @@ mod lanes512 {
         }
     }
 
+    impl Weights for Q5<'_> {
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn lanes(&self, i: usize) -> __m512 {
+            debug_assert!((i + 1) * LANES <= self.q.len());
+            // SAFETY: the caller's promise.
+            let q = unsafe { _mm_loadu_si128(self.q.as_ptr().add(i * LANES).cast()) };
+            // Not fused, as below.
+            _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)), self.scale), self.min)
+        }
+    }
+
     impl Weights for Q4<'_> {
         #[inline]
         #[target_feature(enable = "avx512f")]
@@ -282,6 +328,10 @@ macro_rules! with_lanes512 {
             }
             Group::Q8 { scale, q } => {
                 let $weights = lanes512::Q8 { scale: lanes512::load(scale), q };
+                $body
+            }
+            Group::Q5 { scale, min, q } => {
+                let $weights = lanes512::Q5 { scale: lanes512::load(scale), min: lanes512::load(min), q };
                 $body
             }
             Group::Q4 { scale, min, q } => {
@@ -568,6 +618,58 @@ forms! {
 }
 
 #[inline(always)]
+fn silu_body(x: &[f32], out: &mut [f32]) {
+    for (o, &x) in out.iter_mut().zip(x) {
+        *o = x / (1.0 + exp((-x).min(88.0)));
+    }
+}
+
+forms! {
+    /// `x / (1 + e^-x)`; two slices of one length.
+    silu(x: &[f32], out: &mut [f32]), silu_body, silu_avx2, silu_avx512
+}
+
+#[inline(always)]
+fn gelu_tanh_body(x: &[f32], out: &mut [f32]) {
+    const ROOT: f32 = 0.797_884_6; // sqrt(2 / pi)
+    for (o, &x) in out.iter_mut().zip(x) {
+        // (1 + tanh(z)) / 2 = 1 / (1 + e^-2z)
+        let z = ROOT * (x + 0.044715 * x * x * x);
+        *o = x / (1.0 + exp((-2.0 * z).min(88.0)));
+    }
+}
+
+forms! {
+    /// GELU approximated by a hyperbolic tangent (arXiv 1606.08415); two slices of one length.
+    gelu_tanh(x: &[f32], out: &mut [f32]), gelu_tanh_body, gelu_tanh_avx2, gelu_tanh_avx512
+}
+
+/// `out = activation(x)`; two slices of one length.
+pub fn activate(simd: Simd, activation: Activation, x: &[f32], out: &mut [f32]) {
+    let each = |f: fn(f32) -> f32, out: &mut [f32]| out.iter_mut().zip(x).for_each(|(o, &x)| *o = f(x));
+    match activation {
+        Activation::Silu => silu(simd, x, out),
+        Activation::GeluTanh => gelu_tanh(simd, x, out),
+        Activation::Gelu => each(|x| x * 0.5 * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2)), out),
+        Activation::Relu => each(|x| x.max(0.0), out),
+    }
+}
+
+#[inline(always)]
+fn softcap_body(x: &mut [f32], cap: f32) {
+    for x in x {
+        // tanh(z) = 1 - 2 / (1 + e^2z)
+        let z = (*x / cap).clamp(-44.0, 44.0);
+        *x = cap - 2.0 * cap / (1.0 + exp(2.0 * z));
+    }
+}
+
+forms! {
+    /// Replaces each number by `cap * tanh(x / cap)`.
+    softcap(x: &mut [f32], cap: f32), softcap_body, softcap_avx2, softcap_avx512
+}
+
+#[inline(always)]
 fn silu_mul_backward_body(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
     let inputs = gate.iter().zip(up).zip(dy);
     for ((dg, du), ((&g, &u), &dy)) in dgate.iter_mut().zip(dup).zip(inputs) {
@@ -609,18 +711,7 @@ forms! {
 
 #[inline(always)]
 fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    // Lanes summed apart, as in the softmax.
-    let mut sums = [0.0f32; LANES];
-    let mut chunks = x.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        for (x, sum) in chunk.iter().zip(&mut sums) {
-            *sum += x * x;
-        }
-    }
-    for (x, sum) in chunks.remainder().iter().zip(&mut sums) {
-        *sum += x * x;
-    }
-    let scale = 1.0 / (sums.iter().sum::<f32>() / x.len() as f32 + eps).sqrt();
+    let scale = 1.0 / (sum(x, |x| x * x) / x.len() as f32 + eps).sqrt();
     for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
         *out = x * scale * w;
     }
@@ -629,6 +720,38 @@ fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 forms! {
     /// `out = x / sqrt(mean(x²) + eps) * weight` (arXiv 1910.07467); three slices of one length.
     rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]), rms_norm_body, rms_norm_avx2, rms_norm_avx512
+}
+
+/// The sum of `f(x)`, lanes summed apart as in the softmax.
+#[inline(always)]
+fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let mut chunks = x.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (&x, sum) in chunk.iter().zip(&mut sums) {
+            *sum += f(x);
+        }
+    }
+    for (&x, sum) in chunks.remainder().iter().zip(&mut sums) {
+        *sum += f(x);
+    }
+    sums.iter().sum()
+}
+
+#[inline(always)]
+fn layer_norm_body(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    let mean = sum(x, |x| x) / x.len() as f32;
+    let variance = sum(x, |x| (x - mean) * (x - mean)) / x.len() as f32;
+    let scale = 1.0 / (variance + eps).sqrt();
+    for (((out, x), w), b) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+        *out = (x - mean) * scale * w + b;
+    }
+}
+
+forms! {
+    /// `out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` (arXiv 1607.06450); four slices of one length.
+    layer_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]),
+    layer_norm_body, layer_norm_avx2, layer_norm_avx512
 }
 
 #[cfg(test)]
@@ -698,6 +821,7 @@ mod tests {
                 Group::Bf16(&halves[..terms * LANES]),
                 Group::F16(&halves[..terms * LANES]),
                 Group::Q8 { scale: &scale, q: &signed[..terms * LANES] },
+                Group::Q5 { scale: &scale, min: &min, q: &bytes[..terms * LANES] },
                 Group::Q4 { scale: &scale, min: &min, q: &bytes[..GROUP / 2 * LANES] },
             ];
             for group in groups {
@@ -739,6 +863,49 @@ mod tests {
                 rms_norm(simd, &x, &weight, 1e-5, &mut got);
                 for ((&got, &x), &w) in got.iter().zip(&x).zip(&weight) {
                     prop_assert!(close(got, (x as f64 * scale * w as f64) as f32, w.abs()));
+                }
+            }
+        }
+
+        #[test]
+        fn layer_norm_forms_agree(x in prop::collection::vec(-9f32..9.0, 1..100)) {
+            let weight: Vec<f32> = (0..x.len()).map(|i| i as f32 / 7.0 - 2.0).collect();
+            let bias: Vec<f32> = weight.iter().map(|w| 1.0 - w).collect();
+            let n = x.len() as f64;
+            let mean = x.iter().map(|&x| x as f64).sum::<f64>() / n;
+            let variance = x.iter().map(|&x| (x as f64 - mean).powi(2)).sum::<f64>() / n;
+            for simd in Simd::all() {
+                let mut got = vec![0.0; x.len()];
+                layer_norm(simd, &x, &weight, &bias, 1e-2, &mut got);
+                for (((&got, &x), &w), &b) in got.iter().zip(&x).zip(&weight).zip(&bias) {
+                    let want = (x as f64 - mean) / (variance + 1e-2).sqrt() * w as f64 + b as f64;
+                    prop_assert!(close(got, want as f32, 10.0 * w.abs()), "{got} {want}");
+                }
+            }
+        }
+
+        #[test]
+        fn activation_forms_agree(x in prop::collection::vec(prop_oneof![-100f32..100.0, -4f32..4.0], 1..50)) {
+            let root = (2.0 / std::f64::consts::PI).sqrt();
+            let formulas: [(Activation, &dyn Fn(f64) -> f64); 4] = [
+                (Activation::Silu, &|x| x / (1.0 + (-x).exp())),
+                (Activation::GeluTanh, &|x| 0.5 * x * (1.0 + (root * (x + 0.044715 * x.powi(3))).tanh())),
+                (Activation::Gelu, &|x| 0.5 * x * (1.0 + candle_core::cpu::erf::erf_f64(x / 2f64.sqrt()))),
+                (Activation::Relu, &|x| x.max(0.0)),
+            ];
+            for simd in Simd::all() {
+                for (activation, formula) in formulas {
+                    let mut got = vec![0.0; x.len()];
+                    activate(simd, activation, &x, &mut got);
+                    for (&got, &x) in got.iter().zip(&x) {
+                        let want = formula(x as f64) as f32;
+                        prop_assert!(close(got, want, want.abs()), "{activation:?}({x}) = {got}, not {want}");
+                    }
+                }
+                let mut got = x.clone();
+                softcap(simd, &mut got, 5.0);
+                for (&got, &x) in got.iter().zip(&x) {
+                    prop_assert!(close(got, (5.0 * (x as f64 / 5.0).tanh()) as f32, 1.0), "softcap({x}) = {got}");
                 }
             }
         }

@@ -79,7 +79,7 @@ impl Base {
             (None, _) => None,
         };
         let chat = template.map(|t| ChatTemplate::new(&t, token("bos_token"), token("eos_token"))).transpose()?;
-        let weights = Weights::open_directory(directory)?;
+        let weights = Weights::open_directory(directory, config.family)?;
         weights.check(&config)?;
         Ok(Base { id: id.into(), config, weights, tokenizer: Arc::new(tokenizer), chat: chat.map(Arc::new) })
     }
@@ -87,14 +87,14 @@ impl Base {
     fn open_gguf(path: &Path, id: &str) -> Result<Self> {
         let map = map(path)?;
         let gguf = Gguf::read(&map)?;
-        let config = ModelConfig::from_gguf(&gguf)?;
+        let config = ModelConfig::from_gguf(&gguf, &map)?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?.with_bos(config.bos_token);
         let text = |id: Option<u32>| id.map(|id| tokenizer.decode(&[id], false));
         let (bos, eos) = (text(config.bos_token), text(config.eos_tokens.first().copied()));
         let key = "tokenizer.chat_template";
         let template = gguf.meta.contains_key(key).then(|| gguf.text(key)).transpose()?;
         let chat = template.map(|t| ChatTemplate::new(t, bos.as_deref(), eos.as_deref())).transpose()?;
-        let weights = Weights::from_gguf(map, &gguf, config.heads, config.kv_heads);
+        let weights = Weights::from_gguf(map, &gguf, &config)?;
         weights.check(&config)?;
         Ok(Base { id: id.into(), config, weights, tokenizer: Arc::new(tokenizer), chat: chat.map(Arc::new) })
     }

@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
-use crate::base::{Decoder, DecoderOptions, Kernels, ModelConfig, Weights};
+use crate::base::{Decoder, DecoderOptions, Kernels, LM_HEAD, ModelConfig, Weights};
 
 /// Uniform in -1 to 1.
 pub fn noise(seed: u64) -> impl FnMut() -> f32 {
@@ -21,17 +21,22 @@ pub fn options(kernels: Kernels) -> DecoderOptions {
 }
 
 pub fn decoder(config: &ModelConfig, options: DecoderOptions, seed: u64) -> Decoder {
-    let table = || vec![config.vocab_size, config.hidden_size];
-    let modules = config.target_modules().into_iter().map(|m| (m.name, vec![m.out_features, m.in_features]));
-    let norms = config.norms().into_iter().map(|norm| (norm.name(), vec![config.hidden_size]));
-    let tables = [("model.embed_tokens".to_string(), table()), ("lm_head".to_string(), table())];
+    let modules = config.target_modules();
+    let biased = modules.iter().filter(|m| config.architecture.has_bias(m.projection));
+    let biases: Vec<_> = biased.map(|m| (format!("{}.bias", m.name), vec![m.out_features])).collect();
+    let matrices = modules.into_iter().map(|m| (format!("{}.weight", m.name), vec![m.out_features, m.in_features]));
+    let norms = config.norms().into_iter().map(|(_, name, width)| (format!("{name}.weight"), vec![width]));
+    let embedding = config.family.names().embedding;
+    let tables =
+        [embedding, LM_HEAD].map(|name| (format!("{name}.weight"), vec![config.vocab_size, config.hidden_size]));
     let mut next = noise(seed);
-    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = modules
+    let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = matrices
+        .chain(biases)
         .chain(norms)
         .chain(tables)
         .map(|(name, shape)| {
             let bytes = (0..shape.iter().product()).flat_map(|_| next().to_le_bytes()).collect();
-            (format!("{name}.weight"), shape, bytes)
+            (name, shape, bytes)
         })
         .collect();
     let views =
@@ -39,5 +44,5 @@ pub fn decoder(config: &ModelConfig, options: DecoderOptions, seed: u64) -> Deco
     let folder = tempfile::tempdir().unwrap();
     let file = safetensors::serialize(views, None).unwrap();
     std::fs::write(folder.path().join("model.safetensors"), file).unwrap();
-    Decoder::load(config, &Weights::open_directory(folder.path()).unwrap(), options).unwrap()
+    Decoder::load(config, &Weights::open_directory(folder.path(), config.family).unwrap(), options).unwrap()
 }

@@ -1,7 +1,7 @@
 //! Weights by their Hugging Face names, from safetensors or GGUF, memory-mapped.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -13,7 +13,8 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use super::config::{ModelConfig, Projection};
+use super::config::ModelConfig;
+use super::family::{Family, LM_HEAD, NormKind, Projection};
 use super::gguf::Gguf;
 use crate::{Error, Result};
 
@@ -74,18 +75,33 @@ impl RawTensor<'_> {
 
 struct Place {
     file: usize,
+    /// As [`Weights`] gives it out.
     shape: Vec<usize>,
     stored: Stored,
     bytes: Range<usize>,
-    /// Heads whose rows lie in the order of interleaved rope.
-    interleaved_heads: Option<usize>,
+    layout: Layout,
 }
 
-/// A model's tensors by Hugging Face name (`model.layers.0.self_attn.q_proj.weight`), whatever the file calls them.
-/// For a `llama` GGUF the rows of q and k are put back into Hugging Face's order.
+/// How a tensor of the file differs from the one that is given out.
+#[derive(Clone, Copy)]
+enum Layout {
+    Same,
+    /// The rows of so many heads lie in the order of interleaved rope.
+    Interleaved(usize),
+    /// `[in_features, out_features]`.
+    Transposed,
+    /// Less 1.
+    LessOne,
+}
+
+/// A model's tensors by Hugging Face name (`model.layers.0.self_attn.q_proj.weight`), whatever the file calls them, and in
+/// one form, however the file holds them: linear layers are `[out_features, in_features]`, the rows of q and k in the order
+/// of split halves, norms are multiplied with as they are.
 pub struct Weights {
     files: Vec<Mmap>,
     places: HashMap<String, Place>,
+    /// Tensors whose numbers are of a kind that is not read. Some files have such beside the weights.
+    unreadable: HashMap<String, Dtype>,
 }
 
 /// Maps a file of weights.
@@ -99,7 +115,7 @@ pub(super) fn map(path: &Path) -> Result<Mmap> {
 
 impl Weights {
     /// `model.safetensors` of a Hugging Face directory, or the shards that `model.safetensors.index.json` lists.
-    pub fn open_directory(directory: &Path) -> Result<Self> {
+    pub fn open_directory(directory: &Path, family: Family) -> Result<Self> {
         let index = directory.join("model.safetensors.index.json");
         let single = directory.join("model.safetensors");
         let mut names = vec!["model.safetensors".to_string()];
@@ -117,16 +133,40 @@ impl Weights {
                 return Err(wrong(format!("{name:?} is not the name of a file beside it")));
             }
         }
-        let mut weights = Weights { files: vec![], places: HashMap::new() };
+        let mut weights = Weights { files: vec![], places: HashMap::new(), unreadable: HashMap::new() };
         for name in names {
             let path = directory.join(&name);
             weights.add_safetensors(&path).map_err(|e| e.context(path.display()))?;
         }
-        if let Some(name) = listed.iter().find(|n| !weights.contains(n)) {
+        if let Some(name) = listed.iter().find(|n| !weights.contains(n) && !weights.unreadable.contains_key(*n)) {
             let what = format!("{}: no shard holds {name}, which it lists", index.display());
             return Err(Error::unprocessable(what));
         }
-        Ok(weights)
+        Ok(weights.in_form_of(family))
+    }
+
+    /// Gives Hugging Face's tensors the names and the form that are given out.
+    fn in_form_of(mut self, family: Family) -> Self {
+        // A model saved without its output layer lacks the first part of the names.
+        let names = family.names();
+        let root = format!("{}.", names.root);
+        if !self.places.keys().any(|name| name.starts_with(&root)) {
+            let named = |name: String| if name.starts_with(LM_HEAD) { name } else { format!("{root}{name}") };
+            self.places = self.places.into_iter().map(|(name, place)| (named(name), place)).collect();
+            self.unreadable = self.unreadable.into_iter().map(|(name, dtype)| (named(name), dtype)).collect();
+        }
+        for (name, place) in &mut self.places {
+            let Some(module) = name.strip_suffix(".weight") else { continue };
+            let is_linear = || names.projections.iter().any(|(_, path)| module.ends_with(path));
+            if family.transposes_linear() && place.shape.len() == 2 && is_linear() {
+                place.shape.reverse();
+                place.layout = Layout::Transposed;
+            }
+            if family.offsets_norms() && module.ends_with("norm") {
+                place.layout = Layout::LessOne;
+            }
+        }
+        self
     }
 
     fn add_safetensors(&mut self, path: &Path) -> Result<()> {
@@ -139,7 +179,8 @@ impl Weights {
                 Dtype::F16 => Stored::F16,
                 Dtype::BF16 => Stored::Bf16,
                 other => {
-                    return Err(wrong(format!("{name} has dtype {other:?}; supported: F32, F16, BF16")));
+                    self.unreadable.insert(name.to_string(), other);
+                    continue;
                 }
             };
             let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
@@ -148,7 +189,7 @@ impl Weights {
                 shape: view.shape().to_vec(),
                 stored,
                 bytes: start..start + view.data().len(),
-                interleaved_heads: None,
+                layout: Layout::Same,
             };
             if self.places.insert(name.to_string(), place).is_some() {
                 return Err(wrong(format!("{name} is in another shard too")));
@@ -159,14 +200,15 @@ impl Weights {
     }
 
     /// The tensors of a GGUF file that has been read from `map`.
-    pub(super) fn from_gguf(map: Mmap, gguf: &Gguf, heads: usize, kv_heads: usize) -> Self {
+    pub(super) fn from_gguf(map: Mmap, gguf: &Gguf, config: &ModelConfig) -> Result<Self> {
         let mut places = HashMap::new();
         for (name, place) in &gguf.tensors {
-            let Some(name) = hugging_face_name(name) else { continue };
-            let interleaved_heads = match () {
-                _ if name.ends_with("q_proj.weight") => Some(heads),
-                _ if name.ends_with("k_proj.weight") => Some(kv_heads),
-                _ => None,
+            let Some((name, projection)) = hugging_face_name(name, config)? else { continue };
+            // llama.cpp turns neighbouring numbers for this family, and others in halves.
+            let layout = match projection {
+                Some(Projection::Q) if config.family == Family::Llama => Layout::Interleaved(config.heads),
+                Some(Projection::K) if config.family == Family::Llama => Layout::Interleaved(config.kv_heads),
+                _ => Layout::Same,
             };
             let stored = match place.dtype {
                 GgmlDType::F32 => Stored::F32,
@@ -175,9 +217,9 @@ impl Weights {
                 block => Stored::Ggml(block),
             };
             let (shape, bytes) = (place.shape.clone(), place.bytes.clone());
-            places.insert(name, Place { file: 0, shape, stored, bytes, interleaved_heads });
+            places.insert(name, Place { file: 0, shape, stored, bytes, layout });
         }
-        Weights { files: vec![map], places }
+        Ok(Weights { files: vec![map], places, unreadable: HashMap::new() })
     }
 
     #[cfg(test)]
@@ -191,51 +233,118 @@ impl Weights {
         self.places.contains_key(name)
     }
 
-    /// Checks that every tensor the decoder needs is there in the shape that `config` gives it, without reading it.
+    /// Checks that every tensor the decoder needs is there in the shape that `config` gives it, without reading it, and that
+    /// none of its modules has a bias that the decoder would leave out.
     pub fn check(&self, config: &ModelConfig) -> Result<()> {
-        let expect = |name: &str, expected: &[usize]| match self.places.get(name) {
-            None => Err(Error::unprocessable(format!("base weights: the file has no tensor {name}"))),
-            Some(place) if place.shape != expected => Err(Error::unprocessable(format!(
-                "base weights: {name} has shape {:?}, the configuration says {expected:?}",
-                place.shape
-            ))),
-            Some(_) => Ok(()),
-        };
-        let hidden = config.hidden_size;
-        expect("model.embed_tokens.weight", &[config.vocab_size, hidden])?;
-        for layer in 0..config.layers {
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                expect(&format!("model.layers.{layer}.{norm}.weight"), &[hidden])?;
-            }
-            for projection in Projection::ALL {
-                let (out_features, in_features) = config.shape(projection);
-                let name = format!("model.layers.{layer}.{}.weight", projection.path());
-                expect(&name, &[out_features, in_features])?;
+        let expected = tensors(config);
+        for (name, shape) in &expected {
+            match self.places.get(name) {
+                None => return Err(self.missing(name)),
+                Some(place) if place.shape != *shape => {
+                    return Err(Error::unprocessable(format!(
+                        "base weights: {name} has shape {:?}, the configuration says {shape:?}",
+                        place.shape
+                    )));
+                }
+                Some(_) => {}
             }
         }
-        expect("model.norm.weight", &[hidden])?;
-        if config.tie_word_embeddings { Ok(()) } else { expect("lm_head.weight", &[config.vocab_size, hidden]) }
+        let extra = |name: &&String| {
+            let Some(module) = name.strip_suffix(".bias") else { return false };
+            let is_used = module == LM_HEAD || expected.contains_key(&format!("{module}.weight"));
+            is_used && !expected.contains_key(*name)
+        };
+        match self.places.keys().find(extra) {
+            Some(name) => Err(Error::unprocessable(format!(
+                "base weights: {name} is there, and a {} of this configuration has no such bias",
+                config.family
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        Error::unprocessable(match self.unreadable.get(name) {
+            Some(dtype) => format!("base weights: {name} has dtype {dtype:?}; supported: F32, F16, BF16"),
+            None => format!("base weights: the file has no tensor {name}"),
+        })
     }
 
     /// Errors name the tensor.
     pub fn get(&self, name: &str) -> Result<RawTensor<'_>> {
-        let missing = || Error::unprocessable(format!("base weights: the file has no tensor {name}"));
-        let place = self.places.get(name).ok_or_else(missing)?;
+        let place = self.places.get(name).ok_or_else(|| self.missing(name))?;
         let bytes = &self.files[place.file][place.bytes.clone()];
-        let bytes = match place.interleaved_heads {
-            None => Cow::Borrowed(bytes),
-            Some(heads) => {
+        let (shape, stored) = (place.shape.clone(), place.stored);
+        let same = RawTensor { shape, stored, bytes: Cow::Borrowed(bytes) };
+        Ok(match place.layout {
+            Layout::Same => same,
+            Layout::Interleaved(heads) => {
                 let rows = place.shape.first().copied().unwrap_or(0);
-                if place.shape.len() != 2 || rows == 0 || rows % (2 * heads) != 0 {
+                if place.shape.len() > 2 || rows == 0 || rows % (2 * heads) != 0 {
                     let what =
                         format!("base weights: {name} of shape {:?} is not {heads} heads of even width", place.shape);
                     return Err(Error::unprocessable(what));
                 }
-                Cow::Owned(split_halves(bytes, rows, heads))
+                RawTensor { bytes: Cow::Owned(split_halves(bytes, rows, heads)), ..same }
             }
-        };
-        Ok(RawTensor { shape: place.shape.clone(), stored: place.stored, bytes })
+            Layout::Transposed => {
+                let (rows, columns) = (place.shape[0], place.shape[1]);
+                RawTensor { bytes: Cow::Owned(transpose(bytes, rows, columns)), ..same }
+            }
+            Layout::LessOne => {
+                let numbers = same.to_f32().map_err(|e| e.context(name))?;
+                let bytes = numbers.iter().flat_map(|x| (x + 1.0).to_le_bytes()).collect();
+                RawTensor { shape: same.shape, stored: Stored::F32, bytes: Cow::Owned(bytes) }
+            }
+        })
     }
+}
+
+/// What the decoder reads, by name, with its shape.
+fn tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+    let (names, a, hidden) = (config.family.names(), &config.architecture, config.hidden_size);
+    let mut tensors = BTreeMap::new();
+    let mut add = |module: &str, shape: &[usize], bias: bool| {
+        tensors.insert(format!("{module}.weight"), shape.to_vec());
+        if bias {
+            tensors.insert(format!("{module}.bias"), shape[..1].to_vec());
+        }
+    };
+    let norm_bias = a.norm == NormKind::Layer;
+    add(names.embedding, &[config.vocab_size, hidden], false);
+    if let Some(positions) = names.positions {
+        add(positions, &[config.context, hidden], false);
+    }
+    for layer in 0..config.layers {
+        let norms = [Some(names.attention_norm), names.attention_post_norm, Some(names.mlp_norm), names.mlp_post_norm];
+        for norm in norms.into_iter().flatten() {
+            add(&config.in_layer(layer, norm), &[hidden], norm_bias);
+        }
+        for norm in names.head_norms.into_iter().flatten() {
+            add(&config.in_layer(layer, norm), &[config.head_dim], norm_bias);
+        }
+        for (projection, path) in names.projections {
+            let (out_features, in_features) = config.shape(*projection);
+            add(&config.in_layer(layer, path), &[out_features, in_features], a.has_bias(*projection));
+        }
+    }
+    add(names.norm, &[hidden], norm_bias);
+    if !config.tie_word_embeddings {
+        add(LM_HEAD, &[config.vocab_size, hidden], false);
+    }
+    tensors
+}
+
+/// The rows of a matrix `[rows, columns]` that lies by columns.
+fn transpose(bytes: &[u8], rows: usize, columns: usize) -> Vec<u8> {
+    let size = bytes.len() / (rows * columns).max(1);
+    let mut out = Vec::with_capacity(bytes.len());
+    for row in 0..rows {
+        for column in 0..columns {
+            out.extend_from_slice(&bytes[(column * rows + row) * size..][..size]);
+        }
+    }
+    out
 }
 
 /// Puts the rows of each head from the order of interleaved rope (0, h/2, 1, h/2 + 1, ...) back into that of split
@@ -253,30 +362,54 @@ fn split_halves(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     out
 }
 
-/// The Hugging Face name of a tensor of a `llama` GGUF.
-fn hugging_face_name(name: &str) -> Option<String> {
-    let whole = match name {
-        "token_embd.weight" => "model.embed_tokens.weight",
-        "output_norm.weight" => "model.norm.weight",
-        "output.weight" => "lm_head.weight",
-        _ => {
-            let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-            let rest = match rest {
-                "attn_norm.weight" => "input_layernorm.weight",
-                "ffn_norm.weight" => "post_attention_layernorm.weight",
-                "attn_q.weight" => "self_attn.q_proj.weight",
-                "attn_k.weight" => "self_attn.k_proj.weight",
-                "attn_v.weight" => "self_attn.v_proj.weight",
-                "attn_output.weight" => "self_attn.o_proj.weight",
-                "ffn_gate.weight" => "mlp.gate_proj.weight",
-                "ffn_up.weight" => "mlp.up_proj.weight",
-                "ffn_down.weight" => "mlp.down_proj.weight",
-                _ => return None,
-            };
-            return Some(format!("model.layers.{layer}.{rest}"));
-        }
+/// The Hugging Face name of a GGUF tensor, and which linear layer it is of; `None` for what is no weight of the decoder.
+fn hugging_face_name(name: &str, config: &ModelConfig) -> Result<Option<(String, Option<Projection>)>> {
+    let names = config.family.names();
+    let unknown = || {
+        let family = config.family;
+        Error::unprocessable(format!("GGUF: {name} belongs to no model of the architecture {family} that is supported"))
     };
-    Some(whole.to_string())
+    let Some((module, kind)) = name.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias")) else {
+        return Ok(None);
+    };
+    let Some((layer, module)) = module.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
+        let module = match module {
+            "token_embd" => names.embedding,
+            "position_embd" => names.positions.ok_or_else(unknown)?,
+            "output_norm" => names.norm,
+            "output" => LM_HEAD,
+            // `rope_freqs` and its like are read with the configuration.
+            _ => return Ok(None),
+        };
+        return Ok(Some((format!("{module}.{kind}"), None)));
+    };
+    let [q_norm, k_norm] = names.head_norms.map_or([None, None], |names| names.map(Some));
+    let projections = match module {
+        "attn_q" => &[Projection::Q][..],
+        "attn_k" => &[Projection::K],
+        "attn_v" => &[Projection::V],
+        "attn_qkv" => &[Projection::Qkv],
+        "attn_output" => &[Projection::O],
+        "ffn_gate" => &[Projection::Gate],
+        "ffn_up" => &[Projection::Up, Projection::GateUp],
+        "ffn_down" => &[Projection::Down],
+        _ => &[],
+    };
+    let found = names.projections.iter().find(|(projection, _)| projections.contains(projection));
+    let path = match module {
+        "attn_norm" => Some(names.attention_norm),
+        "post_attention_norm" => names.attention_post_norm,
+        "ffn_norm" => Some(names.mlp_norm),
+        "post_ffw_norm" => names.mlp_post_norm,
+        "attn_q_norm" => q_norm,
+        "attn_k_norm" => k_norm,
+        // Frequencies of rope, which follow from the metadata.
+        "attn_rot_embd" => return Ok(None),
+        _ => found.map(|(_, path)| *path),
+    };
+    let layer = layer.parse().map_err(|_| unknown())?;
+    let name = config.in_layer(layer, path.ok_or_else(unknown)?);
+    Ok(Some((format!("{name}.{kind}"), found.map(|(projection, _)| *projection))))
 }
 
 #[cfg(test)]
@@ -302,7 +435,7 @@ mod tests {
 
     #[test]
     fn gguf_and_shards_give_the_same_numbers_by_the_same_names() {
-        let whole = Weights::open_directory(&tiny()).unwrap();
+        let whole = Weights::open_directory(&tiny(), Family::Llama).unwrap();
         let folder = tempfile::tempdir().unwrap();
 
         let gguf_name = |name: &str| {
@@ -341,7 +474,8 @@ mod tests {
         std::fs::write(&path, write(&[], &tensors)).unwrap();
         let map = map(&path).unwrap();
         let gguf = Gguf::read(&map).unwrap();
-        let from_gguf = Weights::from_gguf(map, &gguf, 4, 2);
+        let text = std::fs::read_to_string(tiny().join("config.json")).unwrap();
+        let from_gguf = Weights::from_gguf(map, &gguf, &ModelConfig::from_json(&text).unwrap()).unwrap();
 
         let (mut index, mut shards) = (serde_json::Map::new(), [vec![], vec![]]);
         for (i, name) in names.iter().enumerate() {
@@ -357,7 +491,7 @@ mod tests {
         }
         let index = serde_json::json!({ "weight_map": index });
         std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
-        let sharded = Weights::open_directory(folder.path()).unwrap();
+        let sharded = Weights::open_directory(folder.path(), Family::Llama).unwrap();
 
         for other in [from_gguf, sharded] {
             assert_eq!(other.names(), names);
@@ -372,7 +506,7 @@ mod tests {
     fn tensors_that_are_missing_or_of_another_shape_are_named() {
         let text = std::fs::read_to_string(tiny().join("config.json")).unwrap();
         let config = ModelConfig::from_json(&text).unwrap();
-        let weights = Weights::open_directory(&tiny()).unwrap();
+        let weights = Weights::open_directory(&tiny(), Family::Llama).unwrap();
         weights.check(&config).unwrap();
         for (wrong, name) in [
             (ModelConfig { layers: 3, ..config.clone() }, "no tensor model.layers.2.input_layernorm.weight"),
@@ -434,7 +568,7 @@ mod tests {
         let refusal = |map: Value| {
             let index = serde_json::json!({ "weight_map": map }).to_string();
             std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
-            Weights::open_directory(folder.path()).err().unwrap().message
+            Weights::open_directory(folder.path(), Family::Llama).err().unwrap().message
         };
         shard("1.safetensors", "a");
         shard("2.safetensors", "a");
@@ -453,7 +587,7 @@ mod tests {
         let bytes = std::fs::read(tiny().join("model.safetensors")).unwrap();
         for end in [0, 7, 100, bytes.len() - 1] {
             std::fs::write(folder.path().join("model.safetensors"), &bytes[..end]).unwrap();
-            let error = Weights::open_directory(folder.path()).err().unwrap();
+            let error = Weights::open_directory(folder.path(), Family::Llama).err().unwrap();
             assert!(error.message.contains("model.safetensors"), "{error}");
         }
     }

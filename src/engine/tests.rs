@@ -14,7 +14,7 @@ use super::continuation::Continuation;
 use super::*;
 use crate::adapter::{Adapter, Generation, Head};
 use crate::base::testing::{decoder, options};
-use crate::base::{Decoder, Kernels, ModelConfig};
+use crate::base::{Architecture, Decoder, Family, Kernels, ModelConfig, Rope};
 use crate::lora::PackedAdapter;
 use crate::metrics::Metrics;
 use crate::{Error, ErrorKind, Result};
@@ -24,7 +24,7 @@ const EOS: u32 = 0;
 
 fn config() -> ModelConfig {
     ModelConfig {
-        family: "llama".into(),
+        family: Family::Llama,
         vocab_size: VOCAB,
         hidden_size: 4,
         intermediate_size: 4,
@@ -32,8 +32,10 @@ fn config() -> ModelConfig {
         heads: 2,
         kv_heads: 1,
         head_dim: 2,
-        rms_norm_eps: 1e-5,
-        rope_theta: 1e4,
+        norm_eps: 1e-5,
+        rope: Some(Rope::plain(1e4, 2)),
+        windows: vec![],
+        architecture: Architecture::of(Family::Llama),
         context: 256,
         tie_word_embeddings: true,
         bos_token: None,

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::packed::{PackedAdapter, PackedSite};
+use super::packed::{Finish, PackedAdapter, PackedSite};
 use super::table::{self, Embedding, LmHead, finish, finish_tensor};
 use crate::Result;
 use crate::base::matmul::{self, Product};
@@ -56,12 +56,13 @@ impl<'a> BatchDelta<'a> {
 impl Delta for BatchDelta<'_> {
     fn add(&self, layer: usize, site: Site, x: &[f32], y: &mut [f32], rows: usize) {
         let sites = self.sites(layer, site);
-        let Some(width) = sites.iter().map(|(_, s)| s.a.n()).max() else { return };
+        let width = sites.iter().filter_map(|(_, s)| Some(s.a.as_ref()?.n())).max().unwrap_or(0);
         let (x_stride, y_stride) = (x.len() / rows, y.len() / rows);
         let mut down = Vec::with_capacity(sites.len());
         let mut up = Vec::with_capacity(3 * sites.len());
         for (rows, site) in &sites {
-            let matrix = site.a.packed();
+            let Some(a) = &site.a else { continue };
+            let matrix = a.packed();
             down.push(Product { matrix, rows: (*rows).clone(), x_column: 0, y_column: 0, scale: 1.0 });
             for part in &site.parts {
                 let (x_column, y_column) = (part.rank_start, part.column);
@@ -69,13 +70,14 @@ impl Delta for BatchDelta<'_> {
                 up.push(Product { matrix, rows: (*rows).clone(), x_column, y_column, scale: part.scale });
             }
         }
-        let mut h = vec![0.0; rows * width];
-        matmul::multiply(self.simd, &down, x, x_stride, &mut h, width);
-        matmul::multiply(self.simd, &up, &h, width, y, y_stride);
+        if width > 0 {
+            let mut h = vec![0.0; rows * width];
+            matmul::multiply(self.simd, &down, x, x_stride, &mut h, width);
+            matmul::multiply(self.simd, &up, &h, width, y, y_stride);
+        }
         for (rows, site) in sites {
-            for part in &site.parts {
-                let y = &mut y[rows.start * y_stride..rows.end * y_stride];
-                finish(&part.gain, &part.shift, y, y_stride, part.column);
+            for Finish { columns, gain, shift } in &site.finishes {
+                finish(gain, shift, &mut y[rows.start * y_stride..rows.end * y_stride], y_stride, columns.start);
             }
         }
     }
@@ -84,16 +86,22 @@ impl Delta for BatchDelta<'_> {
         let mut y = y;
         for (rows, site) in self.sites(layer, site) {
             let rows_of = |t: &Tensor| t.narrow(0, rows.start, rows.len());
-            let h = rows_of(x)?.matmul(&site.a.tensor().t()?)?;
             let mut part_of_y = rows_of(&y)?;
-            for part in &site.parts {
-                let b = part.b.tensor().t()?;
-                let (rank, n) = b.dims2()?;
-                let h = h.narrow(1, part.rank_start, rank)?.contiguous()?;
-                let delta = (h.matmul(&b)? * part.scale as f64)?;
-                let sum = (part_of_y.narrow(1, part.column, n)? + delta)?;
-                let sum = finish_tensor(&part.gain, &part.shift, sum)?;
-                part_of_y = part_of_y.slice_assign(&[0..rows.len(), part.column..part.column + n], &sum)?;
+            if let Some(a) = &site.a {
+                let h = rows_of(x)?.matmul(&a.tensor().t()?)?;
+                for part in &site.parts {
+                    let b = part.b.tensor().t()?;
+                    let (rank, n) = b.dims2()?;
+                    let h = h.narrow(1, part.rank_start, rank)?.contiguous()?;
+                    let delta = (h.matmul(&b)? * part.scale as f64)?;
+                    let sum = (part_of_y.narrow(1, part.column, n)? + delta)?;
+                    part_of_y = part_of_y.slice_assign(&[0..rows.len(), part.column..part.column + n], &sum)?;
+                }
+            }
+            for Finish { columns, gain, shift } in &site.finishes {
+                let part = part_of_y.narrow(1, columns.start, columns.len())?;
+                let part = finish_tensor(gain, shift, part)?;
+                part_of_y = part_of_y.slice_assign(&[0..rows.len(), columns.clone()], &part)?;
             }
             let width = part_of_y.dims()[1];
             y = y.slice_assign(&[rows.clone(), 0..width], &part_of_y)?;
@@ -148,12 +156,12 @@ mod tests {
     use super::*;
     use crate::adapter::{Adapter, Generation, LoraPair};
     use crate::base::testing::{decoder, noise, options};
-    use crate::base::{DecoderOptions, Kernels, ModelConfig, Module};
+    use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Module, Rope};
     use crate::lora::packed::Factor;
 
     fn config(heads: usize, kv_heads: usize, head_dim: usize, hidden: usize, ffn: usize) -> ModelConfig {
         ModelConfig {
-            family: "llama".into(),
+            family: Family::Llama,
             vocab_size: 8,
             hidden_size: hidden,
             intermediate_size: ffn,
@@ -161,8 +169,10 @@ mod tests {
             heads,
             kv_heads,
             head_dim,
-            rms_norm_eps: 1e-5,
-            rope_theta: 1e4,
+            norm_eps: 1e-5,
+            rope: Some(Rope::plain(1e4, head_dim)),
+            windows: vec![],
+            architecture: Architecture::of(Family::Llama),
             context: 8,
             tie_word_embeddings: true,
             bos_token: None,
@@ -215,8 +225,8 @@ mod tests {
                 let segments = ranges.iter().zip(&packed).map(|(r, adapter)| Segment { rows: r.clone(), adapter });
                 let delta = BatchDelta::new(simd, segments.collect());
                 for site in Site::ALL {
-                    let k = config.shape(site.projections()[0]).1;
-                    let n: usize = site.projections().iter().map(|&p| config.shape(p).0).sum();
+                    let k = config.shape(site.projections(config.family)[0]).1;
+                    let n: usize = site.projections(config.family).iter().map(|&p| config.shape(p).0).sum();
                     let x: Vec<f32> = (0..rows * k).map(|_| next()).collect();
                     let y: Vec<f32> = (0..rows * n).map(|_| next()).collect();
                     let mut got = y.clone();
@@ -231,7 +241,7 @@ mod tests {
                     let mut want: Vec<f64> = y.iter().map(|&y| y as f64).collect();
                     for (range, adapter) in ranges.iter().zip(&adapters) {
                         let mut column = 0;
-                        for &p in site.projections() {
+                        for &p in site.projections(config.family) {
                             let out = config.shape(p).0;
                             if let Some(pair) = adapter.pairs.get(&(0, p)) {
                                 let weights = base.weights(Module::Linear(0, p)).unwrap();
@@ -277,7 +287,7 @@ mod tests {
             let packed = PackedAdapter::new(adapter.clone(), &decoder(&config, base, 1)).unwrap();
             assert_eq!(packed.bytes, 6 * dtype.size_in_bytes());
             let site = &packed.sites[&(0, Site::Qkv)];
-            for factor in [&site.a, &site.parts[0].b] {
+            for factor in [site.a.as_ref().unwrap(), &site.parts[0].b] {
                 assert!(matches!(factor, Factor::Tensor(t) if t.dtype() == dtype), "{factor:?}");
             }
         }

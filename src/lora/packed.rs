@@ -1,21 +1,34 @@
 //! An adapter laid out for the kernels, ready for a batch.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
 use super::dora;
 use super::table::{Embedding, LmHead};
-use crate::Result;
-use crate::adapter::{Adapter, Generation, Head};
+use crate::adapter::{Adapter, Generation, Head, OwnNorm};
 use crate::base::matmul::PackedMatrix;
 use crate::base::{Decoder, DecoderOptions, Kernels, Module, Norm, NormSite, Site};
+use crate::{Error, Result};
 
-/// The low-rank pairs of one fused linear layer.
+/// What is changed of one fused linear layer.
 #[derive(Debug)]
 pub(super) struct PackedSite {
-    pub a: Factor,
+    /// The stacked A factors; `None` where there are no pairs.
+    pub a: Option<Factor>,
     pub parts: Vec<Part>,
+    pub finishes: Vec<Finish>,
+}
+
+/// What follows the products with a projection's weights and pair: `y = gain * y + shift`. The base's bias comes after it,
+/// so a bias of the adapter's own is the difference.
+#[derive(Debug)]
+pub(super) struct Finish {
+    /// Outputs of the fused layer.
+    pub columns: Range<usize>,
+    pub gain: Option<Vector>,
+    pub shift: Option<Vector>,
 }
 
 /// The pair of one projection of the fused layer.
@@ -27,9 +40,6 @@ pub(super) struct Part {
     /// First of this projection's outputs among those of the fused layer.
     pub column: usize,
     pub scale: f32,
-    /// What follows the product: `y = gain * y + shift`.
-    pub gain: Option<Vector>,
-    pub shift: Option<Vector>,
 }
 
 #[derive(Debug)]
@@ -149,46 +159,59 @@ impl PackedAdapter {
         let mut sites = HashMap::new();
         for layer in 0..config.layers {
             for site in Site::ALL {
-                let (mut a, mut parts, mut ranks, mut column, mut width) = (Vec::new(), Vec::new(), 0, 0, 0);
-                for &projection in site.projections() {
+                let (mut a, mut parts, mut finishes, mut ranks, mut column, mut width) =
+                    (Vec::new(), Vec::new(), Vec::new(), 0, 0, 0);
+                for &projection in site.projections(config.family) {
                     let (n, k) = config.shape(projection);
+                    let (mut gain, mut shift) = (None, None);
                     if let Some(pair) = adapter.pairs.remove(&(layer, projection)) {
-                        let gain = match &pair.magnitude {
-                            Some(_) => dora::gains(&base.weights(Module::Linear(layer, projection))?, &pair)
-                                .map_err(|e| e.context(format!("model.layers.{layer}.{}", projection.path())))?,
-                            None => None,
-                        };
-                        let shift = pair.bias.as_ref().map(|bias| bias.iter().map(|b| pair.scale * b).collect());
-                        let vector = |numbers: Option<Vec<f32>>| numbers.map(|v| Vector::new(v, options)).transpose();
+                        if pair.magnitude.is_some() {
+                            let weights = base.weights(Module::Linear(layer, projection))?;
+                            let named = |e: Error| e.context(config.in_layer(layer, config.family.path(projection)));
+                            gain = dora::gains(&weights, &pair).map_err(named)?;
+                        }
+                        shift =
+                            pair.bias.as_ref().map(|bias| bias.iter().map(|b| pair.scale * b).collect::<Vec<f32>>());
                         a.extend_from_slice(&pair.a);
-                        parts.push(Part {
-                            b: Factor::new(&pair.b, n, pair.rank, options)?,
-                            rank_start: ranks,
-                            column,
-                            scale: pair.scale,
-                            gain: vector(gain)?,
-                            shift: vector(shift)?,
-                        });
+                        let b = Factor::new(&pair.b, n, pair.rank, options)?;
+                        parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
                         ranks += pair.rank;
+                    }
+                    if let (Some(own), Some(served)) =
+                        (adapter.biases.get(&(layer, projection)), base.bias(layer, projection)?)
+                    {
+                        let shift = shift.get_or_insert_with(|| vec![0.0; n]);
+                        shift.iter_mut().zip(own.iter().zip(served)).for_each(|(s, (own, base))| *s += own - base);
+                    }
+                    if gain.is_some() || shift.is_some() {
+                        let vector = |numbers: Option<Vec<f32>>| numbers.map(|v| Vector::new(v, options)).transpose();
+                        let columns = column..column + n;
+                        finishes.push(Finish { columns, gain: vector(gain)?, shift: vector(shift)? });
                     }
                     (column, width) = (column + n, k);
                 }
-                if !parts.is_empty() {
-                    let a = Factor::new(&a, ranks, width, options)?;
-                    sites.insert((layer, site), PackedSite { a, parts });
+                if !(parts.is_empty() && finishes.is_empty()) {
+                    let a = (ranks > 0).then(|| Factor::new(&a, ranks, width, options)).transpose()?;
+                    sites.insert((layer, site), PackedSite { a, parts, finishes });
                 }
             }
         }
-        let norms = std::mem::take(&mut adapter.norms).into_iter();
-        let norms: HashMap<NormSite, Norm> =
-            norms.map(|(site, weight)| Ok((site, Norm::new(weight, options)?))).collect::<Result<_>>()?;
+        let mut norms = HashMap::new();
+        for (site, OwnNorm { weight, bias }) in std::mem::take(&mut adapter.norms) {
+            if let Some(norm) = base.own_norm(site, weight, bias)? {
+                norms.insert(site, norm);
+            }
+        }
         let vocab_size = adapter.vocab_size.unwrap_or(config.vocab_size);
         let (embedding, lm_head) = super::table::pack(adapter.embedding, adapter.lm_head, vocab_size, base)?;
         let head = adapter.head;
 
         let vector = |v: &Option<Vector>| v.as_ref().map_or(0, Vector::bytes);
-        let part = |p: &Part| p.b.bytes() + vector(&p.gain) + vector(&p.shift);
-        let sites_bytes: usize = sites.values().map(|s| s.a.bytes() + s.parts.iter().map(part).sum::<usize>()).sum();
+        let site = |s: &PackedSite| {
+            let factors = s.parts.iter().map(|p| &p.b).chain(&s.a).map(Factor::bytes).sum::<usize>();
+            factors + s.finishes.iter().map(|f| vector(&f.gain) + vector(&f.shift)).sum::<usize>()
+        };
+        let sites_bytes: usize = sites.values().map(site).sum();
         let norm_bytes: usize = norms.values().map(Norm::bytes).sum();
         let head_bytes = head.as_ref().map_or(0, |h| 4 * (h.weight.len() + h.bias.as_ref().map_or(0, Vec::len)));
         Ok(PackedAdapter {

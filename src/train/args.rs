@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::network::FAMILY;
 use super::schedule::Decay;
 use super::trainer::Metric;
 use crate::base::{DEFAULT_MODEL, Projection};
@@ -174,12 +175,11 @@ pub struct TrainArgs {
 /// The projections that names such as `q_proj` mean.
 pub fn projections(names: &[String]) -> Result<Vec<Projection>, String> {
     if names.iter().any(|n| n == "all-linear") {
-        return Ok(Projection::ALL.to_vec());
+        return Ok(FAMILY.projections().collect());
     }
-    let short = |p: &Projection| p.path().rsplit('.').next().unwrap_or_default();
-    let known = || Projection::ALL.iter().map(short).collect::<Vec<_>>().join(", ");
+    let known = || FAMILY.projections().map(|p| FAMILY.short_name(p)).collect::<Vec<_>>().join(", ");
     let find = |name: &String| {
-        let found = Projection::ALL.into_iter().find(|p| short(p) == name);
+        let found = FAMILY.projections().find(|p| FAMILY.short_name(*p) == name);
         found.ok_or_else(|| format!("--target-modules has {name:?}; expected some of {}, or all-linear", known()))
     };
     let mut all: Vec<Projection> = names.iter().map(find).collect::<Result<_, _>>()?;

@@ -7,7 +7,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::network::{LoraOptions, Method, Network};
+use super::network::{FAMILY, LoraOptions, Method, Network};
 use crate::base::{Base, Projection};
 use crate::{Error, Result};
 
@@ -63,7 +63,7 @@ impl Export<'_> {
             // PEFT's file has no form for a head alone: a pair that adds nothing stands beside it.
             _ => {
                 let (n, k) = self.network.config().shape(Projection::Q);
-                let name = |matrix: &str| format!("model.layers.0.{}.{matrix}.weight", Projection::Q.path());
+                let name = |matrix: &str| format!("model.layers.0.{}.{matrix}.weight", FAMILY.path(Projection::Q));
                 let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, self.network.device());
                 tensors.push((name("lora_A"), zeros((1, k))?));
                 tensors.push((name("lora_B"), zeros((n, 1))?));
@@ -80,8 +80,7 @@ impl Export<'_> {
     }
 
     fn adapter_config(&self, options: &LoraOptions) -> Value {
-        let names: Vec<&str> =
-            options.targets.iter().map(|p| p.path().rsplit('.').next().unwrap_or_default()).collect();
+        let names: Vec<&str> = options.targets.iter().map(|p| FAMILY.short_name(*p)).collect();
         json!({
             "peft_type": "LORA",
             "task_type": if self.labels.is_some() { "SEQ_CLS" } else { "CAUSAL_LM" },
@@ -107,7 +106,7 @@ impl Export<'_> {
         let dtype = if self.dtype == DType::BF16 { "bfloat16" } else { "float32" };
         let mut config = json!({
             "architectures": [if self.labels.is_some() { "LlamaForSequenceClassification" } else { "LlamaForCausalLM" }],
-            "model_type": c.family,
+            "model_type": c.family.name(),
             "vocab_size": c.vocab_size,
             "hidden_size": c.hidden_size,
             "intermediate_size": c.intermediate_size,
@@ -116,8 +115,8 @@ impl Export<'_> {
             "num_key_value_heads": c.kv_heads,
             "head_dim": c.head_dim,
             "hidden_act": "silu",
-            "rms_norm_eps": c.rms_norm_eps,
-            "rope_theta": c.rope_theta,
+            "rms_norm_eps": c.norm_eps,
+            "rope_theta": c.rope.as_ref().map(|rope| rope.theta),
             "max_position_embeddings": c.context,
             "tie_word_embeddings": c.tie_word_embeddings,
             "attention_bias": false,

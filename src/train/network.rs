@@ -7,10 +7,32 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
-use super::ops::{self, Rope, Targets};
+use super::ops::{self, Targets};
 use crate::adapter::{Adapter, LoraPair};
-use crate::base::{Base, ModelConfig, Projection, Weights};
+use crate::base::{Architecture, Base, Family, ModelConfig, Projection, Weights};
 use crate::{Error, Result};
+
+/// The family whose layers this network has.
+pub const FAMILY: Family = Family::Llama;
+
+/// Refuses a base whose layers are others than the network's, and one that could not be written out as what it is.
+fn check(config: &ModelConfig, method: &Method) -> Result<()> {
+    let refuse = |what: String| Err(Error::unprocessable(format!("the base cannot be trained: {what}")));
+    if config.family != FAMILY {
+        return refuse(format!("it is a {}; supported: {FAMILY}", config.family));
+    }
+    if config.architecture != Architecture::of(FAMILY) {
+        return refuse("its layers have biases or an activation other than silu; supported: neither".into());
+    }
+    let writes_model = matches!(method, Method::Full | Method::LastLayers(_));
+    match &config.rope {
+        Some(rope) if rope.attention_factor != 1.0 => refuse("its rope scales the attention".into()),
+        Some(rope) if writes_model && rope.scaled => {
+            refuse("its rope is scaled, which a new model's config.json would not say; adapters can be trained".into())
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Which numbers are trained. The head of a classification is trained with each of them.
 #[derive(Debug, Clone, PartialEq)]
@@ -156,6 +178,7 @@ impl Network {
         rng: &mut ChaCha8Rng,
     ) -> Result<Self> {
         let config = base.config.clone();
+        check(&config, method)?;
         let loader = Loader { weights: &base.weights, device };
         let full = *method == Method::Full;
         let first_trained = match method {
@@ -174,8 +197,8 @@ impl Network {
             let trained = l >= first_trained;
             let name = |part: &str| format!("model.layers.{l}.{part}.weight");
             let mut projections = BTreeMap::new();
-            for projection in Projection::ALL {
-                let weight = loader.get(&name(projection.path()), trained)?;
+            for projection in FAMILY.projections() {
+                let weight = loader.get(&name(FAMILY.path(projection)), trained)?;
                 let lora = match method {
                     Method::Lora(options) if options.targets.contains(&projection) => {
                         let (n, k) = config.shape(projection);
@@ -226,11 +249,11 @@ impl Network {
         for (l, layer) in self.layers.iter().enumerate() {
             let name = |part: &str, end: &str| format!("model.layers.{l}.{part}.{end}");
             add(&mut all, name("input_layernorm", "weight"), &layer.input_norm);
-            for (projection, linear) in &layer.projections {
-                add(&mut all, name(projection.path(), "weight"), &linear.weight);
+            for (&projection, linear) in &layer.projections {
+                add(&mut all, name(FAMILY.path(projection), "weight"), &linear.weight);
                 if let Some(lora) = &linear.lora {
-                    all.push((name(projection.path(), "lora_A.weight"), &lora.a));
-                    all.push((name(projection.path(), "lora_B.weight"), &lora.b));
+                    all.push((name(FAMILY.path(projection), "lora_A.weight"), &lora.a));
+                    all.push((name(FAMILY.path(projection), "lora_B.weight"), &lora.b));
                 }
             }
             add(&mut all, name("post_attention_layernorm", "weight"), &layer.post_norm);
@@ -251,7 +274,7 @@ impl Network {
                 all.push((format!("model.layers.{l}.{part}.weight"), weight.tensor().clone()));
             };
             add("input_layernorm", &layer.input_norm);
-            layer.projections.iter().for_each(|(projection, linear)| add(projection.path(), &linear.weight));
+            layer.projections.iter().for_each(|(&projection, linear)| add(FAMILY.path(projection), &linear.weight));
             add("post_attention_layernorm", &layer.post_norm);
         }
         all.push(("model.norm.weight".into(), self.norm.tensor().clone()));
@@ -285,7 +308,7 @@ impl Network {
         }
         for (l, layer) in self.layers.iter().enumerate() {
             for (&projection, linear) in &layer.projections {
-                let what = format!("layer {l}, {}", projection.path());
+                let what = format!("layer {l}, {}", FAMILY.path(projection));
                 match (&linear.lora, adapter.pairs.get(&(l, projection))) {
                     (None, None) => {}
                     (Some(lora), Some(LoraPair { scale, a, b, .. })) => {
@@ -316,25 +339,26 @@ impl Network {
     /// Final hidden states, one row a token: `[rows, hidden]`.
     fn hidden(&self, batch: &Batch, mut noise: Noise) -> Result<Tensor> {
         let c = &self.config;
-        let rope = Rope::new(&batch.lengths, &c.rope_frequencies());
+        let frequencies = c.rope.as_ref().map_or(&[][..], |rope| &rope.frequencies);
+        let rope = ops::Rope::new(&batch.lengths, frequencies);
         let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), &self.device)?;
         let mut x = self.embedding.tensor().index_select(&tokens, 0)?;
         for layer in &self.layers {
             let linear = |projection: Projection, x: &Tensor, noise: &mut Noise| {
                 layer.projections[&projection].forward(x, noise.as_deref_mut())
             };
-            let h = ops::rms_norm(&x, layer.input_norm.tensor(), c.rms_norm_eps)?;
+            let h = ops::rms_norm(&x, layer.input_norm.tensor(), c.norm_eps)?;
             let q = ops::rope(&linear(Projection::Q, &h, &mut noise)?, &rope)?;
             let k = ops::rope(&linear(Projection::K, &h, &mut noise)?, &rope)?;
             let v = linear(Projection::V, &h, &mut noise)?;
             let h = ops::attention(&q, &k, &v, &batch.lengths, c.head_dim)?;
             x = (x + linear(Projection::O, &h, &mut noise)?)?;
-            let h = ops::rms_norm(&x, layer.post_norm.tensor(), c.rms_norm_eps)?;
+            let h = ops::rms_norm(&x, layer.post_norm.tensor(), c.norm_eps)?;
             let gate = linear(Projection::Gate, &h, &mut noise)?;
             let h = ops::swiglu(&gate, &linear(Projection::Up, &h, &mut noise)?)?;
             x = (x + linear(Projection::Down, &h, &mut noise)?)?;
         }
-        Ok(ops::rms_norm(&x, self.norm.tensor(), c.rms_norm_eps)?)
+        Ok(ops::rms_norm(&x, self.norm.tensor(), c.norm_eps)?)
     }
 
     /// The final hidden state of each sequence's last token: `[sequences, hidden]`.
@@ -453,7 +477,7 @@ mod tests {
     fn a_step_of_lora_is_pefts() {
         let base = base();
         let adapter = crate::adapter::load(&folder().join("adapter_all_r8"), &base.config, "").unwrap().adapter;
-        let method = lora(8, 16.0, &Projection::ALL);
+        let method = lora(8, 16.0, &FAMILY.projections().collect::<Vec<_>>());
         let network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
         network.start_from(&adapter).unwrap();
         let (batch, rows, targets) = batch();
@@ -508,8 +532,10 @@ mod tests {
     fn an_adapter_of_other_modules_or_rank_is_refused() {
         let base = base();
         let adapter = crate::adapter::load(&folder().join("adapter_all_r8"), &base.config, "").unwrap().adapter;
-        for (method, part) in [(lora(4, 8.0, &Projection::ALL), "numbers"), (lora(8, 8.0, &[Projection::Q]), "modules")]
-        {
+        for (method, part) in [
+            (lora(4, 8.0, &FAMILY.projections().collect::<Vec<_>>()), "numbers"),
+            (lora(8, 8.0, &[Projection::Q]), "modules"),
+        ] {
             let network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
             let error = network.start_from(&adapter).unwrap_err();
             assert!(error.message.contains(part), "{error}");

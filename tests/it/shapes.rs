@@ -11,12 +11,13 @@ use loramux::engine::{Model, Output, Runner, Work};
 use proptest::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::common::*;
 
 #[derive(Debug, Clone)]
 struct Shape {
+    family: &'static str,
     hidden: usize,
     intermediate: usize,
     layers: usize,
@@ -26,12 +27,49 @@ struct Shape {
     vocab: usize,
     tied: bool,
     theta: f64,
+    variant: Variant,
 }
+
+/// What a family's configuration may say beside the sizes. A family reads what it knows.
+#[derive(Debug, Clone)]
+struct Variant {
+    /// Biases of the layers that need not have one.
+    biased: bool,
+    window: Option<usize>,
+    /// The first layer with a window, for Qwen.
+    windowed_from: usize,
+    cap: Option<f64>,
+    query_scalar: f64,
+    /// `rope_scaling`; `null` for none.
+    scaling: Value,
+    /// Of a head, for Phi-3.
+    rotated: f64,
+    activation: &'static str,
+}
+
+impl Variant {
+    const fn plain() -> Self {
+        Variant {
+            biased: false,
+            window: None,
+            windowed_from: 0,
+            cap: None,
+            query_scalar: 1.0,
+            scaling: Value::Null,
+            rotated: 1.0,
+            activation: "silu",
+        }
+    }
+}
+
+/// Longest sequence that any scaling begins with.
+const ORIGINAL: usize = 64;
 
 /// By name: shape and numbers.
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 const EPS: f64 = 1e-5;
+const CONTEXT: usize = 256;
 /// Of f32's sums; logits here are around 1, and the differences seen are below 1e-5.
 const TOLERANCE: f64 = 1e-4;
 
@@ -45,50 +83,158 @@ fn noise(seed: u64) -> impl FnMut() -> f32 {
 }
 
 impl Shape {
-    /// Matrices whose outputs have a variance near 1, and norms around 1.
+    fn is(&self, family: &str) -> bool {
+        self.family == family
+    }
+
+    fn layer(&self, l: usize, module: &str) -> String {
+        if self.is("gpt2") { format!("transformer.h.{l}.{module}") } else { format!("model.layers.{l}.{module}") }
+    }
+
+    fn embedding(&self) -> &'static str {
+        if self.is("gpt2") { "transformer.wte" } else { "model.embed_tokens" }
+    }
+
+    fn final_norm(&self) -> &'static str {
+        if self.is("gpt2") { "transformer.ln_f" } else { "model.norm" }
+    }
+
+    /// The modules whose outputs, side by side, are q, k and v; what follows attention; what leads into the MLP; what leads out.
+    fn linears(&self) -> [Vec<(&'static str, usize)>; 4] {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let (hidden, inner) = (self.hidden, self.intermediate);
+        match self.family {
+            "phi3" => [
+                vec![("self_attn.qkv_proj", q + 2 * kv)],
+                vec![("self_attn.o_proj", hidden)],
+                vec![("mlp.gate_up_proj", 2 * inner)],
+                vec![("mlp.down_proj", hidden)],
+            ],
+            "gpt2" => [
+                vec![("attn.c_attn", 3 * q)],
+                vec![("attn.c_proj", hidden)],
+                vec![("mlp.c_fc", inner)],
+                vec![("mlp.c_proj", hidden)],
+            ],
+            _ => [
+                vec![("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+                vec![("self_attn.o_proj", hidden)],
+                vec![("mlp.gate_proj", inner), ("mlp.up_proj", inner)],
+                vec![("mlp.down_proj", hidden)],
+            ],
+        }
+    }
+
+    /// Whether the linear layers of each of the four places have a bias.
+    fn biases(&self) -> [bool; 4] {
+        let biased = self.variant.biased;
+        match self.family {
+            "gpt2" => [true; 4],
+            "qwen2" => [true, false, false, false],
+            "llama" => [biased; 4],
+            "qwen3" | "gemma2" => [biased, biased, false, false],
+            _ => [false; 4],
+        }
+    }
+
+    /// Before attention, after it, before the MLP, after it.
+    fn norms(&self) -> [Option<&'static str>; 4] {
+        match self.family {
+            "gpt2" => [Some("ln_1"), None, Some("ln_2"), None],
+            "gemma2" => [
+                Some("input_layernorm"),
+                Some("post_attention_layernorm"),
+                Some("pre_feedforward_layernorm"),
+                Some("post_feedforward_layernorm"),
+            ],
+            _ => [Some("input_layernorm"), None, Some("post_attention_layernorm"), None],
+        }
+    }
+
+    /// Matrices `[out, in]` whose outputs have a variance near 1, and norms around 1.
     fn tensors(&self, seed: u64) -> Tensors {
         let mut noise = noise(seed);
         let mut tensors = Tensors::new();
-        let mut matrix = |name: String, n: usize, k: usize| {
+        let mut matrix = |module: String, n: usize, k: usize, bias: bool| {
             let scale = (3.0 / k as f32).sqrt();
-            tensors.insert(name, (vec![n, k], (0..n * k).map(|_| scale * noise()).collect()));
+            tensors.insert(format!("{module}.weight"), (vec![n, k], (0..n * k).map(|_| scale * noise()).collect()));
+            if bias {
+                tensors.insert(format!("{module}.bias"), (vec![n], (0..n).map(|_| noise() / 2.0).collect()));
+            }
         };
-        matrix("model.embed_tokens.weight".into(), self.vocab, self.hidden);
-        if !self.tied {
-            matrix("lm_head.weight".into(), self.vocab, self.hidden);
+        matrix(self.embedding().into(), self.vocab, self.hidden, false);
+        if self.is("gpt2") {
+            matrix("transformer.wpe".into(), CONTEXT, self.hidden, false);
         }
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        if !self.tied {
+            matrix("lm_head".into(), self.vocab, self.hidden, false);
+        }
+        let inputs = [self.hidden, self.heads * self.head_dim, self.hidden, self.intermediate];
         for layer in 0..self.layers {
-            for (name, n, k) in [
-                ("self_attn.q_proj", q, self.hidden),
-                ("self_attn.k_proj", kv, self.hidden),
-                ("self_attn.v_proj", kv, self.hidden),
-                ("self_attn.o_proj", self.hidden, q),
-                ("mlp.gate_proj", self.intermediate, self.hidden),
-                ("mlp.up_proj", self.intermediate, self.hidden),
-                ("mlp.down_proj", self.hidden, self.intermediate),
-            ] {
-                matrix(format!("model.layers.{layer}.{name}.weight"), n, k);
+            for ((modules, bias), k) in self.linears().into_iter().zip(self.biases()).zip(inputs) {
+                modules.into_iter().for_each(|(module, n)| matrix(self.layer(layer, module), n, k, bias));
             }
         }
-        let norms = ["input_layernorm", "post_attention_layernorm"];
-        let norms = (0..self.layers).flat_map(|l| norms.map(|norm| format!("model.layers.{l}.{norm}.weight")));
-        for name in norms.chain(["model.norm.weight".into()]) {
-            tensors.insert(name, (vec![self.hidden], (0..self.hidden).map(|_| 1.0 + noise() / 2.0).collect()));
+        let mut norms = vec![(self.final_norm().to_string(), self.hidden)];
+        for layer in 0..self.layers {
+            norms.extend(self.norms().into_iter().flatten().map(|norm| (self.layer(layer, norm), self.hidden)));
+            if self.is("qwen3") {
+                let head_norms = ["self_attn.q_norm", "self_attn.k_norm"];
+                norms.extend(head_norms.map(|norm| (self.layer(layer, norm), self.head_dim)));
+            }
+        }
+        let middle = if self.is("gemma2") { 0.0 } else { 1.0 };
+        for (module, width) in norms {
+            let numbers = (0..width).map(|_| middle + noise() / 2.0).collect();
+            tensors.insert(format!("{module}.weight"), (vec![width], numbers));
+            if self.is("gpt2") {
+                tensors.insert(format!("{module}.bias"), (vec![width], (0..width).map(|_| noise() / 2.0).collect()));
+            }
         }
         tensors
     }
 
-    fn open(&self, tensors: &Tensors, dtype: Dtype) -> Base {
-        let folder = tempfile::tempdir().unwrap();
-        let config = json!({
-            "model_type": "llama", "vocab_size": self.vocab, "hidden_size": self.hidden,
+    fn config(&self) -> Value {
+        let v = &self.variant;
+        if self.is("gpt2") {
+            return json!({
+                "model_type": "gpt2", "vocab_size": self.vocab, "n_embd": self.hidden, "n_inner": self.intermediate,
+                "n_layer": self.layers, "n_head": self.heads, "n_positions": CONTEXT, "layer_norm_epsilon": EPS,
+                "activation_function": v.activation, "tie_word_embeddings": self.tied,
+                "scale_attn_by_inverse_layer_idx": v.biased, "scale_attn_weights": v.cap.is_none(),
+            });
+        }
+        let mut config = json!({
+            "model_type": self.family, "vocab_size": self.vocab, "hidden_size": self.hidden,
             "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-            "rms_norm_eps": EPS, "rope_theta": self.theta, "max_position_embeddings": 256,
-            "tie_word_embeddings": self.tied,
+            "rms_norm_eps": EPS, "rope_theta": self.theta, "max_position_embeddings": CONTEXT,
+            "tie_word_embeddings": self.tied, "rope_scaling": v.scaling, "sliding_window": v.window,
+            "attention_bias": v.biased, "mlp_bias": v.biased, "use_sliding_window": v.window.is_some(),
+            "max_window_layers": v.windowed_from, "attn_logit_softcapping": v.cap, "final_logit_softcapping": v.cap,
+            "query_pre_attn_scalar": v.query_scalar,
         });
-        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        match self.family {
+            "gemma2" => {
+                config["hidden_activation"] = json!(v.activation);
+                // All the window's layers, of which every other one would be.
+                if v.window.is_none() {
+                    config["layer_types"] = json!(vec!["full_attention"; self.layers]);
+                }
+            }
+            "phi3" => {
+                config["original_max_position_embeddings"] = json!(ORIGINAL);
+                config["partial_rotary_factor"] = json!(v.rotated);
+                config["hidden_act"] = json!(v.activation);
+            }
+            _ => config["hidden_act"] = json!(v.activation),
+        }
+        config
+    }
+
+    fn open(&self, tensors: &Tensors, dtype: Dtype) -> Base {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), self.config().to_string()).unwrap();
         let tokenizer = fixtures().join("tiny/llama/base/tokenizer.json");
         std::fs::copy(tokenizer, folder.path().join("tokenizer.json")).unwrap();
         let bytes = |x: &f32| match dtype {
@@ -96,73 +242,186 @@ impl Shape {
             Dtype::F16 => f16::from_f32(*x).to_le_bytes().to_vec(),
             _ => x.to_le_bytes().to_vec(),
         };
-        let stored: Vec<_> = tensors
-            .iter()
-            .map(|(name, (shape, data))| (name, shape.clone(), data.iter().flat_map(bytes).collect::<Vec<u8>>()))
-            .collect();
+        let stored = |(name, (shape, data)): (&String, &(Vec<usize>, Vec<f32>))| {
+            let (mut shape, mut data) = (shape.clone(), data.clone());
+            // GPT-2's files have the inputs first.
+            if self.is("gpt2") && name.contains(".c_") && shape.len() == 2 {
+                let (n, k) = (shape[0], shape[1]);
+                data = (0..n * k).map(|i| data[i % n * k + i / n]).collect();
+                shape.reverse();
+            }
+            (name.clone(), shape, data.iter().flat_map(bytes).collect::<Vec<u8>>())
+        };
+        let stored: Vec<_> = tensors.iter().map(stored).collect();
         let views = stored.iter().map(|(name, s, bytes)| (name, TensorView::new(dtype, s.clone(), bytes).unwrap()));
         let file = safetensors::serialize(views, None).unwrap();
         std::fs::write(folder.path().join("model.safetensors"), file).unwrap();
         Base::open(folder.path().to_str().unwrap()).unwrap()
     }
 
-    /// Logits at every position: Llama's equations, one number after the other.
+    /// The angle of one position for each pair of a head that is turned, and the factor of cosines and sines.
+    fn angles(&self) -> (Vec<f64>, f64) {
+        if self.is("gpt2") {
+            return (vec![], 1.0);
+        }
+        let part = if self.is("phi3") { self.variant.rotated } else { 1.0 };
+        let rotated = (self.head_dim as f64 * part) as usize;
+        let plain = |i: usize| self.theta.powf(-2.0 * i as f64 / rotated as f64);
+        let scaling = &self.variant.scaling;
+        let number = |key: &str| scaling[key].as_f64().unwrap();
+        let original = ORIGINAL as f64;
+        let scaled = |i: usize| match scaling["rope_type"].as_str().or(scaling["type"].as_str()) {
+            None => plain(i),
+            Some("linear") => plain(i) / number("factor"),
+            Some("llama3") => {
+                let (low, high) = (number("low_freq_factor"), number("high_freq_factor"));
+                // Waves that the original context holds.
+                let waves = original * plain(i) / std::f64::consts::TAU;
+                let kept = ((waves - low) / (high - low)).clamp(0.0, 1.0);
+                plain(i) * (kept + (1.0 - kept) / number("factor"))
+            }
+            Some("yarn") => {
+                // The pair that turns so often within the original context.
+                let pair = |turns: f64| {
+                    rotated as f64 / 2.0 * (original / (turns * std::f64::consts::TAU)).ln() / self.theta.ln()
+                };
+                let low = pair(number("beta_fast")).floor().max(0.0);
+                let high = pair(number("beta_slow")).ceil().min(rotated as f64 - 1.0);
+                let width = if low == high { 0.001 } else { high - low };
+                let divided = ((i as f64 - low) / width).clamp(0.0, 1.0);
+                plain(i) * (1.0 - divided + divided / number("factor"))
+            }
+            Some("longrope") => plain(i) / scaling["short_factor"][i].as_f64().unwrap(),
+            Some(other) => panic!("{other}"),
+        };
+        let factor = match scaling["rope_type"].as_str().or(scaling["type"].as_str()) {
+            Some("yarn") => 0.1 * number("factor").ln() + 1.0,
+            Some("longrope") => (1.0 + (CONTEXT as f64 / original).ln() / original.ln()).sqrt(),
+            _ => 1.0,
+        };
+        ((0..rotated / 2).map(scaled).collect(), factor)
+    }
+
+    /// The positions that a layer looks back over, its own among them.
+    fn window(&self, layer: usize) -> usize {
+        let has = match self.family {
+            "mistral" | "phi3" => true,
+            "qwen2" | "qwen3" => layer >= self.variant.windowed_from,
+            "gemma2" => layer.is_multiple_of(2),
+            _ => false,
+        };
+        self.variant.window.filter(|_| has).unwrap_or(usize::MAX)
+    }
+
+    fn activation(&self, x: f64) -> f64 {
+        match self.variant.activation {
+            "silu" => x / (1.0 + (-x).exp()),
+            "gelu" => 0.5 * x * (1.0 + candle_core::cpu::erf::erf_f64(x / 2f64.sqrt())),
+            "relu" => x.max(0.0),
+            _ => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh()),
+        }
+    }
+
+    /// Logits at every position: the families' equations, one number after the other.
     fn logits(&self, tensors: &Tensors, tokens: &[u32]) -> Vec<f64> {
-        let weight = |name: &str| &tensors[name].1;
-        let row = |name: &str, row: usize, width: usize| -> Vec<f64> {
-            weight(name)[row * width..][..width].iter().map(|&w| f64::from(w)).collect()
+        let numbers =
+            |name: String| -> Option<Vec<f64>> { Some(tensors.get(&name)?.1.iter().map(|&w| f64::from(w)).collect()) };
+        let multiply = |module: &str, x: &[f64]| -> Vec<f64> {
+            let weight = numbers(format!("{module}.weight")).unwrap();
+            let bias = numbers(format!("{module}.bias"));
+            let dot = |w: &[f64]| w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>();
+            let rows = weight.chunks_exact(x.len()).enumerate();
+            rows.map(|(i, w)| dot(w) + bias.as_ref().map_or(0.0, |b| b[i])).collect()
         };
-        let multiply = |name: &str, x: &[f64]| -> Vec<f64> {
-            let rows = weight(name).chunks_exact(x.len());
-            rows.map(|w| w.iter().zip(x).map(|(&w, x)| f64::from(w) * x).sum()).collect()
+        let all = |layer: usize, modules: &[(&str, usize)], x: &[f64]| -> Vec<f64> {
+            modules.iter().flat_map(|(module, _)| multiply(&self.layer(layer, module), x)).collect()
         };
-        let norm = |name: &str, x: &[f64]| -> Vec<f64> {
-            let scale = (x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64 + EPS).sqrt();
-            x.iter().zip(weight(name)).map(|(x, &w)| x / scale * f64::from(w)).collect()
+        let norm = |module: &str, x: &[f64]| -> Vec<f64> {
+            let (weight, n) = (numbers(format!("{module}.weight")).unwrap(), x.len() as f64);
+            let mean = if self.is("gpt2") { x.iter().sum::<f64>() / n } else { 0.0 };
+            let scale = (x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n + EPS).sqrt();
+            let one = if self.is("gemma2") { 1.0 } else { 0.0 };
+            let bias = numbers(format!("{module}.bias")).unwrap_or(vec![0.0; x.len()]);
+            x.iter().zip(weight).zip(bias).map(|((x, w), b)| (x - mean) / scale * (one + w) + b).collect()
         };
+        let (angles, factor) = self.angles();
         let rotate = |head: &[f64], position: usize| -> Vec<f64> {
-            let half = head.len() / 2;
+            let half = angles.len();
             let turn = |i: usize| {
-                let angle = position as f64 * self.theta.powf(-2.0 * (i % half) as f64 / head.len() as f64);
+                if i >= 2 * half {
+                    return head[i];
+                }
+                let angle = position as f64 * angles[i % half];
                 let other = if i < half { -head[i + half] } else { head[i - half] };
-                head[i] * angle.cos() + other * angle.sin()
+                factor * (head[i] * angle.cos() + other * angle.sin())
             };
             (0..head.len()).map(turn).collect()
         };
+        let cap = |x: f64| match self.variant.cap {
+            Some(cap) if self.is("gemma2") => cap * (x / cap).tanh(),
+            _ => x,
+        };
         let add = |x: &mut [f64], y: Vec<f64>| x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
-        let d = self.head_dim;
-        let mut xs: Vec<Vec<f64>> =
-            tokens.iter().map(|&t| row("model.embed_tokens.weight", t as usize, self.hidden)).collect();
+        let (d, inner) = (self.head_dim, self.intermediate);
+        let (q_width, kv_width) = (self.heads * d, self.kv_heads * d);
+        let [qkv_modules, o, gate_up, down] = self.linears();
+        let table = numbers(format!("{}.weight", self.embedding())).unwrap();
+        let row = |table: &[f64], row: usize| table[row * self.hidden..][..self.hidden].to_vec();
+        let embed = |(position, &token): (usize, &u32)| {
+            let mut x = row(&table, token as usize);
+            if self.is("gemma2") {
+                x.iter_mut().for_each(|x| *x *= (self.hidden as f64).sqrt());
+            }
+            if self.is("gpt2") {
+                add(&mut x, row(&numbers("transformer.wpe.weight".into()).unwrap(), position));
+            }
+            x
+        };
+        let mut xs: Vec<Vec<f64>> = tokens.iter().enumerate().map(embed).collect();
         for l in 0..self.layers {
-            let name = |module: &str| format!("model.layers.{l}.{module}.weight");
+            let [before, after, before_mlp, after_mlp] = self.norms().map(|n| n.map(|n| self.layer(l, n)));
+            let normed = |module: &Option<String>, x: Vec<f64>| module.as_ref().map_or(x.clone(), |m| norm(m, &x));
+            let scale = match self.family {
+                "gemma2" => self.variant.query_scalar.powf(-0.5),
+                "gpt2" => {
+                    let scale = if self.variant.cap.is_none() { (d as f64).powf(-0.5) } else { 1.0 };
+                    if self.variant.biased { scale / (l + 1) as f64 } else { scale }
+                }
+                _ => (d as f64).powf(-0.5),
+            };
             // Per position, then per head.
             let (mut keys, mut values): (Vec<Vec<Vec<f64>>>, Vec<Vec<f64>>) = (vec![], vec![]);
             for (position, x) in xs.iter_mut().enumerate() {
-                let h = norm(&name("input_layernorm"), x);
-                let turned = |module: &str| -> Vec<Vec<f64>> {
-                    multiply(&name(module), &h).chunks_exact(d).map(|head| rotate(head, position)).collect()
+                let qkv = all(l, &qkv_modules, &normed(&before, x.clone()));
+                let turned = |numbers: &[f64], head_norm: &str| -> Vec<Vec<f64>> {
+                    let heads = numbers.chunks_exact(d);
+                    let normed = |head: &[f64]| match self.is("qwen3") {
+                        true => norm(&self.layer(l, head_norm), head),
+                        false => head.to_vec(),
+                    };
+                    heads.map(|head| rotate(&normed(head), position)).collect()
                 };
-                keys.push(turned("self_attn.k_proj"));
-                values.push(multiply(&name("self_attn.v_proj"), &h));
+                keys.push(turned(&qkv[q_width..][..kv_width], "self_attn.k_norm"));
+                values.push(qkv[q_width + kv_width..].to_vec());
+                let first = (position + 1).saturating_sub(self.window(l));
                 let mut out = vec![];
-                for (head, q) in turned("self_attn.q_proj").iter().enumerate() {
+                for (head, q) in turned(&qkv[..q_width], "self_attn.q_norm").iter().enumerate() {
                     let kv = head / (self.heads / self.kv_heads);
-                    let score = |k: &Vec<Vec<f64>>| q.iter().zip(&k[kv]).map(|(q, k)| q * k).sum::<f64>();
-                    let weights: Vec<f64> = keys.iter().map(|k| (score(k) / (d as f64).sqrt()).exp()).collect();
+                    let score = |k: &Vec<Vec<f64>>| cap(scale * q.iter().zip(&k[kv]).map(|(q, k)| q * k).sum::<f64>());
+                    let weights: Vec<f64> = keys[first..].iter().map(|k| score(k).exp()).collect();
                     let sum: f64 = weights.iter().sum();
-                    out.extend(
-                        (0..d).map(|i| weights.iter().zip(&values).map(|(w, v)| w / sum * v[kv * d + i]).sum::<f64>()),
-                    );
+                    let seen = weights.iter().zip(&values[first..]);
+                    out.extend((0..d).map(|i| seen.clone().map(|(w, v)| w / sum * v[kv * d + i]).sum::<f64>()));
                 }
-                add(x, multiply(&name("self_attn.o_proj"), &out));
-                let h = norm(&name("post_attention_layernorm"), x);
-                let (gate, up) = (multiply(&name("mlp.gate_proj"), &h), multiply(&name("mlp.up_proj"), &h));
-                let h: Vec<f64> = gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-                add(x, multiply(&name("mlp.down_proj"), &h));
+                add(x, normed(&after, all(l, &o, &out)));
+                let h = all(l, &gate_up, &normed(&before_mlp, x.clone()));
+                let up = |i: usize| if self.is("gpt2") { 1.0 } else { h[inner + i] };
+                let h: Vec<f64> = (0..inner).map(|i| self.activation(h[i]) * up(i)).collect();
+                add(x, normed(&after_mlp, all(l, &down, &h)));
             }
         }
-        let head = if self.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        xs.iter().flat_map(|x| multiply(head, &norm("model.norm.weight", x))).collect()
+        let head = if self.tied { self.embedding() } else { "lm_head" };
+        xs.iter().flat_map(|x| multiply(head, &norm(self.final_norm(), x))).map(cap).collect()
     }
 }
 
@@ -207,22 +466,75 @@ fn runner(base: &Base, kernels: Kernels, format: Option<Format>) -> Runner {
     Runner::new(decoder(base, kernels, format), 8 << 20).unwrap()
 }
 
-fn any_shape() -> impl Strategy<Value = Shape> {
+const FAMILIES: [&str; 7] = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"];
+
+fn any_variant() -> impl Strategy<Value = Variant> {
+    let activation = prop::sample::select(vec!["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu"]);
+    let cap = prop::option::of(2f64..50.0);
+    let scaling = (0usize..5, 1f64..8.0).prop_map(|(kind, factor)| match kind {
+        0 => json!({ "type": "linear", "factor": factor }),
+        1 => json!({ "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": ORIGINAL }),
+        2 => json!({ "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": ORIGINAL,
+            "beta_fast": 8.0, "beta_slow": factor / 4.0 }),
+        _ => Value::Null,
+    });
+    let windows = (prop::option::of(1usize..40), 0usize..3);
+    (any::<bool>(), windows, cap, 0.5f64..40.0, scaling, prop::sample::select(vec![0.25, 0.5, 0.75, 1.0]), activation)
+        .prop_map(|(biased, (window, windowed_from), cap, query_scalar, scaling, rotated, activation)| Variant {
+            biased,
+            window,
+            windowed_from,
+            cap,
+            query_scalar,
+            scaling,
+            rotated,
+            activation,
+        })
+}
+
+fn any_shape(family: &'static str) -> impl Strategy<Value = Shape> {
     let sizes = (4usize..100, 1usize..100, 1usize..4, 2usize..150);
     let heads = (1usize..5, 1usize..5, 1usize..40);
-    (sizes, heads, prop::bool::ANY, prop_oneof![Just(1e4), Just(5e5)]).prop_map(
-        |((hidden, intermediate, layers, vocab), (kv_heads, group, half), tied, theta)| Shape {
-            hidden,
-            intermediate,
-            layers,
-            heads: kv_heads * group,
-            kv_heads,
-            head_dim: 2 * half,
-            vocab,
-            tied,
-            theta,
+    (sizes, heads, prop::bool::ANY, prop_oneof![Just(1e4), Just(5e5)], any_variant()).prop_map(
+        move |((hidden, intermediate, layers, vocab), (kv_heads, group, half), tied, theta, variant)| {
+            let mut shape = Shape {
+                family,
+                hidden,
+                intermediate,
+                layers,
+                heads: kv_heads * group,
+                kv_heads,
+                head_dim: 2 * half,
+                vocab,
+                tied,
+                theta,
+                variant,
+            };
+            if family == "gpt2" {
+                // Layer norms of a few numbers can be of almost equal ones, whose difference f32 does not tell.
+                shape.head_dim = shape.head_dim.next_multiple_of(8);
+                (shape.kv_heads, shape.hidden) = (shape.heads, shape.heads * shape.head_dim);
+            }
+            if family == "phi3" {
+                shape.fit_to_phi3();
+            }
+            shape
         },
     )
+}
+
+impl Shape {
+    /// Its scaling is a divisor for each pair that is turned, of which there must be some.
+    fn fit_to_phi3(&mut self) {
+        self.head_dim = self.head_dim.next_multiple_of(8);
+        let pairs = (self.head_dim as f64 * self.variant.rotated) as usize / 2;
+        if !self.variant.scaling.is_null() {
+            let divisors = |first: f64| (0..pairs).map(|i| first + i as f64 / 10.0).collect::<Vec<_>>();
+            self.variant.scaling =
+                json!({ "type": "longrope", "short_factor": divisors(1.0), "long_factor": divisors(3.0) });
+        }
+    }
 }
 
 /// Up to three sequences, each cut somewhere; the second part may be a single token.
@@ -233,16 +545,21 @@ fn any_sequences() -> impl Strategy<Value = Vec<(Vec<u32>, usize)>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_shape_equals_the_equations(shape in any_shape(), mut sequences in any_sequences(), seed: u64) {
+    fn every_shape_equals_the_equations(
+        shape in prop::sample::select(FAMILIES.to_vec()).prop_flat_map(any_shape),
+        mut sequences in any_sequences(),
+        seed: u64,
+    ) {
         sequences.iter_mut().for_each(|(tokens, _)| tokens.iter_mut().for_each(|t| *t %= shape.vocab as u32));
         let tensors = shape.tensors(seed);
         let base = shape.open(&tensors, Dtype::F32);
         for kernels in all_kernels() {
             let error = error(&mut runner(&base, kernels, None), &shape, &tensors, &sequences);
-            prop_assert!(error < TOLERANCE, "{kernels:?}: logits differ by {error}");
+            // Sharp attention and norms of small numbers enlarge what is rounded; a wrong equation is off by far more.
+            prop_assert!(error < 5.0 * TOLERANCE, "{kernels:?}: logits differ by {error}");
         }
     }
 }
@@ -274,6 +591,7 @@ fn rounded(row: &[f32], format: Format) -> Vec<f32> {
 
 /// Its inputs of `down` and `o` are no whole groups, so these stay out of the quantised formats.
 const UNEVEN: Shape = Shape {
+    family: "llama",
     hidden: 96,
     intermediate: 80,
     layers: 2,
@@ -283,6 +601,7 @@ const UNEVEN: Shape = Shape {
     vocab: 90,
     tied: true,
     theta: 1e4,
+    variant: Variant::plain(),
 };
 
 fn three_sequences() -> [(Vec<u32>, usize); 3] {

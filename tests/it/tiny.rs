@@ -1,0 +1,171 @@
+//! Tiny models of every family against transformers + PEFT: every adapter variant, every position, alone and mixed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use loramux::base::{Base, Kernels};
+use loramux::engine::{Output, Runner, Task};
+use loramux::lora::PackedAdapter;
+use serde_json::Value;
+
+use crate::common::*;
+
+/// Folder of the base with its adapters, and their names. More adapters are in `variants`, see `variants.py`.
+const FAMILIES: [(&str, &[&str], Option<&str>); 8] = [
+    ("llama", &LLAMA_VARIANTS, Some("seqcls")),
+    ("llama3_rope_untied", &VARIANTS, Some("seqcls")),
+    ("mistral_window", &VARIANTS, Some("seqcls")),
+    ("qwen2", &VARIANTS, Some("seqcls")),
+    ("qwen3", &VARIANTS, Some("seqcls")),
+    ("gemma2", &VARIANTS, Some("seqcls")),
+    ("phi3", &VARIANTS, Some("seqcls")),
+    ("gpt2", &VARIANTS, None),
+];
+
+const VARIANTS: [&str; 2] = ["qv_r4", "all_r8"];
+
+const LLAMA_VARIANTS: [&str; 12] = [
+    "qv_r4",
+    "all_r8",
+    "rslora_r8",
+    "rank_alpha_pattern",
+    "layers_1_only",
+    "regex_targets",
+    "all_linear",
+    "exclude_down",
+    "dora_r4",
+    "lora_bias",
+    "embed_and_head",
+    "modules_to_save_norm",
+];
+
+struct Expected {
+    base: Base,
+    prompts: Vec<Vec<u32>>,
+    /// By variant; its folder beside it.
+    greedy: BTreeMap<String, (PathBuf, Vec<Vec<u32>>)>,
+    logits: HashMap<String, Tensor>,
+}
+
+fn expected(model: &str, variants: &[&str]) -> Expected {
+    let tiny = fixtures().join("tiny");
+    let folder = tiny.join(model);
+    let json = |folder: &Path| -> Value {
+        serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap()
+    };
+    let (mut greedy, mut logits) = (BTreeMap::new(), HashMap::new());
+    for folder in [folder.clone(), tiny.join("variants").join(model)] {
+        if !folder.exists() {
+            continue;
+        }
+        let all: BTreeMap<String, Value> = serde_json::from_value(json(&folder)["greedy"].clone()).unwrap();
+        let own = folder != tiny.join(model);
+        for (name, tokens) in
+            all.into_iter().filter(|(name, _)| own || variants.contains(&name.as_str()) || name == "base")
+        {
+            let path = folder.join(format!("adapter_{name}"));
+            greedy.insert(name, (path, serde_json::from_value(tokens).unwrap()));
+        }
+        logits.extend(candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap());
+    }
+    Expected {
+        base: Base::open(folder.join("base").to_str().unwrap()).unwrap(),
+        prompts: serde_json::from_value(json(&folder)["prompts"].clone()).unwrap(),
+        greedy,
+        logits,
+    }
+}
+
+impl Expected {
+    /// All variants; the base is `None`.
+    fn adapters(&self, kernels: Kernels) -> Vec<(&str, Option<Arc<PackedAdapter>>)> {
+        let decoder = decoder(&self.base, kernels, None);
+        let load = |path: &Path| {
+            let adapter = loramux::adapter::load(path, &self.base.config, &self.base.id).unwrap().adapter;
+            Arc::new(PackedAdapter::new(adapter, &decoder).unwrap())
+        };
+        let all = self.greedy.iter();
+        all.map(|(name, (path, _))| (name.as_str(), (name != "base").then(|| load(path)))).collect()
+    }
+
+    /// Prompt `i` for a variant. Those with new tokens have some in their prompts, as `variants.py` says.
+    fn prompt(&self, variant: &str, i: usize) -> Vec<u32> {
+        let new = variant.starts_with("resized");
+        let token = |(j, &token): (usize, &u32)| if new && j % 3 == 0 { 256 + j as u32 % 4 } else { token };
+        self.prompts[i].iter().enumerate().map(token).collect()
+    }
+}
+
+#[test]
+fn logits_at_every_position_alone_and_mixed() {
+    for (model, variants, head) in FAMILIES {
+        let e = expected(model, variants);
+        for kernels in all_kernels() {
+            let mut runner = Runner::new(decoder(&e.base, kernels, None), 8 << 20).unwrap();
+            let all = e.adapters(kernels);
+            let prompts: Vec<Vec<Vec<u32>>> =
+                all.iter().map(|(name, _)| (0..e.prompts.len()).map(|i| e.prompt(name, i)).collect()).collect();
+            let mut mixed = Vec::new();
+            for ((name, adapter), prompts) in all.iter().zip(&prompts) {
+                for (i, prompt) in prompts.iter().enumerate() {
+                    mixed.push((
+                        format!("{name}.logits.{i}"),
+                        (prompt.as_slice(), adapter.clone(), Output::Logits(prompt.len())),
+                    ));
+                }
+            }
+            let head = head.map(|head| fixtures().join("tiny").join(model).join(format!("adapter_{head}")));
+            if let Some(head) = head.map(|path| adapter(&e.base, &path, kernels)) {
+                for (i, prompt) in e.prompts.iter().enumerate() {
+                    mixed.push((format!("x.seqcls.logits.{i}"), (prompt.as_slice(), Some(head.clone()), Output::Head)));
+                }
+            }
+            let work: Vec<_> = mixed.iter().map(|(_, w)| w.clone()).collect();
+            let together = logits(&mut runner, &work);
+            for ((name, work), together) in mixed.iter().zip(&together) {
+                let name = format!("{model} by {kernels:?}: {name}");
+                let want: Vec<f32> =
+                    e.logits[name.rsplit(' ').next().unwrap()].flatten_all().unwrap().to_vec1().unwrap();
+                let difference = largest_difference(together, &want);
+                assert!(difference < 1e-3, "{name} mixed differs by {difference}");
+                let alone = &logits(&mut runner, std::slice::from_ref(work))[0];
+                if let Kernels::Packed(_) = kernels {
+                    assert_eq!(alone, together, "{name} depends on what shares its batch");
+                }
+                let difference = largest_difference(alone, &want);
+                assert!(difference < 1e-3, "{name} alone differs by {difference}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn greedy_tokens_alone_and_mixed() {
+    for (model, variants, _) in FAMILIES {
+        let e = expected(model, variants);
+        for kernels in all_kernels() {
+            let mut requests = Vec::new();
+            let mut want = Vec::new();
+            for (name, adapter) in e.adapters(kernels) {
+                for (i, tokens) in e.greedy[name].1.iter().enumerate() {
+                    requests.push((e.prompt(name, i), adapter.clone(), Task::Generate(greedy(12))));
+                    want.push((name, tokens.as_slice()));
+                }
+            }
+            // Chunks smaller than the prompts, and a cache that only preemption makes enough.
+            for (kv_bytes, max_batch_tokens) in [(4 << 20, 512), (4 << 20, 7), (128 << 10, 16)] {
+                let runner = SharedRunner::new(decoder(&e.base, kernels, None), kv_bytes);
+                let together = answers(&engine(&e.base, &runner, max_batch_tokens), requests.clone()).await;
+                for (got, (name, want)) in together.iter().zip(&want) {
+                    assert_eq!(got.tokens(), *want, "{model} by {kernels:?}: {name}, {max_batch_tokens} tokens a step");
+                }
+                for (request, (name, want)) in requests.iter().zip(&want) {
+                    let alone = answer_alone(&e.base, &runner, request.clone()).await;
+                    assert_eq!(alone.tokens(), *want, "{model} by {kernels:?}: {name} alone");
+                }
+            }
+        }
+    }
+}
