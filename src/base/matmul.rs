@@ -348,7 +348,7 @@ impl<'a> Blocks<'a> {
         // Weights that lie `half` apart share a byte.
         let nibble = |bytes: &[u8], i: usize, half: usize| {
             let byte = bytes[i / (2 * half) * half + i % half];
-            if i / half % 2 == 0 { byte & 15 } else { byte >> 4 }
+            if i % (2 * half) < half { byte & 15 } else { byte >> 4 }
         };
         let q = match self.dtype {
             GgmlDType::Q4_0 => nibble(&b[2..], i, 16),

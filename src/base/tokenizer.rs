@@ -323,11 +323,21 @@ fn byte_level(gguf: &Gguf, vocab: &Vocabulary) -> Result<Recipe> {
             r"{contractions}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
     };
+    // Words end where a capital letter begins another.
+    let cased = |contractions: &str, digits: &str| {
+        let (upper, lower) = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]");
+        let first = r"[^\r\n\p{L}\p{N}]?";
+        format!(
+            r"{first}{upper}*{lower}+{contractions}|{first}{upper}+{lower}*{contractions}|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+    };
     let pre = if gguf.meta.contains_key("tokenizer.ggml.pre") { gguf.text("tokenizer.ggml.pre")? } else { "default" };
     if pre == "default" {
         tracing::warn!("the GGUF does not say how text is cut into words (tokenizer.ggml.pre); taking GPT-2's way");
     }
+    // Their texts begin with BOS, and a word that is a token is that token.
     let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
+    let begins = llama3 || pre == "tekken";
     let pre_tokenizer = match pre {
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" => {
             let digits = json!({ "type": "Digits", "individual_digits": true });
@@ -335,9 +345,13 @@ fn byte_level(gguf: &Gguf, vocab: &Vocabulary) -> Result<Recipe> {
         }
         "gpt-2" | "gpt2" | "default" | "olmo" | "jais" | "phi-2" => gpt2,
         _ if llama3 => after_regex(&words("{1,3}")),
+        "dbrx" | "smaug-bpe" => after_regex(&words("{1,3}")),
+        "gpt-4o" => after_regex(&cased(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "{1,3}")),
+        "tekken" => after_regex(&cased("", "")),
         "qwen2" | "qwen" | "deepseek-r1-qwen" => after_regex(&words("")),
         other => {
-            let what = "supported: smollm, starcoder, gpt-2, default, llama-bpe, qwen2 and their kin";
+            let what =
+                "supported: smollm, starcoder, gpt-2, default, llama-bpe, qwen2, dbrx, gpt-4o, tekken and their kin";
             return Err(wrong(format!("tokenizer.ggml.pre is {other:?}; {what}")));
         }
     };
@@ -353,10 +367,10 @@ fn byte_level(gguf: &Gguf, vocab: &Vocabulary) -> Result<Recipe> {
     let parts = json!({
         "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
         "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
-        "model": { "type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": llama3 },
+        "model": { "type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": begins },
     });
-    // Files of the Llama 3 family often leave the key out; their tokenizer always begins with BOS.
-    Ok(Recipe { parts, adds_bos: llama3 && gguf.meta.contains_key("tokenizer.ggml.bos_token_id") })
+    // Files often leave the key out.
+    Ok(Recipe { parts, adds_bos: begins && gguf.meta.contains_key("tokenizer.ggml.bos_token_id") })
 }
 
 /// SentencePiece's BPE: of all neighbours whose join is a token, those whose token has the highest score are joined first.
@@ -496,6 +510,7 @@ mod tests {
         assert_eq!(first(&[]), [256, 258]);
         assert_eq!(first(&[(add, Meta::Bool(true))]), [257, 256, 258]);
         assert_eq!(first(&[(pre, text("llama-bpe"))]), [257, 256, 258]);
+        assert_eq!(first(&[(pre, text("tekken"))]), [257, 256, 258]);
         assert_eq!(first(&[(pre, text("llama-bpe")), (add, Meta::Bool(false))]), [256, 258]);
         assert!(tiny(&[(add, text("yes"))]).err().unwrap().message.contains(add));
         let far = tiny(&[(add, Meta::Bool(true)), ("tokenizer.ggml.bos_token_id", Meta::Unsigned(999))]);
@@ -516,8 +531,15 @@ mod tests {
         assert_eq!(cut("smollm", text), ["It", "'s", " ", "1", "2", "3", "4", " x", "\n\n", " y"]);
         assert_eq!(cut("llama-bpe", text), ["It", "'s", " ", "123", "4", " x", "\n\n", " y"]);
         assert_eq!(cut("qwen2", text), ["It", "'s", " ", "1", "2", "3", "4", " x", "\n\n", " y"]);
-        let error = tiny(&[("tokenizer.ggml.pre", Meta::Text("tekken".into()))]).err().unwrap().message;
-        assert!(error.contains("\"tekken\""), "{error}");
+        assert_eq!(cut("dbrx", text), cut("llama-bpe", text));
+        let text = "It's aBC/\n 1234 Élan ÉLAN's";
+        assert_eq!(cut("gpt-4o", text), ["It's", " a", "BC", "/\n", " ", "123", "4", " Élan", " ÉLAN's"]);
+        assert_eq!(
+            cut("tekken", text),
+            ["It", "'s", " a", "BC", "/\n", " ", "1", "2", "3", "4", " Élan", " ÉLAN", "'s"]
+        );
+        let error = tiny(&[("tokenizer.ggml.pre", Meta::Text("bloom".into()))]).err().unwrap().message;
+        assert!(error.contains("\"bloom\""), "{error}");
         let error = tiny(&[("tokenizer.ggml.model", Meta::Text("t5".into()))]).err().unwrap().message;
         assert!(error.contains("\"t5\""), "{error}");
     }

@@ -414,6 +414,7 @@ fn hugging_face_name(name: &str, config: &ModelConfig) -> Result<Option<(String,
 
 #[cfg(test)]
 mod tests {
+    use super::super::family::Architecture;
     use super::super::gguf::tests::write;
     use super::*;
 
@@ -520,6 +521,66 @@ mod tests {
             let error = weights.check(&wrong).unwrap_err().message;
             assert!(error.contains(name), "{error}");
         }
+    }
+
+    /// Writes f32 tensors, and one of booleans, and opens them.
+    fn written(family: Family, tensors: &[(&str, &[usize], &[f32])]) -> Weights {
+        let folder = tempfile::tempdir().unwrap();
+        let bytes: Vec<Vec<u8>> =
+            tensors.iter().map(|(_, _, data)| data.iter().flat_map(|x| x.to_le_bytes()).collect()).collect();
+        let view =
+            |dtype, shape: &[usize], bytes| safetensors::tensor::TensorView::new(dtype, shape.into(), bytes).unwrap();
+        let views = tensors.iter().zip(&bytes).map(|((name, shape, _), b)| (*name, view(Dtype::F32, shape, b)));
+        let views = views.chain([("h.0.attn.bias", view(Dtype::BOOL, &[2], &[0, 1]))]);
+        let file = safetensors::serialize(views, None).unwrap();
+        std::fs::write(folder.path().join("model.safetensors"), file).unwrap();
+        Weights::open_directory(folder.path(), family).unwrap()
+    }
+
+    #[test]
+    fn gpt2s_weights_are_turned_and_named_in_full() {
+        let tensors: [(&str, &[usize], &[f32]); 3] = [
+            ("h.0.mlp.c_fc.weight", &[2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+            ("h.0.ln_1.weight", &[2], &[7.0, 8.0]),
+            ("wte.weight", &[3, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+        ];
+        let weights = written(Family::Gpt2, &tensors);
+        let get = |name: &str| {
+            weights.get(&format!("transformer.{name}")).map(|raw| (raw.shape.clone(), raw.to_f32().unwrap()))
+        };
+        assert_eq!(get("h.0.mlp.c_fc.weight").unwrap(), (vec![3, 2], vec![1.0, 4.0, 2.0, 5.0, 3.0, 6.0]));
+        assert_eq!(get("h.0.ln_1.weight").unwrap(), (vec![2], vec![7.0, 8.0]));
+        assert_eq!(get("wte.weight").unwrap(), (vec![3, 2], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
+        // A mask that some files hold is no obstacle, until somebody wants it.
+        let error = get("h.0.attn.bias").err().unwrap().message;
+        assert!(error.contains("transformer.h.0.attn.bias has dtype BOOL"), "{error}");
+    }
+
+    #[test]
+    fn gemmas_norms_are_given_out_with_the_one_that_they_lack() {
+        let weights =
+            written(Family::Gemma2, &[("model.norm.weight", &[2], &[-0.5, 0.25]), ("lm_head.weight", &[1, 1], &[2.0])]);
+        assert_eq!(weights.get("model.norm.weight").unwrap().to_f32().unwrap(), [0.5, 1.25]);
+        assert_eq!(weights.get("lm_head.weight").unwrap().to_f32().unwrap(), [2.0]);
+    }
+
+    #[test]
+    fn a_bias_that_would_be_left_out_is_refused() {
+        let text = std::fs::read_to_string(tiny().join("config.json")).unwrap();
+        let config = ModelConfig::from_json(&text).unwrap();
+        let mut weights = Weights::open_directory(&tiny(), Family::Llama).unwrap();
+        for module in ["model.layers.1.mlp.up_proj", "model.layers.0.input_layernorm", "lm_head"] {
+            let place = Place { file: 0, shape: vec![1], stored: Stored::F32, bytes: 0..4, layout: Layout::Same };
+            let name = format!("{module}.bias");
+            weights.places.insert(name.clone(), place);
+            let error = weights.check(&config).unwrap_err().message;
+            assert!(error.contains(&name) && error.contains("no such bias"), "{error}");
+            weights.places.remove(&name);
+        }
+        let biased =
+            ModelConfig { architecture: Architecture { qkv_bias: true, ..config.architecture.clone() }, ..config };
+        let error = weights.check(&biased).unwrap_err().message;
+        assert!(error.contains("no tensor model.layers.0.self_attn.k_proj.bias"), "{error}");
     }
 
     #[test]

@@ -172,7 +172,7 @@ mod tests {
             norm_eps: 1e-5,
             rope: Some(Rope::plain(1e4, head_dim)),
             windows: vec![],
-            architecture: Architecture::of(Family::Llama),
+            architecture: Architecture { qkv_bias: true, mlp_bias: true, ..Architecture::of(Family::Llama) },
             context: 8,
             tie_word_embeddings: true,
             bos_token: None,
@@ -195,9 +195,13 @@ mod tests {
             let config = config(kv_heads * group, kv_heads, 2 * half, hidden, ffn);
             let mut next = noise(seed);
             let adapters: Vec<Adapter> = segments.iter().map(|&(_, _, rank, which, (bf16, magnitudes, biases))| {
-                let mut pairs = BTreeMap::new();
+                let (mut pairs, mut own_biases) = (BTreeMap::new(), BTreeMap::new());
                 for (i, module) in config.target_modules().into_iter().enumerate() {
                     let (n, k) = (module.out_features, module.in_features);
+                    // Also where there is no pair.
+                    if (biases ^ magnitudes) & (1 << i) != 0 {
+                        own_biases.insert((0, module.projection), (0..n).map(|_| next()).collect());
+                    }
                     if which & (1 << i) == 0 { continue }
                     // Projections of one adapter may differ in rank, as `rank_pattern` allows.
                     let rank = 1 + (rank + i) % 39;
@@ -211,7 +215,7 @@ mod tests {
                     let scale = 0.5 + i as f32;
                     pairs.insert((0, module.projection), LoraPair { rank, scale, a, b, bias, magnitude });
                 }
-                Adapter { pairs, ..Adapter::new(Generation::new("g")) }
+                Adapter { pairs, biases: own_biases, ..Adapter::new(Generation::new("g")) }
             }).collect();
             let (mut rows, mut ranges) = (0, vec![]);
             for &(gap, len, ..) in &segments {
@@ -243,6 +247,14 @@ mod tests {
                         let mut column = 0;
                         for &p in site.projections(config.family) {
                             let out = config.shape(p).0;
+                            // The base's own bias comes after the delta.
+                            let own = adapter.biases.get(&(0, p));
+                            let replaced: Vec<f64> = match (own, base.bias(0, p).unwrap()) {
+                                (Some(own), Some(base)) => {
+                                    own.iter().zip(base).map(|(&own, base)| own as f64 - base as f64).collect()
+                                }
+                                _ => vec![0.0; out],
+                            };
                             if let Some(pair) = adapter.pairs.get(&(0, p)) {
                                 let weights = base.weights(Module::Linear(0, p)).unwrap();
                                 let product = |j: usize, i: usize| -> f64 {
@@ -264,6 +276,10 @@ mod tests {
                                         *want = gain * (*want + delta) + shift;
                                     }
                                 }
+                            }
+                            for row in range.clone() {
+                                let row = &mut want[row * n + column..][..out];
+                                row.iter_mut().zip(&replaced).for_each(|(want, shift)| *want += shift);
                             }
                             column += out;
                         }

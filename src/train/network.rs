@@ -541,4 +541,25 @@ mod tests {
             assert!(error.message.contains(part), "{error}");
         }
     }
+
+    #[test]
+    fn a_base_that_the_network_does_not_compute_is_refused() {
+        let tiny = folder().parent().unwrap().to_path_buf();
+        let refusal = |model: &str, method: &Method| {
+            let base = Base::open(tiny.join(model).join("base").to_str().unwrap()).unwrap();
+            let network = Network::new(&base, method, None, &Device::Cpu, &mut random(0, "test", 0));
+            network.err().map(|e| e.message)
+        };
+        for model in ["mistral_window", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"] {
+            let error = refusal(model, &Method::Head).unwrap();
+            let family = model.split('_').next().unwrap();
+            assert!(error.contains(family) && error.contains("supported: llama"), "{error}");
+        }
+        assert_eq!(refusal("llama3_rope_untied", &lora(4, 8.0, &[Projection::Q])), None);
+        assert!(refusal("llama3_rope_untied", &Method::Full).unwrap().contains("rope is scaled"));
+        let mut base = base();
+        base.config.architecture.qkv_bias = true;
+        let network = Network::new(&base, &Method::Head, None, &Device::Cpu, &mut random(0, "test", 0));
+        assert!(network.err().unwrap().message.contains("biases"));
+    }
 }

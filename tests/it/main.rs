@@ -5,6 +5,7 @@ mod churn;
 mod cli;
 mod clients;
 mod common;
+mod gguf;
 mod host;
 mod server;
 mod shapes;

@@ -16,39 +16,39 @@ use serde_json::{Value, json};
 use crate::common::*;
 
 #[derive(Debug, Clone)]
-struct Shape {
-    family: &'static str,
-    hidden: usize,
-    intermediate: usize,
-    layers: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    vocab: usize,
-    tied: bool,
-    theta: f64,
-    variant: Variant,
+pub struct Shape {
+    pub family: &'static str,
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab: usize,
+    pub tied: bool,
+    pub theta: f64,
+    pub variant: Variant,
 }
 
 /// What a family's configuration may say beside the sizes. A family reads what it knows.
 #[derive(Debug, Clone)]
-struct Variant {
+pub struct Variant {
     /// Biases of the layers that need not have one.
-    biased: bool,
-    window: Option<usize>,
+    pub biased: bool,
+    pub window: Option<usize>,
     /// The first layer with a window, for Qwen.
-    windowed_from: usize,
-    cap: Option<f64>,
-    query_scalar: f64,
+    pub windowed_from: usize,
+    pub cap: Option<f64>,
+    pub query_scalar: f64,
     /// `rope_scaling`; `null` for none.
-    scaling: Value,
+    pub scaling: Value,
     /// Of a head, for Phi-3.
-    rotated: f64,
-    activation: &'static str,
+    pub rotated: f64,
+    pub activation: &'static str,
 }
 
 impl Variant {
-    const fn plain() -> Self {
+    pub const fn plain() -> Self {
         Variant {
             biased: false,
             window: None,
@@ -63,15 +63,15 @@ impl Variant {
 }
 
 /// Longest sequence that any scaling begins with.
-const ORIGINAL: usize = 64;
+pub const ORIGINAL: usize = 64;
 
 /// By name: shape and numbers.
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+pub type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
-const EPS: f64 = 1e-5;
-const CONTEXT: usize = 256;
+pub const EPS: f64 = 1e-5;
+pub const CONTEXT: usize = 256;
 /// Of f32's sums; logits here are around 1, and the differences seen are below 1e-5.
-const TOLERANCE: f64 = 1e-4;
+pub const TOLERANCE: f64 = 1e-4;
 
 /// Uniform in -1 to 1, of no period that a test could meet.
 fn noise(seed: u64) -> impl FnMut() -> f32 {
@@ -83,24 +83,24 @@ fn noise(seed: u64) -> impl FnMut() -> f32 {
 }
 
 impl Shape {
-    fn is(&self, family: &str) -> bool {
+    pub fn is(&self, family: &str) -> bool {
         self.family == family
     }
 
-    fn layer(&self, l: usize, module: &str) -> String {
+    pub fn layer(&self, l: usize, module: &str) -> String {
         if self.is("gpt2") { format!("transformer.h.{l}.{module}") } else { format!("model.layers.{l}.{module}") }
     }
 
-    fn embedding(&self) -> &'static str {
+    pub fn embedding(&self) -> &'static str {
         if self.is("gpt2") { "transformer.wte" } else { "model.embed_tokens" }
     }
 
-    fn final_norm(&self) -> &'static str {
+    pub fn final_norm(&self) -> &'static str {
         if self.is("gpt2") { "transformer.ln_f" } else { "model.norm" }
     }
 
     /// The modules whose outputs, side by side, are q, k and v; what follows attention; what leads into the MLP; what leads out.
-    fn linears(&self) -> [Vec<(&'static str, usize)>; 4] {
+    pub fn linears(&self) -> [Vec<(&'static str, usize)>; 4] {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let (hidden, inner) = (self.hidden, self.intermediate);
         match self.family {
@@ -138,7 +138,7 @@ impl Shape {
     }
 
     /// Before attention, after it, before the MLP, after it.
-    fn norms(&self) -> [Option<&'static str>; 4] {
+    pub fn norms(&self) -> [Option<&'static str>; 4] {
         match self.family {
             "gpt2" => [Some("ln_1"), None, Some("ln_2"), None],
             "gemma2" => [
@@ -152,7 +152,7 @@ impl Shape {
     }
 
     /// Matrices `[out, in]` whose outputs have a variance near 1, and norms around 1.
-    fn tensors(&self, seed: u64) -> Tensors {
+    pub fn tensors(&self, seed: u64) -> Tensors {
         let mut noise = noise(seed);
         let mut tensors = Tensors::new();
         let mut matrix = |module: String, n: usize, k: usize, bias: bool| {
@@ -448,11 +448,15 @@ fn run(runner: &mut Runner, sequences: &[(Vec<u32>, usize)]) -> Vec<Vec<f32>> {
     all
 }
 
-/// Largest difference from the reference, over all sequences.
-fn error(runner: &mut Runner, shape: &Shape, reference: &Tensors, sequences: &[(Vec<u32>, usize)]) -> f64 {
+/// What the equations give for each sequence.
+pub fn reference(shape: &Shape, tensors: &Tensors, sequences: &[(Vec<u32>, usize)]) -> Vec<Vec<f64>> {
+    sequences.iter().map(|(tokens, _)| shape.logits(tensors, tokens)).collect()
+}
+
+/// Largest difference from what is wanted, over all sequences.
+pub fn error(runner: &mut Runner, want: &[Vec<f64>], sequences: &[(Vec<u32>, usize)]) -> f64 {
     let mut worst = 0.0f64;
-    for ((tokens, _), got) in sequences.iter().zip(run(runner, sequences)) {
-        let want = shape.logits(reference, tokens);
+    for (want, got) in want.iter().zip(run(runner, sequences)) {
         assert_eq!(got.len(), want.len());
         for (got, want) in got.iter().zip(want) {
             assert!(got.is_finite());
@@ -462,7 +466,7 @@ fn error(runner: &mut Runner, shape: &Shape, reference: &Tensors, sequences: &[(
     worst
 }
 
-fn runner(base: &Base, kernels: Kernels, format: Option<Format>) -> Runner {
+pub fn runner(base: &Base, kernels: Kernels, format: Option<Format>) -> Runner {
     Runner::new(decoder(base, kernels, format), 8 << 20).unwrap()
 }
 
@@ -556,8 +560,9 @@ proptest! {
         sequences.iter_mut().for_each(|(tokens, _)| tokens.iter_mut().for_each(|t| *t %= shape.vocab as u32));
         let tensors = shape.tensors(seed);
         let base = shape.open(&tensors, Dtype::F32);
+        let want = reference(&shape, &tensors, &sequences);
         for kernels in all_kernels() {
-            let error = error(&mut runner(&base, kernels, None), &shape, &tensors, &sequences);
+            let error = error(&mut runner(&base, kernels, None), &want, &sequences);
             // Sharp attention and norms of small numbers enlarge what is rounded; a wrong equation is off by far more.
             prop_assert!(error < 5.0 * TOLERANCE, "{kernels:?}: logits differ by {error}");
         }
@@ -604,7 +609,7 @@ const UNEVEN: Shape = Shape {
     variant: Variant::plain(),
 };
 
-fn three_sequences() -> [(Vec<u32>, usize); 3] {
+pub fn three_sequences() -> [(Vec<u32>, usize); 3] {
     [((0..37).map(|t| t * 7 % 90).collect(), 30), ((0..5).collect(), 4), (vec![9], 0)]
 }
 
@@ -613,6 +618,7 @@ fn three_sequences() -> [(Vec<u32>, usize); 3] {
 fn every_format_equals_the_equations_on_the_rounded_weights() {
     let (shape, sequences) = (UNEVEN, three_sequences());
     let tensors = shape.tensors(7);
+    let original = reference(&shape, &tensors, &sequences);
     let round = |format: Format, norms: bool| -> Tensors {
         let each = |(name, (s, data)): (&String, &(Vec<usize>, Vec<f32>))| {
             let data = match s.len() == 1 && !norms {
@@ -632,12 +638,13 @@ fn every_format_equals_the_equations_on_the_rounded_weights() {
         (Dtype::F32, Some(Format::Q4), round(Format::Q4, false)),
     ] {
         let base = shape.open(&tensors, dtype);
+        let rounded = reference(&shape, &numbers, &sequences);
         // Formats are for the packed kernels; candle's operations unpack what the file holds.
         for kernels in all_kernels().into_iter().filter(|k| format.is_none() || *k != Kernels::Tensor) {
             let name = format!("{dtype:?} as {format:?} by {kernels:?}");
-            let close = error(&mut runner(&base, kernels, format), &shape, &numbers, &sequences);
+            let close = error(&mut runner(&base, kernels, format), &rounded, &sequences);
             assert!(close < TOLERANCE, "{name}: logits differ by {close}");
-            let far = error(&mut runner(&base, kernels, format), &shape, &tensors, &sequences);
+            let far = error(&mut runner(&base, kernels, format), &original, &sequences);
             assert!(far > close, "{name}");
         }
     }
@@ -647,13 +654,20 @@ fn every_format_equals_the_equations_on_the_rounded_weights() {
 /// as near as the format's precision allows, not equal.
 #[test]
 fn half_precision_is_near_the_equations() {
-    let tensors = UNEVEN.tensors(7);
-    let base = UNEVEN.open(&tensors, Dtype::F32);
-    for (dtype, tolerance) in [(DType::BF16, 0.3), (DType::F16, 0.03)] {
-        let options = DecoderOptions { device: Device::Cpu, kernels: Kernels::Tensor, format: None, dtype };
-        let decoder = Decoder::load(&base.config, &base.weights, options).unwrap();
-        let mut runner = Runner::new(decoder, 8 << 20).unwrap();
-        let error = error(&mut runner, &UNEVEN, &tensors, &three_sequences());
-        assert!(error > TOLERANCE && error < tolerance, "{dtype:?}: logits differ by {error}");
+    let variant = Variant { window: Some(9), cap: Some(30.0), query_scalar: 24.0, ..Variant::plain() };
+    let gpt2 = Shape { family: "gpt2", hidden: 144, kv_heads: 6, ..UNEVEN };
+    let shapes = [UNEVEN, Shape { family: "gemma2", variant, ..UNEVEN }, Shape { family: "qwen3", ..UNEVEN }, gpt2];
+    for shape in shapes {
+        let tensors = shape.tensors(7);
+        let base = shape.open(&tensors, Dtype::F32);
+        let want = reference(&shape, &tensors, &three_sequences());
+        for (dtype, tolerance) in [(DType::BF16, 0.3), (DType::F16, 0.03)] {
+            let options = DecoderOptions { device: Device::Cpu, kernels: Kernels::Tensor, format: None, dtype };
+            let decoder = Decoder::load(&base.config, &base.weights, options).unwrap();
+            let mut runner = Runner::new(decoder, 8 << 20).unwrap();
+            let error = error(&mut runner, &want, &three_sequences());
+            let family = shape.family;
+            assert!(error > TOLERANCE && error < tolerance, "{family} in {dtype:?}: logits differ by {error}");
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
+use loramux::adapter::load;
 use loramux::base::{Base, Kernels};
 use loramux::engine::{Output, Runner, Task};
 use loramux::lora::PackedAdapter;
@@ -83,7 +84,7 @@ impl Expected {
     fn adapters(&self, kernels: Kernels) -> Vec<(&str, Option<Arc<PackedAdapter>>)> {
         let decoder = decoder(&self.base, kernels, None);
         let load = |path: &Path| {
-            let adapter = loramux::adapter::load(path, &self.base.config, &self.base.id).unwrap().adapter;
+            let adapter = load(path, &self.base.config, &self.base.id).unwrap().adapter;
             Arc::new(PackedAdapter::new(adapter, &decoder).unwrap())
         };
         let all = self.greedy.iter();
@@ -167,5 +168,26 @@ async fn greedy_tokens_alone_and_mixed() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn modules_go_by_the_familys_names() {
+    let e = expected("gpt2", &[]);
+    let folder = fixtures().join("tiny/gpt2/adapter_all_r8");
+    let summary = load(&folder, &e.base.config, "").unwrap().summary;
+    assert_eq!(summary.target_modules, ["c_attn", "c_proj", "c_fc"]);
+    let llama = expected("llama", &[]).base;
+    let error = load(&folder, &llama.config, "").unwrap_err().message;
+    assert!(error.contains("model.layers.0.self_attn.q_proj to model.layers.1.mlp.down_proj"), "{error}");
+
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.join("adapter_model.safetensors"), copy.path().join("adapter_model.safetensors")).unwrap();
+    let config = std::fs::read_to_string(folder.join("adapter_config.json")).unwrap();
+    for (table, expected) in [("wte", "is missing"), ("wpe", "not supported"), ("lm_head", "is missing")] {
+        let config = config.replace("\"c_fc\"", &format!("\"{table}\""));
+        std::fs::write(copy.path().join("adapter_config.json"), config).unwrap();
+        let error = load(copy.path(), &e.base.config, "").unwrap_err().message;
+        assert!(error.contains(table) && error.contains(expected), "{error}");
     }
 }

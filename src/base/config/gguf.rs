@@ -190,7 +190,8 @@ mod tests {
     use crate::base::gguf::Meta;
     use crate::base::gguf::tests::write;
 
-    /// The metadata of a small model, with `changes` on top; `None` takes a key out.
+    /// The metadata of a small model, with `changes` on top; `None` takes a key out. The keys of another architecture are
+    /// those of llama here too.
     fn read(changes: &[(&str, Option<Meta>)]) -> Result<ModelConfig> {
         let number = Meta::Unsigned;
         let tokens = ["a", "b", "c"].map(|t| Meta::Text(t.into()));
@@ -212,10 +213,13 @@ mod tests {
             meta.retain(|(k, _)| k != key);
             meta.extend(value.clone().map(|v| (*key, v)));
         }
-        {
-            let file = write(&meta, &[]);
-            ModelConfig::from_gguf(&Gguf::read(&file).unwrap(), &file)
-        }
+        let architecture = meta.iter().find(|(key, _)| *key == "general.architecture");
+        let prefix =
+            architecture.and_then(|(_, name)| name.as_str()).map_or("llama.".into(), |name| format!("{name}."));
+        let keys: Vec<String> = meta.iter().map(|(key, _)| key.replacen("llama.", &prefix, 1)).collect();
+        let meta: Vec<_> = keys.iter().zip(meta).map(|(key, (_, value))| (key.as_str(), value)).collect();
+        let file = write(&meta, &[]);
+        ModelConfig::from_gguf(&Gguf::read(&file).unwrap(), &file)
     }
 
     #[test]
@@ -276,5 +280,33 @@ mod tests {
         ]);
         // Those that the file names come first; `<|end|>` is no control token here.
         assert_eq!(config.unwrap().eos_tokens, [2, 1, 0]);
+    }
+
+    #[test]
+    fn gemmas_constants_are_llama_cpps() {
+        let gemma = |changes: &[(&str, Option<Meta>)]| {
+            let family = [("general.architecture", Some(Meta::Text("gemma2".into())))];
+            read(&[&family[..], &[("llama.attention.key_length", Some(Meta::Unsigned(32)))], changes].concat())
+        };
+        let plain = gemma(&[]).unwrap();
+        assert_eq!(
+            (plain.attention_scale(0), plain.windows[..2].to_vec()),
+            (1.0 / 32f32.sqrt(), vec![Some(4096), None])
+        );
+        let caps = (plain.architecture.attention_softcap, plain.architecture.logit_softcap);
+        assert_eq!(caps, (Some(50.0), Some(30.0)));
+        let largest = gemma(&[("llama.block_count", Some(Meta::Unsigned(46)))]).unwrap();
+        assert_eq!(largest.attention_scale(0), 0.25);
+        let number = |key, n: u64| (key, Some(Meta::Unsigned(n)));
+        let other = gemma(&[
+            number("llama.attention.sliding_window", 7),
+            ("llama.attn_logit_softcapping", Some(Meta::Float(0.0))),
+            ("llama.final_logit_softcapping", Some(Meta::Float(9.0))),
+        ]);
+        let other = other.unwrap();
+        assert_eq!((other.window(0), other.window(1)), (Some(7), None));
+        assert_eq!((other.architecture.attention_softcap, other.architecture.logit_softcap), (None, Some(9.0)));
+        let error = gemma(&[number("llama.attention.sliding_window_pattern", 6)]).unwrap_err().message;
+        assert!(error.contains("sliding_window_pattern is 6"), "{error}");
     }
 }

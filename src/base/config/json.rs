@@ -432,4 +432,144 @@ mod tests {
             assert!(words.iter().all(|word| error.contains(word)), "{changes}: {error}");
         }
     }
+
+    /// `config.json` of a small model of a family, with all that has no default, and `changes` on top.
+    fn of(family: Family, changes: Value) -> Result<ModelConfig> {
+        let mut config = json!({ "model_type": family.name(), "vocab_size": 8, "hidden_size": 16,
+            "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 8 });
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        ModelConfig::from_json(&config.to_string())
+    }
+
+    /// As the classes of transformers 4.57 have them.
+    #[test]
+    fn absent_fields_mean_what_the_family_says() {
+        for (family, kv_heads, head_dim, context, eps, tied) in [
+            (Family::Llama, 8, 2, 2048, 1e-6, false),
+            (Family::Mistral, 8, 2, 131_072, 1e-6, false),
+            (Family::Qwen3, 8, 128, 32_768, 1e-6, false),
+            (Family::Gemma2, 4, 256, 8192, 1e-6, true),
+            (Family::Phi3, 8, 2, 4096, 1e-5, false),
+            (Family::Gpt2, 8, 2, 1024, 1e-5, true),
+        ] {
+            // Qwen's default of 32 key-value heads would not fit these 8.
+            let changes = if family == Family::Qwen3 { json!({ "num_key_value_heads": null }) } else { json!({}) };
+            let c = of(family, changes).unwrap();
+            let found = (c.kv_heads, c.head_dim, c.context, c.norm_eps, c.tie_word_embeddings);
+            assert_eq!(found, (kv_heads, head_dim, context, eps, tied), "{family}");
+            assert_eq!(c.rope.is_none(), family == Family::Gpt2);
+        }
+        assert!(of(Family::Qwen2, json!({})).unwrap_err().message.contains("32 key-value heads"));
+        assert_eq!(of(Family::Mistral, json!({ "num_key_value_heads": 2, "head_dim": null })).unwrap().head_dim, 2);
+        assert_eq!(of(Family::Gpt2, json!({})).unwrap().intermediate_size, 8);
+        let gpt2 = json!({ "model_type": "gpt2", "vocab_size": 8, "n_embd": 16, "n_layer": 1, "n_head": 2,
+            "n_positions": 32, "n_inner": null, "layer_norm_epsilon": 1e-3 });
+        let gpt2 = ModelConfig::from_json(&gpt2.to_string()).unwrap();
+        assert_eq!((gpt2.hidden_size, gpt2.intermediate_size, gpt2.context, gpt2.norm_eps), (16, 64, 32, 1e-3));
+    }
+
+    #[test]
+    fn windows_are_those_of_transformers() {
+        let windows = |family, changes: Value| of(family, changes).unwrap().windows;
+        let one = |window| vec![window; 4];
+        assert_eq!(windows(Family::Llama, json!({ "sliding_window": 4 })), []);
+        assert_eq!(windows(Family::Mistral, json!({})), one(Some(4096)));
+        assert_eq!(windows(Family::Mistral, json!({ "sliding_window": null })), one(None));
+        assert_eq!(windows(Family::Mistral, json!({ "sliding_window": 7 })), one(Some(7)));
+        assert_eq!(windows(Family::Phi3, json!({})), one(None));
+        assert_eq!(windows(Family::Phi3, json!({ "sliding_window": 7 })), one(Some(7)));
+        let kv = |mut changes: Value| {
+            changes["num_key_value_heads"] = json!(8);
+            changes
+        };
+        for family in [Family::Qwen2, Family::Qwen3] {
+            assert_eq!(windows(family, kv(json!({ "sliding_window": 7, "max_window_layers": 0 }))), one(None));
+            let used = json!({ "use_sliding_window": true, "sliding_window": 7 });
+            assert_eq!(windows(family, kv(used.clone())), one(None)); // From layer 28 on.
+            let mut some = kv(used.clone());
+            some["max_window_layers"] = json!(3);
+            assert_eq!(windows(family, some), [None, None, None, Some(7)]);
+            let mut listed = kv(used);
+            listed["layer_types"] =
+                json!(["sliding_attention", "full_attention", "full_attention", "sliding_attention"]);
+            assert_eq!(windows(family, listed), [Some(7), None, None, Some(7)]);
+        }
+        assert_eq!(windows(Family::Gemma2, json!({})), [Some(4096), None, Some(4096), None]);
+        let full = json!({ "sliding_window": 7, "layer_types": vec!["full_attention"; 4] });
+        assert_eq!(windows(Family::Gemma2, full), one(None));
+    }
+
+    #[test]
+    fn caps_scales_and_biases_follow_the_fields() {
+        let gemma = |changes| of(Family::Gemma2, changes).unwrap();
+        let plain = gemma(json!({})).architecture;
+        assert_eq!((plain.attention_softcap, plain.logit_softcap), (Some(50.0), Some(30.0)));
+        assert_eq!((plain.attention_scale, plain.activation), (Some(1.0 / 16.0), Activation::GeluTanh));
+        let other = gemma(json!({ "attn_logit_softcapping": null, "final_logit_softcapping": 4.0,
+            "query_pre_attn_scalar": 4, "hidden_activation": "gelu", "attention_bias": true }));
+        assert_eq!(other.attention_scale(3), 0.5);
+        let other = other.architecture;
+        assert_eq!((other.attention_softcap, other.logit_softcap), (None, Some(4.0)));
+        assert_eq!((other.qkv_bias, other.o_bias, other.mlp_bias), (true, true, false));
+        let biases = |family, changes: Value| {
+            let a = of(family, changes).unwrap().architecture;
+            (a.qkv_bias, a.o_bias, a.mlp_bias)
+        };
+        let all = json!({ "attention_bias": true, "mlp_bias": true, "num_key_value_heads": 8 });
+        assert_eq!(biases(Family::Llama, all.clone()), (true, true, true));
+        assert_eq!(biases(Family::Qwen3, all.clone()), (true, true, false));
+        // These have no such field in transformers.
+        assert_eq!(biases(Family::Mistral, all.clone()), (false, false, false));
+        assert_eq!(biases(Family::Phi3, all.clone()), (false, false, false));
+        assert_eq!(biases(Family::Qwen2, all), (true, false, false));
+        let gpt2 = of(Family::Gpt2, json!({ "scale_attn_weights": false, "scale_attn_by_inverse_layer_idx": true }));
+        assert_eq!(gpt2.unwrap().attention_scale(3), 0.25);
+    }
+
+    #[test]
+    fn scaled_ropes_bound_the_context() {
+        let llama = |changes| of(Family::Llama, changes).unwrap();
+        let yarn = |more: Value| {
+            let mut scaling = json!({ "type": "yarn", "factor": 4.0 });
+            scaling.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            llama(json!({ "max_position_embeddings": 64, "rope_scaling": scaling }))
+        };
+        assert_eq!(yarn(json!({})).context, 64);
+        assert_eq!(yarn(json!({ "original_max_position_embeddings": 64 })).context, 256);
+        assert_eq!(yarn(json!({ "original_max_position_embeddings": 16 })).context, 64);
+        let scaling = json!({ "type": "longrope", "short_factor": [2.0], "long_factor": [3.0] });
+        let phi = json!({ "max_position_embeddings": 8192, "rope_scaling": scaling });
+        let phi = of(Family::Phi3, phi).unwrap();
+        assert_eq!((phi.context, phi.rope.unwrap().frequencies), (4096, vec![0.5]));
+        // Within its context it turns as the plain one does.
+        let dynamic = llama(json!({ "rope_scaling": { "type": "dynamic", "factor": 2.0 } }));
+        assert_eq!(dynamic.rope, llama(json!({})).rope);
+    }
+
+    #[test]
+    fn what_a_family_lacks_is_named() {
+        let kinds = |kind: &str| json!(["full_attention", kind, "full_attention", "full_attention"]);
+        let short = json!({ "type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.0] });
+        for (family, changes, words) in [
+            (Family::Gemma2, json!({ "layer_types": kinds("chunked_attention") }), ["layer_types", "chunked"]),
+            (Family::Gemma2, json!({ "layer_types": ["full_attention"] }), ["1 layers", "4"]),
+            (Family::Gemma2, json!({ "sliding_window": null }), ["sliding_window", "sliding_attention"]),
+            (Family::Gemma2, json!({ "sliding_window": 0 }), ["sliding_window", "0"]),
+            (Family::Gemma2, json!({ "use_bidirectional_attention": true }), ["use_bidirectional", "true"]),
+            (Family::Gemma2, json!({ "final_logit_softcapping": -1.0 }), ["final_logit_softcapping", "-1"]),
+            (Family::Qwen3, json!({ "layer_types": kinds("sliding_attention") }), ["layer_types", "use_sliding"]),
+            (Family::Phi3, json!({ "rope_scaling": { "type": "linear", "factor": 2.0 } }), ["linear", "phi3"]),
+            (Family::Phi3, json!({ "rope_scaling": short }), ["short_factor has 2", "expected 1"]),
+            (Family::Phi3, json!({ "partial_rotary_factor": 1.5 }), ["partial_rotary_factor", "1.5"]),
+            (Family::Mistral, json!({ "partial_rotary_factor": 0.5 }), ["partial_rotary_factor", "0.5"]),
+            (Family::Gpt2, json!({ "n_embd": 20 }), ["n_embd", "20"]),
+            (Family::Gpt2, json!({ "add_cross_attention": true }), ["add_cross_attention", "true"]),
+            (Family::Gpt2, json!({ "activation_function": "tanh" }), ["activation_function", "tanh"]),
+            (Family::Llama, json!({ "hidden_size": null }), ["hidden_size", "null"]),
+            (Family::Llama, json!({ "rope_theta": 0.0 }), ["rope_theta", "0"]),
+        ] {
+            let error = of(family, changes.clone()).unwrap_err().message;
+            assert!(words.iter().all(|word| error.contains(word)), "{family} {changes}: {error}");
+        }
+    }
 }
