@@ -238,6 +238,32 @@ impl LoraConfig {
         config.checked()
     }
 
+    /// What an adapter without a configuration is: plain pairs, each of its own rank, and modules saved whole. An alpha of 0
+    /// stands for a scale of 1.
+    pub(super) fn of_pairs(alpha: f64, pairs: Vec<(String, usize)>, saved: Vec<String>) -> Self {
+        let alphas = pairs.iter().filter(|_| alpha == 0.0).map(|(name, rank)| (name.clone(), *rank as f64));
+        LoraConfig {
+            base_model: None,
+            task_type: None,
+            r: pairs.iter().map(|(_, rank)| *rank).max().unwrap_or(1),
+            lora_alpha: alpha,
+            use_rslora: false,
+            alpha_pattern: alphas.collect(),
+            target_modules: Modules::Names(pairs.iter().map(|(name, _)| name.clone()).collect()),
+            rank_pattern: pairs,
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: vec![],
+            modules_to_save: saved,
+            use_dora: false,
+            lora_bias: false,
+            bias: Bias::None,
+            ensure_weight_tying: false,
+            trainable_tokens: vec![],
+            id2label: None,
+        }
+    }
+
     fn checked(self) -> Result<Self> {
         match self.task_type.as_deref() {
             None | Some("CAUSAL_LM" | "SEQ_CLS") => {}

@@ -4,20 +4,18 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
 
-use safetensors::tensor::TensorInfo;
 use serde::Serialize;
 
 use crate::adapter::config::{Bias, HEADS, LoraConfig, MAX_VOCABULARY, Modules, Target};
-use crate::adapter::files::{CONFIG, PICKLE, read_optional, shorten, steady};
+use crate::adapter::files::{CONFIG, GGUF, INDEX, PICKLE, adapter_files, read_optional, shorten, steady};
 use crate::adapter::generation::GenerationHasher;
+use crate::adapter::gguf::GgufFile;
 use crate::adapter::labels::{self, LABELS_JSON, LABELS_TEXT};
-use crate::adapter::tensors::{TensorFile, check_dtype};
+use crate::adapter::tensors::{PREFIX, TensorFiles, TensorInfo};
 use crate::adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows};
 use crate::base::{LM_HEAD, ModelConfig, Module, NormKind, NormSite, Projection};
 use crate::{Error, Result};
 
-/// What PEFT puts in front of every module's path.
-const PREFIX: &str = "base_model.model.";
 /// Most classes of a head.
 const MAX_LABELS: usize = 1 << 16;
 
@@ -66,8 +64,8 @@ pub(super) fn survey(directory: &Path, base: &ModelConfig, base_id: &str) -> Res
 pub(super) fn identify(directory: &Path, base: &ModelConfig, base_id: &str) -> Result<(Summary, Generation)> {
     steady(directory, || {
         let fitted = Files::open(directory)?.fit(base, base_id)?;
-        let Files { texts, tensors, .. } = fitted.files;
-        Ok((fitted.summary, texts.generation(|hasher| tensors.hash(hasher))?))
+        let Files { texts, weights, .. } = fitted.files;
+        Ok((fitted.summary, texts.generation(|hasher| weights.hash(hasher))?))
     })
 }
 
@@ -75,25 +73,84 @@ pub(super) fn identify(directory: &Path, base: &ModelConfig, base_id: &str) -> R
 struct Files {
     texts: Texts,
     config: LoraConfig,
-    tensors: TensorFile,
+    weights: Weights,
+    tensors: Vec<TensorInfo>,
+}
+
+enum Weights {
+    Safetensors(TensorFiles),
+    Gguf(GgufFile),
+}
+
+impl Weights {
+    fn len(&self) -> u64 {
+        match self {
+            Weights::Safetensors(files) => files.len(),
+            Weights::Gguf(file) => file.len(),
+        }
+    }
+
+    /// Hands all numbers to `each`. `heads` are those of q and of k, where the order of rows matters.
+    fn read(
+        self,
+        heads: Option<[usize; 2]>,
+        hasher: &mut GenerationHasher,
+        each: impl FnMut(&str, Vec<f32>),
+    ) -> Result<()> {
+        match self {
+            Weights::Safetensors(files) => files.read(hasher, each),
+            Weights::Gguf(file) => file.read(heads, hasher, each),
+        }
+    }
+
+    fn hash(self, hasher: &mut GenerationHasher) -> Result<()> {
+        match self {
+            Weights::Safetensors(files) => files.hash(hasher),
+            Weights::Gguf(file) => {
+                file.hash(hasher);
+                Ok(())
+            }
+        }
+    }
 }
 
 /// Files that fit a base, as far as can be told without the weights.
 struct Fitted {
     files: Files,
     plan: Plan,
+    /// Heads of q and of k.
+    heads: [usize; 2],
     summary: Summary,
 }
 
 impl Files {
     fn open(directory: &Path) -> Result<Self> {
         let texts = Texts::read(directory)?;
-        let config = LoraConfig::parse(&texts.config)?;
-        Ok(Files { texts, config, tensors: TensorFile::open(directory)? })
+        let (config, weights, tensors) = match &texts.config {
+            Some(config) => {
+                let config = LoraConfig::parse(config)?;
+                let files = TensorFiles::open(directory)?;
+                let tensors = files.tensors();
+                (config, Weights::Safetensors(files), tensors)
+            }
+            None => {
+                let file = GgufFile::open(directory)?.ok_or_else(|| no_config(directory))?;
+                let pairs = file.pairs.iter().map(|pair| (pair.module.clone(), pair.rank)).collect();
+                let config = LoraConfig::of_pairs(file.alpha, pairs, file.saved.clone());
+                let tensors = file.tensors();
+                (config, Weights::Gguf(file), tensors)
+            }
+        };
+        Ok(Files { texts, config, weights, tensors })
     }
 
     fn bytes(&self) -> u64 {
-        self.tensors.len() + self.texts.len()
+        self.weights.len() + self.texts.len()
+    }
+
+    /// How many numbers are in it.
+    fn numbers(&self) -> usize {
+        self.tensors.iter().map(|info| info.shape.iter().product::<usize>()).sum()
     }
 
     fn labels(&self, head_rows: Option<usize>) -> Result<Option<Vec<String>>> {
@@ -104,8 +161,18 @@ impl Files {
     }
 
     fn fit(self, base: &ModelConfig, base_id: &str) -> Result<Fitted> {
-        let places = Places::assign(&self.config, self.tensors.tensors())?;
+        if let Weights::Gguf(file) = &self.weights
+            && !file.is_for(base.family)
+        {
+            return Err(Error::unprocessable(format!(
+                "{GGUF}: general.architecture is {:?}; the base's is {:?}",
+                file.architecture.name(),
+                base.family.name()
+            )));
+        }
+        let places = Places::assign(&self.config, &self.tensors)?;
         let plan = places.fit(&self.config, base).map_err(|e| explain_base(e, &self.config, base_id))?;
+        let heads = [base.heads, base.kv_heads];
         let targeted = |module: &str| plan.targets.iter().any(|t| short_name(&t.name) == module);
         // GPT-2 has two modules of one name.
         let mut names: Vec<String> = vec![];
@@ -120,10 +187,10 @@ impl Files {
             lora_alpha: self.config.lora_alpha,
             target_modules: names,
             labels: self.labels(places.head_rows()?)?,
-            parameters: self.tensors.numbers(),
+            parameters: self.numbers(),
             bytes: self.bytes(),
         };
-        Ok(Fitted { files: self, plan, summary })
+        Ok(Fitted { files: self, plan, heads, summary })
     }
 }
 
@@ -134,10 +201,10 @@ impl Fitted {
 
     /// Reads the numbers.
     fn read(self) -> Result<Adapter> {
-        let Fitted { files: Files { texts, tensors, .. }, plan, summary } = self;
+        let Fitted { files: Files { texts, weights, .. }, plan, heads, summary } = self;
         let mut values = HashMap::new();
         let generation = texts.generation(|hasher| {
-            tensors.read(hasher, |name, numbers| {
+            weights.read(Some(heads), hasher, |name, numbers| {
                 if let Some(part) = plan.parts.get(name) {
                     values.insert(part.clone(), numbers);
                 }
@@ -210,46 +277,62 @@ fn own_rows(whole: Option<Vec<f32>>, tokens: Option<(Vec<u32>, Vec<f32>)>, width
     }
 }
 
+fn no_config(directory: &Path) -> Error {
+    let pickle = if directory.join(PICKLE).exists() { " (a pickle alone is not enough)" } else { "" };
+    Error::unprocessable(format!("{CONFIG} is missing{pickle}"))
+}
+
 /// The small files of an adapter.
 struct Texts {
-    config: Vec<u8>,
+    /// `None` where a GGUF file takes its place.
+    config: Option<Vec<u8>>,
     labels_json: Option<Vec<u8>>,
     labels_text: Option<Vec<u8>>,
+    index: Option<Vec<u8>>,
+    /// All files of the adapter, in order.
+    names: Vec<String>,
 }
 
 impl Texts {
     fn read(directory: &Path) -> Result<Self> {
-        let missing = || {
-            let pickle = if directory.join(PICKLE).exists() { " (a pickle alone is not enough)" } else { "" };
-            Error::unprocessable(format!("{CONFIG} is missing{pickle}"))
-        };
+        let names: Vec<String> = adapter_files(directory)?.into_keys().collect();
+        let config = read_optional(directory, CONFIG)?;
+        if config.is_none() && !names.iter().any(|name| name == GGUF) {
+            return Err(no_config(directory));
+        }
         Ok(Texts {
-            config: read_optional(directory, CONFIG)?.ok_or_else(missing)?,
+            config,
             labels_json: read_optional(directory, LABELS_JSON)?,
             labels_text: read_optional(directory, LABELS_TEXT)?,
+            index: if names.iter().any(|name| name == INDEX) { read_optional(directory, INDEX)? } else { None },
+            names,
         })
     }
 
-    fn len(&self) -> u64 {
-        let labels = [&self.labels_json, &self.labels_text].into_iter().flatten().map(Vec::len).sum::<usize>();
-        (self.config.len() + labels) as u64
+    fn get(&self, name: &str) -> Option<&Vec<u8>> {
+        match name {
+            CONFIG => self.config.as_ref(),
+            LABELS_JSON => self.labels_json.as_ref(),
+            LABELS_TEXT => self.labels_text.as_ref(),
+            INDEX => self.index.as_ref(),
+            _ => None,
+        }
     }
 
-    /// The generation of these texts with the weights that `weights` hands over.
+    fn len(&self) -> u64 {
+        self.names.iter().filter_map(|name| self.get(name)).map(|text| text.len() as u64).sum()
+    }
+
+    /// The generation of these texts with the weights that `weights` hands over, whose files are neighbours by name.
     fn generation(&self, weights: impl FnOnce(&mut GenerationHasher) -> Result<()>) -> Result<Generation> {
         let mut weights = Some(weights);
-        GenerationHasher::over_files(|name, hasher| {
-            let content = match name {
-                CONFIG => Some(&self.config),
-                LABELS_JSON => self.labels_json.as_ref(),
-                LABELS_TEXT => self.labels_text.as_ref(),
-                _ => return weights.take().map_or(Ok(()), |weights| weights(hasher)),
-            };
-            if let Some(content) = content {
-                hasher.file(name, content.len() as u64);
-                hasher.update(content);
+        GenerationHasher::over(&self.names, |name, hasher| match self.get(name) {
+            Some(text) => {
+                hasher.file(name, text.len() as u64);
+                hasher.update(text);
+                Ok(())
             }
-            Ok(())
+            None => weights.take().map_or(Ok(()), |weights| weights(hasher)),
         })
     }
 
@@ -448,9 +531,10 @@ impl Taken<'_, '_> {
 const HEAD: &str = HEADS[0];
 
 impl<'a> Places<'a> {
-    fn assign(config: &LoraConfig, tensors: impl Iterator<Item = Named<'a>>) -> Result<Self> {
+    fn assign(config: &LoraConfig, tensors: &'a [TensorInfo]) -> Result<Self> {
         let mut places = Places::default();
-        for (name, info) in tensors {
+        for info in tensors {
+            let name = info.name.as_str();
             let (module, kind) = parse_name(name)?;
             if HEADS.contains(&module) {
                 if !config.saves_head(module) {
@@ -465,7 +549,6 @@ impl<'a> Places<'a> {
                     )));
                 }
             }
-            check_dtype(name, info.dtype)?;
             if let Some((other, _)) = places.modules.entry(module).or_default().insert(kind, (name, info)) {
                 return Err(Error::unprocessable(format!(
                     "tensors {other} and {name} are the same one under two names"
@@ -814,21 +897,17 @@ pub fn inspect(directory: &Path, base: Option<&ModelConfig>) -> Result<Inspectio
                 (fitted.files, fitted.summary.labels)
             }
             None => {
-                let places = Places::assign(&files.config, files.tensors.tensors())?;
+                let places = Places::assign(&files.config, &files.tensors)?;
                 places.check_pairs()?;
                 let labels = files.labels(places.head_rows()?)?;
                 (files, labels)
             }
         };
-        let summaries = files.tensors.tensors().map(|(name, info)| TensorSummary {
-            name: name.to_string(),
-            dtype: info.dtype.to_string(),
-            shape: info.shape.clone(),
-        });
-        let (summaries, parameters, bytes) = (summaries.collect(), files.tensors.numbers(), files.bytes());
-        let Files { texts, config, tensors } = files;
+        let (parameters, bytes) = (files.numbers(), files.bytes());
+        let Files { texts, config, weights, tensors } = files;
+        let tensors = tensors.into_iter().map(|TensorInfo { name, shape, dtype }| TensorSummary { name, dtype, shape });
         Ok(Inspection {
-            generation: texts.generation(|hasher| tensors.read(hasher, |_, _| {}))?,
+            generation: texts.generation(|hasher| weights.read(None, hasher, |_, _| {}))?,
             bytes,
             base_model: config.base_model,
             task_type: config.task_type,
@@ -838,7 +917,7 @@ pub fn inspect(directory: &Path, base: Option<&ModelConfig>) -> Result<Inspectio
             target_modules: config.target_modules,
             labels,
             parameters,
-            tensors: summaries,
+            tensors: tensors.collect(),
         })
     })
 }
@@ -890,6 +969,49 @@ mod tests {
         );
         let size: u64 = std::fs::read_dir(folder.path()).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
         assert_eq!(loaded.summary.bytes, size);
+    }
+
+    #[test]
+    fn shards_are_one_adapter() {
+        let files = classifier(1);
+        let (folder, whole) = (files.sharded(), read(&files).unwrap());
+        let load_it = || load(folder.path(), &tiny(), "");
+        let loaded = load_it().unwrap();
+        assert_eq!(loaded.adapter.generation, generation_of(folder.path()).unwrap());
+        assert_ne!(loaded.adapter.generation, whole.adapter.generation);
+        let numbers = |a: &Adapter| a.pairs.values().flat_map(|p| [p.a.clone(), p.b.clone()]).collect::<Vec<_>>();
+        assert_eq!(numbers(&loaded.adapter), numbers(&whole.adapter));
+        assert_eq!(loaded.summary.parameters, whole.summary.parameters);
+        let size: u64 = std::fs::read_dir(folder.path()).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
+        assert_eq!(loaded.summary.bytes, size);
+
+        let message = || load_it().unwrap_err().message;
+        let [first, index] = ["adapter_model-00001-of-00002.safetensors", INDEX].map(|name| folder.path().join(name));
+        let (first_bytes, index_text) = (std::fs::read(&first).unwrap(), std::fs::read_to_string(&index).unwrap());
+        std::fs::remove_file(&first).unwrap();
+        assert!(message().contains("the shard adapter_model-00001-of-00002.safetensors, which it names, is missing"));
+        std::fs::write(&first, &first_bytes[..first_bytes.len() - 1]).unwrap();
+        assert!(message().contains("adapter_model-00001-of-00002.safetensors is not a valid safetensors file"));
+        std::fs::write(&first, std::fs::read(folder.path().join("adapter_model-00002-of-00002.safetensors")).unwrap())
+            .unwrap();
+        assert!(message().contains("both hold the tensor"), "{}", message());
+        std::fs::write(&first, &first_bytes).unwrap();
+        for (text, expected) in [
+            ("{", "EOF"),
+            ("{}", "weight_map"),
+            (r#"{"weight_map": {"a": "../x.safetensors"}}"#, "names the shard \"../x.safetensors\""),
+            (
+                r#"{"weight_map": {"a": "adapter_model-00001-of-00002.safetensors"}}"#,
+                "00002-of-00002.safetensors is there",
+            ),
+            (&index_text.replace("base_model.model.score.weight", "x"), "does not hold the tensor x"),
+        ] {
+            std::fs::write(&index, text).unwrap();
+            let message = message();
+            assert!(message.contains(INDEX) && message.contains(expected), "{expected}: {message}");
+        }
+        std::fs::remove_file(&index).unwrap();
+        assert!(message().contains("index.json is missing, but its shard"));
     }
 
     #[test]

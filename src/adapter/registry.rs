@@ -14,7 +14,7 @@ use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::adapter::cache::{Cache, Flight, Lookup};
-use crate::adapter::files::{CONFIG, WEIGHTS};
+use crate::adapter::files::{adapter_files, is_adapter, is_weights};
 use crate::adapter::name::check_name;
 use crate::adapter::peft::{self, Loaded, Summary};
 use crate::adapter::store::{Lease, Store};
@@ -553,7 +553,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
         let failed = |e: std::io::Error| {
             Error::bad_request(format!("the folder of adapters {} could not be read: {e}", directory.display()))
         };
-        if directory.join(CONFIG).exists() {
+        if is_adapter(directory) {
             tracing::warn!(
                 "{} is an adapter itself; give the folder that it lies in, to serve all adapters there",
                 directory.display()
@@ -561,7 +561,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
         }
         for folder in std::fs::read_dir(directory).map_err(failed)? {
             let folder = folder.map_err(failed)?;
-            if !folder.path().join(CONFIG).exists() {
+            if !is_adapter(&folder.path()) {
                 continue;
             }
             let name = folder.file_name().to_string_lossy().into_owned();
@@ -623,8 +623,9 @@ fn now() -> u64 {
 
 /// When a folder's weights were last written, in Unix seconds.
 fn modified(path: &Path) -> u64 {
-    let time = std::fs::metadata(path.join(WEIGHTS)).and_then(|meta| meta.modified());
-    time.ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_secs())
+    let weights = adapter_files(path).unwrap_or_default().into_iter().filter(|(name, _)| is_weights(name));
+    let times = weights.filter_map(|(_, path)| std::fs::metadata(path).and_then(|meta| meta.modified()).ok());
+    times.max().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_secs())
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
@@ -643,6 +644,7 @@ mod tests {
 
     use super::*;
     use crate::ErrorKind;
+    use crate::adapter::files::{CONFIG, WEIGHTS};
     use crate::adapter::testing::{Files, Tensor, adapter, classifier, tiny};
     use crate::base::Kernels;
     use crate::base::testing::{decoder, options};

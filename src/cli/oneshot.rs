@@ -28,7 +28,7 @@ async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<
     let host = Host::start(args, limits)?;
     let Some(name) = adapter else { return Ok((host, None, store)) };
     let path = Path::new(name);
-    let packed = if path.join("adapter_config.json").exists() {
+    let packed = if crate::adapter::is_adapter(path) {
         let loaded = crate::adapter::load(path, &host.config, &host.base_id)?;
         Arc::new(PackedAdapter::new(loaded.adapter, &host.decoder)?)
     } else {
