@@ -47,7 +47,7 @@ pub struct RawTensor<'a> {
     /// Row-major, outermost first: `[out_features, in_features]` for a linear layer.
     pub shape: Vec<usize>,
     pub stored: Stored,
-    /// Little-endian; borrowed from the memory map unless rows had to be put in another order.
+    /// Little-endian; borrowed from the memory map unless the numbers had to be put in another form.
     pub bytes: Cow<'a, [u8]>,
 }
 

@@ -89,7 +89,8 @@ impl ModelConfig {
             let what = "supported: plain weights, or a GGUF file";
             return Err(bad_json(format!("quantization_config {method} is not supported; {what}")));
         }
-        let (hidden_size, heads) = (fields.need("hidden_size")?, fields.need::<usize>("num_attention_heads")?);
+        let hidden_size: usize = fields.need("hidden_size")?;
+        let heads: usize = fields.need("num_attention_heads")?;
         let share = hidden_size / heads.max(1);
         let head_dim = match family {
             Family::Qwen3 => fields.get_or("head_dim", 128, share)?,
@@ -113,7 +114,7 @@ impl ModelConfig {
             _ => (fields.get_or("num_key_value_heads", kv, heads)?, "rms_norm_eps"),
         };
         let intermediate_size = match family {
-            Family::Gpt2 => fields.get("intermediate_size")?.unwrap_or(4 * hidden_size),
+            Family::Gpt2 => fields.get("intermediate_size")?.unwrap_or(hidden_size.saturating_mul(4)),
             _ => fields.need("intermediate_size")?,
         };
         let (layers, context) =
