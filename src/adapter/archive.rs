@@ -469,7 +469,7 @@ mod tests {
             file("out/adapter_config.json", b"{}"),
             file("out/adapter_model.safetensors", b"w"),
             file("out/checkpoint-5/adapter_config.json", b"old"),
-            file("out/tokenizer.json", b"x"),
+            file("out/special_tokens_map.json", b"x"),
         ]);
         for archive in [&at_top, &gzip(&at_top), &in_folder, &gzip(&in_folder)] {
             assert_eq!(unpacked(archive, 100).unwrap(), expected);

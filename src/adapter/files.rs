@@ -15,12 +15,17 @@ pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
 
 /// Which shard holds which tensor, where the weights are in several files.
 pub(super) const INDEX: &str = "adapter_model.safetensors.index.json";
+/// The texts' side: an adapter's own tokens and turns.
+pub(super) const TOKENIZER: &str = "tokenizer.json";
+pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(super) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// What a GGUF file is called here, whatever it was called.
 pub(super) const GGUF: &str = "adapter_model.gguf";
 
 /// Every file that has a say in what an adapter computes, sorted by name; beside them, shards of the weights, or one GGUF
 /// file in place of configuration and weights.
-pub(super) const FILES: [&str; 5] = [CONFIG, WEIGHTS, INDEX, LABELS_JSON, LABELS_TEXT];
+pub(super) const FILES: [&str; 8] =
+    [CONFIG, WEIGHTS, INDEX, CHAT_TEMPLATE, LABELS_JSON, LABELS_TEXT, TOKENIZER, TOKENIZER_CONFIG];
 
 /// The name under which a file of an adapter is kept; `None` for what is no such file.
 pub fn kept_name(name: &str) -> Option<&str> {
@@ -86,8 +91,15 @@ pub fn is_adapter(directory: &Path) -> bool {
 /// PEFT's older format, which runs code on loading.
 pub(super) const PICKLE: &str = "adapter_model.bin";
 
-/// Largest JSON or text file that is read into memory.
-const MAX_TEXT: u64 = 1 << 20;
+/// Largest JSON or text file that is read into memory. Tokenizers of 256 thousand tokens have 35 MB; some keep the texts of
+/// all added tokens in the settings beside them too.
+fn max_text(name: &str) -> u64 {
+    match name {
+        TOKENIZER => 64 << 20,
+        TOKENIZER_CONFIG => 16 << 20,
+        _ => 1 << 20,
+    }
+}
 
 /// How often files that change while they are read are read again, and how long the first wait is; each next one is
 /// twice as long.
@@ -157,14 +169,14 @@ fn state_of(directory: &Path) -> Vec<(PathBuf, Option<[i64; 6]>)> {
 /// Reads a small file whole; `None` if there is none of that name.
 pub(super) fn read_optional(directory: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     let Some((file, length)) = open_optional(directory, name)? else { return Ok(None) };
-    let mut bytes = Vec::new();
+    let (mut bytes, most) = (Vec::new(), max_text(name));
     // One byte more than allowed, so that a file that grows meanwhile is noticed too.
-    file.take(MAX_TEXT + 1)
+    file.take(most + 1)
         .read_to_end(&mut bytes)
         .map_err(|e| Error::internal(format!("{name} could not be read: {e}")))?;
-    if bytes.len() as u64 > MAX_TEXT {
+    if bytes.len() as u64 > most {
         return Err(Error::unprocessable(format!(
-            "{name} has {} bytes; at most {MAX_TEXT} are read",
+            "{name} has {} bytes; at most {most} are read",
             length.max(bytes.len() as u64)
         )));
     }

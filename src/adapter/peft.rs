@@ -7,13 +7,16 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::adapter::config::{Bias, HEADS, LoraConfig, MAX_VOCABULARY, Modules, Target};
-use crate::adapter::files::{CONFIG, GGUF, INDEX, PICKLE, adapter_files, read_optional, shorten, steady};
+use crate::adapter::files::{
+    CHAT_TEMPLATE, CONFIG, GGUF, INDEX, PICKLE, TOKENIZER, TOKENIZER_CONFIG, adapter_files, read_optional, shorten,
+    steady,
+};
 use crate::adapter::generation::GenerationHasher;
 use crate::adapter::gguf::GgufFile;
 use crate::adapter::labels::{self, LABELS_JSON, LABELS_TEXT};
 use crate::adapter::tensors::{PREFIX, TensorFiles, TensorInfo};
 use crate::adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows};
-use crate::base::{LM_HEAD, ModelConfig, Module, NormKind, NormSite, Projection};
+use crate::base::{LM_HEAD, ModelConfig, Module, NormKind, NormSite, OwnLanguage, Projection, TargetModule};
 use crate::{Error, Result};
 
 /// Most classes of a head.
@@ -23,6 +26,8 @@ const MAX_LABELS: usize = 1 << 16;
 #[derive(Debug)]
 pub struct Loaded {
     pub adapter: Adapter,
+    /// Tokenizer and chat template that lie beside it.
+    pub language: Option<OwnLanguage>,
     pub summary: Summary,
 }
 
@@ -51,7 +56,8 @@ pub fn load(directory: &Path, base: &ModelConfig, base_id: &str) -> Result<Loade
     steady(directory, || {
         let fitted = Files::open(directory)?.fit(base, base_id)?;
         let summary = fitted.summary();
-        Ok(Loaded { adapter: fitted.read()?, summary })
+        let language = fitted.files.texts.language()?;
+        Ok(Loaded { adapter: fitted.read()?, language, summary })
     })
 }
 
@@ -289,6 +295,9 @@ struct Texts {
     labels_json: Option<Vec<u8>>,
     labels_text: Option<Vec<u8>>,
     index: Option<Vec<u8>>,
+    tokenizer: Option<Vec<u8>>,
+    tokenizer_config: Option<Vec<u8>>,
+    chat_template: Option<Vec<u8>>,
     /// All files of the adapter, in order.
     names: Vec<String>,
 }
@@ -296,27 +305,40 @@ struct Texts {
 impl Texts {
     fn read(directory: &Path) -> Result<Self> {
         let names: Vec<String> = adapter_files(directory)?.into_keys().collect();
-        let config = read_optional(directory, CONFIG)?;
-        if config.is_none() && !names.iter().any(|name| name == GGUF) {
-            return Err(no_config(directory));
-        }
-        Ok(Texts {
-            config,
-            labels_json: read_optional(directory, LABELS_JSON)?,
-            labels_text: read_optional(directory, LABELS_TEXT)?,
-            index: if names.iter().any(|name| name == INDEX) { read_optional(directory, INDEX)? } else { None },
+        let read = |name: &str| if names.iter().any(|n| n == name) { read_optional(directory, name) } else { Ok(None) };
+        let texts = Texts {
+            config: read(CONFIG)?,
+            labels_json: read(LABELS_JSON)?,
+            labels_text: read(LABELS_TEXT)?,
+            index: read(INDEX)?,
+            tokenizer: read(TOKENIZER)?,
+            tokenizer_config: read(TOKENIZER_CONFIG)?,
+            chat_template: read(CHAT_TEMPLATE)?,
             names,
-        })
+        };
+        match texts.config.is_none() && !texts.names.iter().any(|name| name == GGUF) {
+            true => Err(no_config(directory)),
+            false => Ok(texts),
+        }
     }
 
     fn get(&self, name: &str) -> Option<&Vec<u8>> {
-        match name {
-            CONFIG => self.config.as_ref(),
-            LABELS_JSON => self.labels_json.as_ref(),
-            LABELS_TEXT => self.labels_text.as_ref(),
-            INDEX => self.index.as_ref(),
-            _ => None,
-        }
+        let text = match name {
+            CONFIG => &self.config,
+            LABELS_JSON => &self.labels_json,
+            LABELS_TEXT => &self.labels_text,
+            INDEX => &self.index,
+            TOKENIZER => &self.tokenizer,
+            TOKENIZER_CONFIG => &self.tokenizer_config,
+            CHAT_TEMPLATE => &self.chat_template,
+            _ => &None,
+        };
+        text.as_ref()
+    }
+
+    fn language(&self) -> Result<Option<OwnLanguage>> {
+        let text = |name: &str| self.get(name).map(Vec::as_slice);
+        OwnLanguage::read(text(TOKENIZER), text(TOKENIZER_CONFIG), text(CHAT_TEMPLATE))
     }
 
     fn len(&self) -> u64 {
@@ -842,7 +864,15 @@ fn stray(name: &str, module: &str, kind: Kind, config: &LoraConfig, base: &Model
             "tensor {name} is for a module that {CONFIG} does not target (target_modules {})",
             config.target_modules
         ),
-        _ => format!("tensor {name} is for the module {module}, which is none of the base that an adapter can change"),
+        _ => {
+            let modules = base.target_modules();
+            let end = |module: Option<&TargetModule>| module.map_or("none", |m| m.name.as_str()).to_string();
+            format!(
+                "tensor {name} is for the module {module}, which is none of the base; its linear layers are {} to {}",
+                end(modules.first()),
+                end(modules.last())
+            )
+        }
     })
 }
 
@@ -1191,7 +1221,7 @@ mod tests {
 
     #[test]
     fn what_is_saved_beside_the_pairs_arrives() {
-        let Loaded { adapter, summary } = read(&rich()).unwrap();
+        let Loaded { adapter, summary, .. } = read(&rich()).unwrap();
         assert_eq!(
             (adapter.vocab_size, adapter.norms.len(), summary.target_modules),
             (Some(33), 5, vec!["q_proj".into()])

@@ -19,7 +19,7 @@ use crate::adapter::name::check_name;
 use crate::adapter::peft::{self, Loaded, Summary};
 use crate::adapter::store::{Lease, Store};
 use crate::adapter::{Adapter, Generation, Upload};
-use crate::base::{Decoder, ModelConfig};
+use crate::base::{Decoder, Language, ModelConfig, OwnLanguage};
 use crate::lora::PackedAdapter;
 use crate::metrics::Metrics;
 use crate::{Error, Result};
@@ -37,6 +37,8 @@ const MAX_CHASES: usize = 16;
 pub struct RegistryOptions {
     /// The base as it is served; adapters are checked against it and packed to match it.
     pub decoder: Arc<Decoder>,
+    /// How the base's texts become tokens and back; an adapter may bring its own.
+    pub language: Language,
     /// The base's id, to tell an adapter for another base by its `base_model_name_or_path` in messages.
     pub base: String,
     /// Folders of adapters, one folder each, only read. An earlier one wins a name.
@@ -365,8 +367,8 @@ impl Inner {
         let work = tokio::task::spawn_blocking(move || {
             let lease = (entry.source == Source::Store).then(|| self.store.lease(&entry.generation));
             let start = Instant::now();
-            let outcome = self.read(&entry.path).and_then(|Loaded { adapter, summary }| {
-                let packed = Arc::new(self.pack(adapter)?);
+            let outcome = self.read(&entry.path).and_then(|Loaded { adapter, language, summary }| {
+                let packed = Arc::new(self.pack(adapter, language)?);
                 if packed.generation != entry.generation {
                     self.follow_change(&entry, &packed.generation, summary)?;
                 }
@@ -391,8 +393,8 @@ impl Inner {
         peft::load(directory, self.options.config(), &self.options.base)
     }
 
-    fn pack(&self, adapter: Adapter) -> Result<PackedAdapter> {
-        PackedAdapter::new(adapter, &self.options.decoder)
+    fn pack(&self, adapter: Adapter, language: Option<OwnLanguage>) -> Result<PackedAdapter> {
+        Ok(PackedAdapter::new(adapter, &self.options.decoder)?.with_language(language, &self.options.language))
     }
 
     /// The files of an entry are not what they were. In a read-only folder somebody has replaced them: the names that
@@ -423,8 +425,8 @@ impl Inner {
             );
         }
         upload.check_size()?;
-        let Loaded { adapter, summary } = self.read(upload.path())?;
-        let packed = Arc::new(self.pack(adapter)?);
+        let Loaded { adapter, language, summary } = self.read(upload.path())?;
+        let packed = Arc::new(self.pack(adapter, language)?);
         let generation = packed.generation.clone();
         let path = self.store.object(&generation);
         let entry =
@@ -645,9 +647,9 @@ mod tests {
     use super::*;
     use crate::ErrorKind;
     use crate::adapter::files::{CONFIG, WEIGHTS};
-    use crate::adapter::testing::{Files, Tensor, adapter, classifier, tiny};
-    use crate::base::Kernels;
+    use crate::adapter::testing::{Files, Tensor, adapter, classifier, fixtures, tiny};
     use crate::base::testing::{decoder, options};
+    use crate::base::{Base, Kernels};
 
     struct World {
         root: TempDir,
@@ -677,6 +679,7 @@ mod tests {
             let options = RegistryOptions {
                 base: base.into(),
                 decoder: Arc::new(decoder(&tiny(), options(Kernels::for_device(&Device::Cpu)), 1)),
+                language: Base::open(&fixtures().join("tiny/llama/base").to_string_lossy())?.language(),
                 directories: vec![self.root.path().join("adapters")],
                 store: self.root.path().join("store"),
                 memory: self.memory,

@@ -9,6 +9,7 @@ mod fetch;
 mod gguf;
 mod jinja;
 mod kv;
+mod language;
 pub mod matmul;
 mod rope;
 pub mod simd;
@@ -26,6 +27,7 @@ pub use family::{Activation, Architecture, Family, LM_HEAD, Module, Names, NormK
 pub use fetch::{fetch, packaged};
 pub(crate) use gguf::{Gguf, Meta};
 pub use kv::{BLOCK, KvCache};
+pub use language::{Language, OwnLanguage};
 pub use rope::Rope;
 pub use source::{Base, DEFAULT_MODEL};
 pub use tokenizer::Tokenizer;

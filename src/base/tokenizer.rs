@@ -78,7 +78,7 @@ impl Tokenizer {
         Self::from_json(&bytes).map_err(|e| named(e.message))
     }
 
-    fn from_json(bytes: &[u8]) -> Result<Self> {
+    pub(super) fn from_json(bytes: &[u8]) -> Result<Self> {
         let inner =
             tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
         let parts: Parts =
@@ -218,6 +218,11 @@ impl Tokenizer {
         Ok(self)
     }
 
+    /// The token that starts a sequence.
+    pub(super) fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
     /// Names the token that starts a sequence.
     pub(super) fn with_bos(mut self, bos: Option<u32>) -> Self {
         self.bos = bos;
@@ -257,6 +262,11 @@ impl Tokenizer {
     /// The id of a token by its exact spelling in the vocabulary.
     pub(super) fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// Whether it makes the same of every text.
+    pub(super) fn is_same(&self, other: &Tokenizer) -> bool {
+        self.bos == other.bos && self.tokens == other.tokens && self.to_json().ok() == other.to_json().ok()
     }
 
     /// The tokenizer as a `tokenizer.json`.

@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use super::args::{Dtype, ModelArgs, Quantize};
 use crate::adapter::{Registry, RegistryOptions};
 use crate::base::matmul::Format;
-use crate::base::{Base, ChatTemplate, Decoder, DecoderOptions, Kernels, ModelConfig, Tokenizer};
+use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language, ModelConfig};
 use crate::engine::{Engine, EngineOptions, Runner};
 use crate::metrics::Metrics;
 use crate::{Error, Result};
@@ -26,8 +26,7 @@ pub struct Limits {
 pub struct Host {
     pub base_id: String,
     pub config: ModelConfig,
-    pub tokenizer: Arc<Tokenizer>,
-    pub chat: Option<Arc<ChatTemplate>>,
+    pub language: Language,
     pub registry: Arc<Registry>,
     pub engine: Engine,
     pub metrics: Arc<Metrics>,
@@ -59,6 +58,7 @@ impl Host {
         let registry = Registry::open(
             RegistryOptions {
                 decoder: decoder.clone(),
+                language: base.language(),
                 base: base.id.clone(),
                 directories: args.adapters.clone(),
                 store: limits.store,
@@ -79,12 +79,12 @@ impl Host {
             eos_tokens: base.config.eos_tokens.clone(),
         };
         let runner = Runner::new(decoder.clone(), args.kv_memory.0 as usize)?;
-        let engine = Engine::start(Box::new(runner), base.tokenizer.clone(), options, metrics.clone())?;
+        let language = base.language();
+        let engine = Engine::start(Box::new(runner), base.tokenizer, options, metrics.clone())?;
         Ok(Host {
             base_id: base.id,
             config: base.config,
-            tokenizer: base.tokenizer,
-            chat: base.chat,
+            language,
             registry,
             engine,
             metrics,

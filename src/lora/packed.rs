@@ -9,7 +9,7 @@ use super::dora;
 use super::table::{Embedding, LmHead};
 use crate::adapter::{Adapter, Generation, Head, OwnNorm};
 use crate::base::matmul::PackedMatrix;
-use crate::base::{Decoder, DecoderOptions, Kernels, Module, Norm, NormSite, Site};
+use crate::base::{Decoder, DecoderOptions, Kernels, Language, Module, Norm, NormSite, OwnLanguage, Site};
 use crate::{Error, Result};
 
 /// What is changed of one fused linear layer.
@@ -147,6 +147,8 @@ pub struct PackedAdapter {
     pub(super) embedding: Option<Embedding>,
     pub(super) lm_head: Option<LmHead>,
     head: Option<Head>,
+    /// Its own tokenizer, chat template and end tokens, where they are not the base's.
+    pub language: Option<Language>,
 }
 
 impl PackedAdapter {
@@ -224,7 +226,17 @@ impl PackedAdapter {
             embedding,
             lm_head,
             head,
+            language: None,
         })
+    }
+
+    /// The adapter with what lies beside its weights, as far as it is not the base's.
+    pub fn with_language(mut self, own: Option<OwnLanguage>, base: &Language) -> Self {
+        if let Some((language, bytes)) = own.and_then(|own| own.over(base)) {
+            self.language = Some(language);
+            self.bytes += bytes;
+        }
+        self
     }
 
     pub fn has_head(&self) -> bool {
