@@ -19,8 +19,8 @@ fn main() {
     let base = Base::open(DEFAULT_MODEL).expect("the default model");
     let kernels = Kernels::for_device(&Device::Cpu);
     let options = DecoderOptions { device: Device::Cpu, kernels, format: None, dtype: DType::F32 };
-    let decoder = Decoder::load(&base.config, &base.weights, options.clone()).expect("weights");
-    let mut runner = Runner::new(decoder, 256 << 20).expect("cache");
+    let decoder = Arc::new(Decoder::load(&base.config, &base.weights, options).expect("weights"));
+    let mut runner = Runner::new(decoder.clone(), 256 << 20).expect("cache");
     let adapter = |i: usize| {
         let weight = |j: usize| half::bf16::from_f32(((i * 31 + j) % 17) as f32 / 1e3).to_f32();
         let pair = |n: usize, k: usize| LoraPair {
@@ -28,12 +28,13 @@ fn main() {
             scale: 1.0,
             a: (0..RANK * k).map(weight).collect(),
             b: (0..RANK * n).map(weight).collect(),
+            ..LoraPair::default()
         };
         let modules = base.config.target_modules();
         let pairs: BTreeMap<_, _> =
             modules.iter().map(|m| ((m.layer, m.projection), pair(m.out_features, m.in_features))).collect();
-        let adapter = Adapter { generation: Generation::new(i.to_string()), pairs, head: None };
-        Arc::new(PackedAdapter::new(adapter, &base.config, &options).expect("packed"))
+        let adapter = Adapter { pairs, ..Adapter::new(Generation::new(i.to_string())) };
+        Arc::new(PackedAdapter::new(adapter, &decoder).expect("packed"))
     };
     let adapters: Vec<_> = (0..32).map(adapter).collect();
     println!("rows  start  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");

@@ -14,7 +14,7 @@ use flate2::read::MultiGzDecoder;
 use zip::read::{ArchiveOffset, Config};
 use zip::unstable::read::ZipIterable;
 
-use crate::adapter::files::{CONFIG, FILES, PICKLE, WEIGHTS, pickle_error, shorten};
+use crate::adapter::files::{CONFIG, FILES, GGUF, PICKLE, WEIGHTS, is_shard, kept_name, pickle_error, shorten};
 use crate::{Error, Result};
 
 /// Most entries of an archive, skipped ones included.
@@ -66,7 +66,7 @@ struct Unpacker<'a> {
     /// Of the walk under way.
     entries: usize,
     /// What may be of use, by folder and name; collected on the first walk.
-    found: Vec<(String, &'static str)>,
+    found: Vec<(String, String)>,
     /// The folder inside the archive that holds the adapter, empty for the top; known on the second walk.
     folder: Option<String>,
 }
@@ -86,12 +86,17 @@ impl Unpacker<'_> {
     }
 
     /// Counts an entry and tells what to write it as, if anything.
-    fn entry(&mut self, path: &str) -> Result<Option<&'static str>> {
+    fn entry(&mut self, path: &str) -> Result<Option<String>> {
         self.count()?;
         let mut parts = safe_parts(path)?;
         let Some(name) = parts.pop() else { return Ok(None) };
-        let Some(file) = FILES.into_iter().chain([PICKLE]).find(|file| *file == name) else { return Ok(None) };
+        let pickle = Some(PICKLE).filter(|pickle| *pickle == name);
+        let Some(file) = kept_name(name).or(pickle).map(String::from) else { return Ok(None) };
         let folder = parts.join("/");
+        if file == GGUF && self.found.iter().any(|(f, name)| self.folder.is_some() && *f == folder && name == CONFIG) {
+            // An export of the adapter beside it.
+            return Ok(None);
+        }
         match &self.folder {
             None => {
                 self.found.push((folder, file));
@@ -125,7 +130,7 @@ impl Unpacker<'_> {
             folders = holding(|file| file != PICKLE);
         }
         let Some(&chosen) = folders.first() else {
-            return Err(Error::unprocessable(format!("the archive holds none of {FILES:?}")));
+            return Err(Error::unprocessable(format!("the archive holds none of {FILES:?} and no .gguf file")));
         };
         if let Some(other) = folders.get(1).filter(|other| depth(other) == depth(chosen)) {
             return Err(Error::unprocessable(format!(
@@ -133,12 +138,15 @@ impl Unpacker<'_> {
             )));
         }
         let mut files = HashSet::new();
-        for (_, file) in self.found.iter().filter(|(folder, _)| folder == chosen) {
-            if !files.insert(*file) {
-                return Err(Error::unprocessable(format!("the archive has {file} twice in the folder {chosen:?}")));
+        let config = self.found.iter().any(|(folder, file)| folder == chosen && file == CONFIG);
+        for (_, file) in self.found.iter().filter(|(folder, file)| folder == chosen && !(config && file == GGUF)) {
+            if !files.insert(file.as_str()) {
+                let what = if file == GGUF { "a .gguf file" } else { file };
+                return Err(Error::unprocessable(format!("the archive has {what} twice in the folder {chosen:?}")));
             }
         }
-        if files.contains(PICKLE) && !files.contains(WEIGHTS) {
+        let weights = files.iter().any(|file| [WEIGHTS, GGUF].contains(file) || is_shard(file));
+        if files.contains(PICKLE) && !weights {
             return Err(pickle_error(&format!("{PICKLE} in the archive")));
         }
         Ok(chosen.to_string())
@@ -209,7 +217,7 @@ impl Unpacker<'_> {
             }
             if let Some(name) = self.entry(&path)? {
                 let size = entry.size();
-                self.write(&path, name, size, &mut entry)?;
+                self.write(&path, &name, size, &mut entry)?;
             }
         }
         // To the end, so that a truncated or damaged compressed stream is noticed.
@@ -256,7 +264,7 @@ impl Unpacker<'_> {
                 let mut open = entry
                     .with_reader(&mut content, zip::ZipReadOptions::new())
                     .map_err(|e| malformed(Some(&path), &e))?;
-                self.write(&path, name, size, &mut open)?;
+                self.write(&path, &name, size, &mut open)?;
             }
         }
         Ok(())
@@ -461,7 +469,7 @@ mod tests {
             file("out/adapter_config.json", b"{}"),
             file("out/adapter_model.safetensors", b"w"),
             file("out/checkpoint-5/adapter_config.json", b"old"),
-            file("out/tokenizer.json", b"x"),
+            file("out/special_tokens_map.json", b"x"),
         ]);
         for archive in [&at_top, &gzip(&at_top), &in_folder, &gzip(&in_folder)] {
             assert_eq!(unpacked(archive, 100).unwrap(), expected);
@@ -469,6 +477,21 @@ mod tests {
         let entries: &[(&str, &[u8])] =
             &[("out/adapter_config.json", b"{}"), ("out/adapter_model.safetensors", b"w"), ("out/x.txt", b"x")];
         assert_eq!(unpacked(&zip(entries), 100).unwrap(), expected);
+    }
+
+    #[test]
+    fn shards_and_gguf_files_are_taken() {
+        let names = ["adapter_model-00001-of-00002.safetensors", "adapter_model-00002-of-00002.safetensors"];
+        let index = "adapter_model.safetensors.index.json";
+        let files = [file(CONFIG, b"{}"), file(names[1], b"2"), file(index, b"i"), file(names[0], b"1")];
+        let found: Vec<String> = unpacked(&tar(&files), 100).unwrap().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(found, [CONFIG, names[0], names[1], index]);
+        let gguf = unpacked(&zip(&[("lora/mine-f16.gguf", b"g"), ("lora/README.md", b"x")]), 100).unwrap();
+        assert_eq!(gguf, [(GGUF.to_string(), b"g".to_vec())]);
+        // Beside a configuration they are exports.
+        let files = [file("a.gguf", b"a"), file(CONFIG, b"{}"), file("b.gguf", b"b"), file(WEIGHTS, b"w")];
+        assert_eq!(unpacked(&tar(&files), 100).unwrap().len(), 2);
+        refused(&tar(&[file("a.gguf", b"a"), file("b.gguf", b"b")]), ErrorKind::Unprocessable, "a .gguf file twice");
     }
 
     #[test]

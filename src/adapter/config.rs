@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::adapter::files::{CONFIG, shorten};
 use crate::adapter::labels;
-use crate::base::{LM_HEAD, ModelConfig, TargetModule};
+use crate::base::{LM_HEAD, ModelConfig, Module};
 use crate::{Error, Result};
 
 /// Largest rank accepted; published adapters stay far below.
@@ -25,6 +25,8 @@ const MAX_PATTERNS: usize = 4096;
 const MAX_LAYERS_PATTERNS: usize = 16;
 /// Most entries of a list of module names or layers.
 const MAX_NAMES: usize = 1 << 16;
+/// Far more than any vocabulary has.
+pub(super) const MAX_VOCABULARY: usize = 1 << 22;
 /// Steps of one match of a pattern with look-around or back-references.
 const BACKTRACK_LIMIT: usize = 10_000;
 /// How long all regular expressions of one configuration may take together. Honest ones take milliseconds.
@@ -34,10 +36,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub(super) const HEADS: [&str; 2] = ["score", "classifier"];
 
 /// Fields that only matter for training, initialisation or bookkeeping.
-const IGNORED: [&str; 18] = [
+const IGNORED: [&str; 17] = [
     "auto_mapping",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     // How the base's weights lie, which the base itself says; PEFT corrects the field by that. A and B lie alike either way.
     "fan_in_fan_out",
@@ -58,12 +59,9 @@ const IGNORED: [&str; 18] = [
 
 /// Fields that change the result, and what they stand for. Off is only null or false: to PEFT an empty object is a
 /// feature with its defaults.
-const UNSUPPORTED: [(&str, &str); 13] = [
-    ("use_dora", "DoRA"),
-    ("lora_bias", "a bias of lora_B"),
+const UNSUPPORTED: [(&str, &str); 10] = [
     ("layer_replication", "a stack of replicated layers"),
     ("alora_invocation_tokens", "activated LoRA"),
-    ("trainable_token_indices", "trained token embeddings"),
     ("target_parameters", "LoRA on parameters outside linear layers"),
     ("use_qalora", "QALoRA"),
     ("arrow_config", "Arrow routing"),
@@ -146,14 +144,36 @@ pub struct LoraConfig {
     pub layers_to_transform: Option<Vec<u64>>,
     pub layers_pattern: Vec<String>,
     pub modules_to_save: Vec<String>,
+    pub use_dora: bool,
+    /// lora_B has a bias.
+    pub lora_bias: bool,
+    pub bias: Bias,
+    /// What happens to the embedding happens to a tied `lm_head` too.
+    pub ensure_weight_tying: bool,
+    /// Tokens whose rows are trained, by the end of the table's name (`None` is the embedding), in the order of the saved
+    /// rows.
+    pub trainable_tokens: Vec<(Option<String>, Vec<u32>)>,
     /// Class names by class number.
     pub id2label: Option<Vec<String>>,
 }
 
-/// A module of the base that the adapter changes.
+/// Which of the base's biases an adapter brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bias {
+    None,
+    /// Those of the targeted modules.
+    Targets,
+    All,
+}
+
+/// A module of the base that the adapter adds a pair to.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Target {
-    pub module: TargetModule,
+    /// Full module path.
+    pub name: String,
+    pub module: Module,
+    pub out_features: usize,
+    pub in_features: usize,
     pub rank: usize,
     pub scale: f32,
 }
@@ -196,6 +216,18 @@ impl LoraConfig {
                 Some(list) => strings("layers_pattern", list)?,
             },
             modules_to_save: fields.take("modules_to_save").map_or(Ok(vec![]), |v| strings("modules_to_save", v))?,
+            use_dora: fields.boolean("use_dora")?,
+            lora_bias: fields.boolean("lora_bias")?,
+            bias: match fields.string("bias")?.as_deref() {
+                None | Some("none") => Bias::None,
+                Some("lora_only") => Bias::Targets,
+                Some("all") => Bias::All,
+                Some(other) => {
+                    return Err(bad(format!("bias is {other:?}; expected \"none\", \"lora_only\" or \"all\"")));
+                }
+            },
+            ensure_weight_tying: fields.boolean("ensure_weight_tying")?,
+            trainable_tokens: fields.trainable_tokens()?,
             id2label: fields
                 .take("id2label")
                 .map(|v| labels::from_json(&v))
@@ -206,6 +238,32 @@ impl LoraConfig {
         config.checked()
     }
 
+    /// What an adapter without a configuration is: plain pairs, each of its own rank, and modules saved whole. An alpha of 0
+    /// stands for a scale of 1.
+    pub(super) fn of_pairs(alpha: f64, pairs: Vec<(String, usize)>, saved: Vec<String>) -> Self {
+        let alphas = pairs.iter().filter(|_| alpha == 0.0).map(|(name, rank)| (name.clone(), *rank as f64));
+        LoraConfig {
+            base_model: None,
+            task_type: None,
+            r: pairs.iter().map(|(_, rank)| *rank).max().unwrap_or(1),
+            lora_alpha: alpha,
+            use_rslora: false,
+            alpha_pattern: alphas.collect(),
+            target_modules: Modules::Names(pairs.iter().map(|(name, _)| name.clone()).collect()),
+            rank_pattern: pairs,
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: vec![],
+            modules_to_save: saved,
+            use_dora: false,
+            lora_bias: false,
+            bias: Bias::None,
+            ensure_weight_tying: false,
+            trainable_tokens: vec![],
+            id2label: None,
+        }
+    }
+
     fn checked(self) -> Result<Self> {
         match self.task_type.as_deref() {
             None | Some("CAUSAL_LM" | "SEQ_CLS") => {}
@@ -213,10 +271,8 @@ impl LoraConfig {
                 return Err(bad(format!("task_type is {other:?}; supported: \"CAUSAL_LM\", \"SEQ_CLS\" or null")));
             }
         }
-        if let Some(other) = self.modules_to_save.iter().find(|m| !HEADS.contains(&m.as_str())) {
-            return Err(bad(format!(
-                "modules_to_save names {other:?}, which is not supported; supported: the classification heads {HEADS:?}"
-            )));
+        if self.use_dora && self.lora_bias {
+            return Err(bad("use_dora and lora_bias are both true; PEFT has no such adapters"));
         }
         let by_pattern = matches!(self.target_modules, Modules::Pattern(_));
         if by_pattern && self.layers_to_transform.is_some() {
@@ -244,50 +300,113 @@ impl LoraConfig {
         self.is_sequence_classification() || self.modules_to_save.iter().any(|m| m == name)
     }
 
-    /// The base's modules that this adapter changes, in the order of the layers.
-    pub(super) fn targets(&self, base: &ModelConfig) -> Result<Vec<Target>> {
+    /// Whether the module of this full name is saved as a whole: PEFT asks for the end of the name alone.
+    pub(super) fn saves(&self, name: &str) -> bool {
+        self.modules_to_save.iter().any(|end| name.ends_with(end.as_str()))
+    }
+
+    /// Tokens of a table whose rows are trained.
+    pub(super) fn tokens_of(&self, table: &str, base: &ModelConfig) -> Option<&Vec<u32>> {
+        let is_embedding = table == base.family.names().embedding;
+        let listed = |end: &Option<String>| end.as_ref().map_or(is_embedding, |end| table.ends_with(end.as_str()));
+        self.trainable_tokens.iter().find(|(end, _)| listed(end)).map(|(_, tokens)| tokens)
+    }
+
+    /// Refuses trained tokens of what is no table of the base, or is saved whole.
+    pub(super) fn check_tokens(&self, base: &ModelConfig) -> Result<()> {
+        let tables = [base.family.names().embedding, LM_HEAD];
+        for end in self.trainable_tokens.iter().filter_map(|(end, _)| end.as_ref()) {
+            if !tables.iter().any(|name| name.ends_with(end.as_str())) {
+                return Err(bad(format!("trainable_token_indices names {end:?}; the base's tables are {tables:?}")));
+            }
+        }
+        match tables.iter().find(|table| self.saves(table) && self.tokens_of(table, base).is_some()) {
+            Some(table) => Err(bad(format!(
+                "trainable_token_indices and modules_to_save both name {table}; a table is saved one way"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether `lm_head` is the embedding that is saved, on a base that ties them.
+    pub(super) fn ties_saved(&self) -> bool {
+        self.ensure_weight_tying && self.modules_to_save.iter().any(|m| is_table(m))
+    }
+
+    /// Whether the pair of `lm_head` is the embedding's, on a base that ties them.
+    fn ties_targets(&self) -> bool {
+        self.ensure_weight_tying
+            && !self.ties_saved()
+            && match &self.target_modules {
+                Modules::Names(names) => names.iter().any(|name| is_table(name)),
+                Modules::Pattern(pattern) => {
+                    full_match(pattern).is_ok_and(|r| TABLES.iter().any(|name| r.is_match(name).unwrap_or(false)))
+                }
+            }
+    }
+
+    /// The base's modules that this adapter changes, in the order of the layers; the tables last. `vocab_size` is the
+    /// adapter's.
+    pub(super) fn targets(&self, base: &ModelConfig, vocab_size: usize) -> Result<Vec<Target>> {
         let effort = Effort::new();
-        let all = base.target_modules();
-        let names = base.family.names();
-        let tables: Vec<&str> = [names.embedding].into_iter().chain(names.positions).chain([LM_HEAD]).collect();
-        // LoRA on the embeddings is a different computation; PEFT targets them by the same field. A sequence classifier
-        // has no lm_head for a pattern to match, and `all-linear` means neither.
-        let embeddings = match self.is_sequence_classification() {
-            _ if self.target_modules.is_all_linear() => &[][..],
-            true => &tables[..tables.len() - 1],
-            false => &tables[..],
+        let linear = base.target_modules().into_iter().map(|m| {
+            let shape = (m.out_features, m.in_features);
+            (m.name, Module::Linear(m.layer, m.projection), shape)
+        });
+        let tables = [base.family.names().embedding, LM_HEAD];
+        let embedding = (tables[0].to_string(), Module::Embedding, (base.hidden_size, vocab_size));
+        let lm_head = (LM_HEAD.to_string(), Module::LmHead, (vocab_size, base.hidden_size));
+        // `all-linear` means neither table. A sequence classifier has no lm_head for a pattern to match.
+        let targets = match self.is_sequence_classification() {
+            _ if self.target_modules.is_all_linear() => vec![],
+            true => vec![embedding],
+            false => vec![embedding, lm_head],
         };
-        let names: Vec<&str> = all.iter().map(|m| m.name.as_str()).chain(embeddings.iter().copied()).collect();
-        let chosen = self.chosen(&names, &effort)?;
-        if let Some((name, _)) = names.iter().zip(&chosen).skip(all.len()).find(|(_, chosen)| **chosen) {
+        let all: Vec<_> = linear.chain(targets).collect();
+        let names: Vec<&str> = all.iter().map(|(name, ..)| name.as_str()).collect();
+        let mut chosen = self.chosen(&names, &effort)?;
+        if let Some(positions) = base.family.names().positions.filter(|_| !self.target_modules.is_all_linear())
+            && self.chosen(&[positions], &effort)? == [true]
+        {
             return Err(bad(format!(
-                "target_modules {} includes {name}, which is not supported; supported: the linear layers inside the \
-                 decoder's layers",
+                "target_modules {} includes {positions}, learned positions, which is not supported",
                 self.target_modules
             )));
         }
-        let modules: Vec<&TargetModule> =
-            all.iter().zip(&chosen).filter_map(|(m, chosen)| chosen.then_some(m)).collect();
-        if modules.is_empty() {
+        if base.tie_word_embeddings && self.ties_targets() {
+            let tables =
+                all.iter().zip(&mut chosen).filter(|((_, module, _), _)| !matches!(module, Module::Linear(..)));
+            tables.for_each(|(_, chosen)| *chosen = true);
+        }
+        if !chosen.contains(&true) {
             return Err(bad(format!(
                 "target_modules {} (with layers_to_transform and exclude_modules) matches no module of the base; its \
-                 modules are {} to {}",
+                 modules are {} to {}, {} and {}",
                 self.target_modules,
-                all.first().map_or("none", |m| m.name.as_str()),
-                all.last().map_or("none", |m| m.name.as_str()),
+                names.first().unwrap_or(&"none"),
+                names.iter().rfind(|name| !tables.contains(name)).unwrap_or(&"none"),
+                tables[0],
+                tables[1]
             )));
         }
-        let names: Vec<&str> = modules.iter().map(|m| m.name.as_str()).collect();
+        let names: Vec<&str> = names.iter().zip(&chosen).filter_map(|(name, chosen)| chosen.then_some(*name)).collect();
         let ranks = first_match("rank_pattern", &self.rank_pattern, &names, &effort)?;
         let alphas = first_match("alpha_pattern", &self.alpha_pattern, &names, &effort)?;
-        let scaled = modules.iter().zip(ranks.into_iter().zip(alphas)).map(|(module, (rank, alpha))| {
+        let modules = all.iter().zip(&chosen).filter_map(|(module, chosen)| chosen.then_some(module));
+        let scaled = modules.zip(ranks.into_iter().zip(alphas)).map(|((name, module, shape), (rank, alpha))| {
             let rank = rank.unwrap_or(self.r);
             let alpha = alpha.unwrap_or(self.lora_alpha);
             let scale = if self.use_rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 } as f32;
             if !scale.is_finite() {
-                return Err(bad(format!("the scale of {} (alpha {alpha}, rank {rank}) is not finite", module.name)));
+                return Err(bad(format!("the scale of {name} (alpha {alpha}, rank {rank}) is not finite")));
             }
-            Ok(Target { module: (*module).clone(), rank, scale })
+            if self.lora_bias && *module == Module::Embedding {
+                return Err(bad(format!(
+                    "lora_bias is true and target_modules includes {name}; PEFT has no such pairs"
+                )));
+            }
+            let (name, (out_features, in_features)) = (name.clone(), *shape);
+            Ok(Target { name, module: *module, out_features, in_features, rank, scale })
         });
         scaled.collect()
     }
@@ -333,6 +452,13 @@ impl LoraConfig {
         }
         Ok(found)
     }
+}
+
+/// The names by which PEFT knows the tables that a model may tie (`EMBEDDING_LAYER_NAMES`).
+const TABLES: [&str; 2] = ["embed_tokens", "lm_head"];
+
+fn is_table(name: &str) -> bool {
+    TABLES.contains(&name.rsplit('.').next().unwrap_or(name))
 }
 
 /// For each name the value of the first pattern that matches its end: `re.match(rf"(.*\.)?({key})$", name)`
@@ -461,6 +587,30 @@ impl Fields {
         }
     }
 
+    /// A list of tokens is for the embedding.
+    fn trainable_tokens(&mut self) -> Result<Vec<(Option<String>, Vec<u32>)>> {
+        let name = "trainable_token_indices";
+        let token = |v: &Value| {
+            let token = v.as_u64().filter(|&token| token < MAX_VOCABULARY as u64);
+            token.map(|t| t as u32).ok_or_else(|| wrong_type(name, &format!("tokens of 0 to {MAX_VOCABULARY}"), v))
+        };
+        let tokens = |list: &Value| {
+            let Value::Array(items) = list else { return Err(wrong_type(name, "a list of tokens", list)) };
+            let tokens = items.iter().map(token).collect::<Result<Vec<u32>>>()?;
+            let mut sorted = tokens.clone();
+            sorted.sort_unstable();
+            match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+                Some(pair) => Err(bad(format!("{name} names the token {} twice", pair[0]))),
+                None => Ok(tokens),
+            }
+        };
+        match self.take(name) {
+            None => Ok(vec![]),
+            Some(Value::Object(map)) => map.iter().map(|(table, l)| Ok((Some(table.clone()), tokens(l)?))).collect(),
+            Some(list) => Ok(vec![(None, tokens(&list)?)]),
+        }
+    }
+
     /// An empty list means every layer, as in PEFT.
     fn layers(&mut self) -> Result<Option<Vec<u64>>> {
         let name = "layers_to_transform";
@@ -480,12 +630,6 @@ impl Fields {
         for (name, meaning) in UNSUPPORTED {
             if let Some(value) = self.take(name).filter(|value| *value != Value::Bool(false)) {
                 return Err(bad(format!("{name} is {}: {meaning} is not supported", describe(&value))));
-            }
-        }
-        match self.string("bias")?.as_deref() {
-            None | Some("none") => {}
-            Some(other) => {
-                return Err(bad(format!("bias is {other:?}: trained biases are not supported; supported: \"none\"")));
             }
         }
         match self.string("problem_type")?.as_deref() {
@@ -609,8 +753,10 @@ mod tests {
     }
 
     fn targets(changes: Value) -> Result<Vec<String>> {
-        let targets = parse(changes)?.targets(&tiny())?;
-        Ok(targets.into_iter().map(|t| t.module.name.strip_prefix("model.layers.").unwrap().to_string()).collect())
+        let config = parse(changes)?;
+        config.check_tokens(&tiny())?;
+        let targets = config.targets(&tiny(), 32)?;
+        Ok(targets.into_iter().map(|t| t.name.strip_prefix("model.layers.").unwrap_or(&t.name).to_string()).collect())
     }
 
     #[test]
@@ -634,6 +780,27 @@ mod tests {
         assert!(targets(json!({"target_modules": "q_proj"})).unwrap_err().message.contains("matches no module"));
         assert_eq!(targets(json!({"target_modules": r"model\.layers\.\d+\.(?!mlp).*q_proj"})).unwrap(), q);
         assert_eq!(targets(json!({"target_modules": "all-linear", "exclude_modules": r".*(?<!q_proj)"})).unwrap(), q);
+    }
+
+    #[test]
+    fn tables_are_targets_and_may_be_tied() {
+        let (embedding, head) = ("model.embed_tokens", "lm_head");
+        let tied = |names: Value| targets(json!({"target_modules": names, "ensure_weight_tying": true})).unwrap();
+        assert_eq!(targets(json!({"target_modules": ["embed_tokens"]})).unwrap(), [embedding]);
+        assert_eq!(targets(json!({"target_modules": ["lm_head", "embed_tokens"]})).unwrap(), [embedding, head]);
+        assert_eq!(targets(json!({"target_modules": ".*embed_tokens|lm_head"})).unwrap(), [embedding, head]);
+        assert_eq!(tied(json!(["lm_head"])), [embedding, head]);
+        assert_eq!(tied(json!(["model.embed_tokens"])), [embedding, head]);
+        assert_eq!(tied(json!("(.*\\.)?embed_tokens")), [embedding, head]);
+        assert_eq!(tied(json!(["q_proj"])).len(), 2);
+        for (config, word) in [
+            (json!({"use_dora": true, "lora_bias": true}), "lora_bias"),
+            (json!({"target_modules": ["embed_tokens"], "lora_bias": true}), "model.embed_tokens"),
+            (json!({"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]}), "both name"),
+        ] {
+            let message = targets(config.clone()).unwrap_err().message;
+            assert!(message.contains(word), "{config}: {message}");
+        }
     }
 
     #[test]
@@ -673,7 +840,7 @@ mod tests {
         }))
         .unwrap();
         let found: Vec<(usize, f32)> =
-            config.targets(&tiny()).unwrap().iter().map(|t| (t.rank, t.scale * t.rank as f32)).collect();
+            config.targets(&tiny(), 32).unwrap().iter().map(|t| (t.rank, t.scale * t.rank as f32)).collect();
         // "^…" cannot match after the optional prefix took something, but matches with none; "roj" begins at no dot.
         let expected = [(16, 2.5), (4, 2.5), (4, 8.0), (3, 8.0), (2, 2.5), (4, 2.5), (4, 8.0), (4, 8.0)];
         assert_eq!(found, expected);
@@ -681,7 +848,7 @@ mod tests {
 
     #[test]
     fn rslora_divides_by_the_root_of_the_rank() {
-        let scale = |v| parse(v).unwrap().targets(&tiny()).unwrap()[0].scale;
+        let scale = |v| parse(v).unwrap().targets(&tiny(), 32).unwrap()[0].scale;
         assert_eq!(scale(json!({})), 2.0);
         assert_eq!(scale(json!({"use_rslora": true})), 4.0);
         assert_eq!(scale(json!({"r": null, "lora_alpha": null})), 1.0);
@@ -690,12 +857,8 @@ mod tests {
     #[test]
     fn what_changes_the_result_is_refused_by_name() {
         for (name, value) in [
-            ("use_dora", json!(true)),
-            ("lora_bias", json!(true)),
-            ("bias", json!("all")),
             ("layer_replication", json!([[0, 2], [1, 2]])),
             ("alora_invocation_tokens", json!([1])),
-            ("trainable_token_indices", json!([5])),
             ("target_parameters", json!(["experts.down_proj"])),
             ("use_qalora", json!(true)),
             ("arrow_config", json!({"top_k": 3})),
@@ -715,13 +878,9 @@ mod tests {
             ("init_lora_weights", json!("brand_new")),
             ("init_lora_weights", json!(3)),
             ("task_type", json!("TOKEN_CLS")),
-            ("modules_to_save", json!(["norm"])),
-            ("modules_to_save", json!(["score", "embed_tokens"])),
             ("problem_type", json!("regression")),
             ("peft_type", json!("LOHA")),
             ("some_new_field", json!(1)),
-            ("target_modules", json!(["q_proj", "embed_tokens"])),
-            ("target_modules", json!(["q_proj", "lm_head"])),
         ] {
             let error = targets(json!({name: value.clone()})).unwrap_err();
             assert!(error.message.contains(name), "{name} {value}: {}", error.message);
@@ -741,7 +900,9 @@ mod tests {
             "id2label": {"0": "bad", "1": "good"}, "rank_pattern": null, "alpha_pattern": {},
         }))
         .unwrap();
-        assert!(targets(json!({"target_modules": ["q_proj", "lm_head"], "task_type": "SEQ_CLS"})).is_ok());
+        let q = ["0.self_attn.q_proj", "1.self_attn.q_proj"];
+        let with_head = json!({"target_modules": ["q_proj", "lm_head"], "task_type": "SEQ_CLS"});
+        assert_eq!(targets(with_head).unwrap(), q, "a classifier has no lm_head");
     }
 
     #[test]
@@ -772,6 +933,13 @@ mod tests {
             ("modules_to_save", json!("score")),
             ("base_model_name_or_path", json!(3)),
             ("id2label", json!({"0": 1})),
+            ("bias", json!("some")),
+            ("lora_bias", json!(1)),
+            ("trainable_token_indices", json!([-1])),
+            ("trainable_token_indices", json!([3, 4, 3])),
+            ("trainable_token_indices", json!({"embed_tokens": 3})),
+            ("trainable_token_indices", json!({"positions": [3]})),
+            ("ensure_weight_tying", json!("yes")),
         ] {
             let error = targets(json!({name: value.clone()})).unwrap_err();
             assert!(error.message.contains(name), "{name} {value}: {}", error.message);
@@ -797,7 +965,7 @@ mod tests {
             modules.iter().enumerate().map(|(i, m)| (m.name.clone(), json!(1 + i))).collect();
         let config = parse(json!({"target_modules": "all-linear", "rank_pattern": patterns})).unwrap();
         let start = Instant::now();
-        let ranks: Vec<usize> = config.targets(&base).unwrap().iter().map(|t| t.rank).collect();
+        let ranks: Vec<usize> = config.targets(&base, 32).unwrap().iter().map(|t| t.rank).collect();
         assert_eq!(ranks, (1..=modules.len()).collect::<Vec<_>>());
         assert!(start.elapsed() < PATIENCE);
     }
@@ -810,7 +978,7 @@ mod tests {
             let patterns: Map<String, Value> = (0..4000).map(|i| (format!("{slow}{i}"), json!(2))).collect();
             let start = Instant::now();
             let error = parse(json!({"target_modules": "all-linear", "rank_pattern": patterns}))
-                .and_then(|config| config.targets(&base));
+                .and_then(|config| config.targets(&base, 32));
             let message = error.unwrap_err().message;
             assert!(message.contains("rank_pattern: its patterns take more than 2 s"), "{message}");
             assert!(start.elapsed() < 5 * PATIENCE, "{slow}: {:?}", start.elapsed());

@@ -1,9 +1,10 @@
 //! The files that make up an adapter, and how they are opened.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::adapter::labels::{LABELS_JSON, LABELS_TEXT};
@@ -12,14 +13,93 @@ use crate::{Error, Result};
 pub(super) const CONFIG: &str = "adapter_config.json";
 pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
 
-/// Every file that has a say in what an adapter computes, sorted by name.
-pub(super) const FILES: [&str; 4] = [CONFIG, WEIGHTS, LABELS_JSON, LABELS_TEXT];
+/// Which shard holds which tensor, where the weights are in several files.
+pub(super) const INDEX: &str = "adapter_model.safetensors.index.json";
+/// The texts' side: an adapter's own tokens and turns.
+pub(super) const TOKENIZER: &str = "tokenizer.json";
+pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(super) const CHAT_TEMPLATE: &str = "chat_template.jinja";
+/// What a GGUF file is called here, whatever it was called.
+pub(super) const GGUF: &str = "adapter_model.gguf";
+
+/// Every file that has a say in what an adapter computes, sorted by name; beside them, shards of the weights, or one GGUF
+/// file in place of configuration and weights.
+pub(super) const FILES: [&str; 8] =
+    [CONFIG, WEIGHTS, INDEX, CHAT_TEMPLATE, LABELS_JSON, LABELS_TEXT, TOKENIZER, TOKENIZER_CONFIG];
+
+/// The name under which a file of an adapter is kept; `None` for what is no such file.
+pub fn kept_name(name: &str) -> Option<&str> {
+    match FILES.contains(&name) || is_shard(name) {
+        true => Some(name),
+        false => name.ends_with(".gguf").then_some(GGUF),
+    }
+}
+
+/// `adapter_model-00001-of-00002.safetensors`.
+pub(super) fn is_shard(name: &str) -> bool {
+    let numbers = name.strip_prefix("adapter_model-").and_then(|n| n.strip_suffix(".safetensors")?.split_once("-of-"));
+    let number = |n: &str| n.len() == 5 && n.bytes().all(|c| c.is_ascii_digit());
+    numbers.is_some_and(|(this, of)| number(this) && number(of))
+}
+
+/// The files of the adapter in `directory`, by the names they are kept under; none where it is no directory. One file of
+/// weights goes before shards, and a configuration before a GGUF file.
+pub fn adapter_files(directory: &Path) -> Result<BTreeMap<String, PathBuf>> {
+    let failed = |e: std::io::Error| Error::internal(format!("{} could not be listed: {e}", directory.display()));
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(BTreeMap::new()),
+        Err(e) => return Err(failed(e)),
+    };
+    let (mut files, mut ggufs) = (BTreeMap::new(), vec![]);
+    for entry in entries {
+        let entry = entry.map_err(failed)?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        match kept_name(&name) {
+            Some(GGUF) => ggufs.push(name),
+            Some(kept) => drop(files.insert(kept.to_string(), entry.path())),
+            None => {}
+        }
+    }
+    if files.contains_key(WEIGHTS) {
+        files.retain(|name, _| !is_shard(name) && name != INDEX);
+    }
+    if !files.contains_key(CONFIG) {
+        ggufs.sort();
+        match ggufs.as_slice() {
+            [] => {}
+            [one] => drop(files.insert(GGUF.to_string(), directory.join(one))),
+            [one, two, ..] => {
+                return Err(Error::unprocessable(format!("there are two GGUF files, {one} and {two}; expected one")));
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// Whether a file of this name holds numbers, or says where they are.
+pub(super) fn is_weights(name: &str) -> bool {
+    [WEIGHTS, INDEX, GGUF].contains(&name) || is_shard(name)
+}
+
+/// Whether a folder looks like an adapter's.
+pub fn is_adapter(directory: &Path) -> bool {
+    let listed = adapter_files(directory);
+    listed.map_or(true, |files| files.contains_key(CONFIG) || files.contains_key(GGUF))
+}
 
 /// PEFT's older format, which runs code on loading.
 pub(super) const PICKLE: &str = "adapter_model.bin";
 
-/// Largest JSON or text file that is read into memory.
-const MAX_TEXT: u64 = 1 << 20;
+/// Largest JSON or text file that is read into memory. Tokenizers of 256 thousand tokens have 35 MB; some keep the texts of
+/// all added tokens in the settings beside them too.
+fn max_text(name: &str) -> u64 {
+    match name {
+        TOKENIZER => 64 << 20,
+        TOKENIZER_CONFIG => 16 << 20,
+        _ => 1 << 20,
+    }
+}
 
 /// How often files that change while they are read are read again, and how long the first wait is; each next one is
 /// twice as long.
@@ -35,16 +115,20 @@ pub(super) fn pickle_error(found: &str) -> Error {
 
 /// Opens a regular file of the directory and tells its length; `None` if there is none of that name.
 pub(super) fn open_optional(directory: &Path, name: &str) -> Result<Option<(File, u64)>> {
-    let path = directory.join(name);
+    open_at(&directory.join(name), name)
+}
+
+/// The same at a path; `name` is for messages.
+pub(super) fn open_at(path: &Path, name: &str) -> Result<Option<(File, u64)>> {
     let failed = |e: std::io::Error| Error::internal(format!("{name} could not be opened: {e}"));
     // Asked before opening: opening a named pipe would wait for a writer.
-    match std::fs::metadata(&path) {
+    match std::fs::metadata(path) {
         Ok(meta) if meta.is_file() => {}
         Ok(_) => return Err(Error::unprocessable(format!("{name} is not a regular file"))),
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(failed(e)),
     }
-    let file = match File::open(&path) {
+    let file = match File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(failed(e)),
@@ -73,25 +157,26 @@ pub(super) fn steady<T>(directory: &Path, mut read: impl FnMut() -> Result<T>) -
 }
 
 /// What changes with every replacement of and write to the adapter's files: inode, length and times.
-fn state_of(directory: &Path) -> [Option<[i64; 6]>; FILES.len()] {
-    FILES.map(|name| {
-        let meta = std::fs::metadata(directory.join(name)).ok()?;
+fn state_of(directory: &Path) -> Vec<(PathBuf, Option<[i64; 6]>)> {
+    let state = |path: &Path| {
+        let meta = std::fs::metadata(path).ok()?;
         let (inode, length) = (meta.ino() as i64, meta.len() as i64);
         Some([inode, length, meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec()])
-    })
+    };
+    adapter_files(directory).unwrap_or_default().into_values().map(|path| (path.clone(), state(&path))).collect()
 }
 
 /// Reads a small file whole; `None` if there is none of that name.
 pub(super) fn read_optional(directory: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     let Some((file, length)) = open_optional(directory, name)? else { return Ok(None) };
-    let mut bytes = Vec::new();
+    let (mut bytes, most) = (Vec::new(), max_text(name));
     // One byte more than allowed, so that a file that grows meanwhile is noticed too.
-    file.take(MAX_TEXT + 1)
+    file.take(most + 1)
         .read_to_end(&mut bytes)
         .map_err(|e| Error::internal(format!("{name} could not be read: {e}")))?;
-    if bytes.len() as u64 > MAX_TEXT {
+    if bytes.len() as u64 > most {
         return Err(Error::unprocessable(format!(
-            "{name} has {} bytes; at most {MAX_TEXT} are read",
+            "{name} has {} bytes; at most {most} are read",
             length.max(bytes.len() as u64)
         )));
     }

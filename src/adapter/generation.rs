@@ -8,19 +8,20 @@ use sha2::{Digest, Sha256};
 
 use crate::Result;
 use crate::adapter::Generation;
-use crate::adapter::files::{FILES, open_optional};
+use crate::adapter::files::{adapter_files, open_at};
 
-/// SHA-256 over a framing of the files: for each file in the order of [`FILES`] the length of its name, its name, the
+/// SHA-256 over a framing of the files: for each file in the order of their names the length of its name, its name, the
 /// length of its content (lengths as little-endian u64), its content. No two sets of files share a framing.
 pub(super) struct GenerationHasher(Sha256);
 
 impl GenerationHasher {
-    /// Lets `each` add every file that is there, in their order.
-    pub fn over_files(mut each: impl FnMut(&'static str, &mut Self) -> Result<()>) -> Result<Generation> {
+    /// Lets `each` add every file, in their order.
+    pub fn over<T>(
+        files: impl IntoIterator<Item = T>,
+        mut each: impl FnMut(T, &mut Self) -> Result<()>,
+    ) -> Result<Generation> {
         let mut hasher = GenerationHasher(Sha256::new());
-        for name in FILES {
-            each(name, &mut hasher)?;
-        }
+        files.into_iter().try_for_each(|file| each(file, &mut hasher))?;
         Ok(hasher.finish())
     }
 
@@ -48,11 +49,11 @@ impl GenerationHasher {
 /// The generation of the adapter files in `directory`, whether or not they are a valid adapter.
 pub fn generation_of(directory: &Path) -> Result<Generation> {
     let mut buffer = vec![0; 1 << 18];
-    GenerationHasher::over_files(|name, hasher| {
-        let Some((mut file, length)) = open_optional(directory, name)? else { return Ok(()) };
-        hasher.file(name, length);
+    GenerationHasher::over(adapter_files(directory)?, |(name, path), hasher| {
+        let Some((mut file, length)) = open_at(&path, &name)? else { return Ok(()) };
+        hasher.file(&name, length);
         loop {
-            let read = file.read(&mut buffer).map_err(|e| crate::Error::from(e).context(name))?;
+            let read = file.read(&mut buffer).map_err(|e| crate::Error::from(e).context(&name))?;
             if read == 0 {
                 return Ok(());
             }

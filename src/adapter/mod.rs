@@ -11,6 +11,7 @@ mod cache;
 mod config;
 mod files;
 mod generation;
+mod gguf;
 mod labels;
 mod name;
 mod peft;
@@ -18,11 +19,12 @@ mod registry;
 mod store;
 mod tensors;
 #[cfg(test)]
-mod testing;
+pub mod testing;
 mod upload;
 
-pub use adapter::{Adapter, Generation, Head, LoraPair};
+pub use adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows, TableChange};
 pub use config::Modules;
+pub use files::{adapter_files, is_adapter, kept_name};
 pub use generation::generation_of;
 pub use name::{BASE_NAME, check_name};
 pub use peft::{Inspection, Loaded, Summary, TensorSummary, inspect, load};

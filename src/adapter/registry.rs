@@ -14,12 +14,12 @@ use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::adapter::cache::{Cache, Flight, Lookup};
-use crate::adapter::files::{CONFIG, WEIGHTS};
+use crate::adapter::files::{adapter_files, is_adapter, is_weights};
 use crate::adapter::name::check_name;
 use crate::adapter::peft::{self, Loaded, Summary};
 use crate::adapter::store::{Lease, Store};
 use crate::adapter::{Adapter, Generation, Upload};
-use crate::base::{DecoderOptions, ModelConfig};
+use crate::base::{Decoder, Language, ModelConfig, OwnLanguage};
 use crate::lora::PackedAdapter;
 use crate::metrics::Metrics;
 use crate::{Error, Result};
@@ -35,11 +35,12 @@ const LOAD_FACTOR: u64 = 3;
 const MAX_CHASES: usize = 16;
 
 pub struct RegistryOptions {
-    pub config: ModelConfig,
+    /// The base as it is served; adapters are checked against it and packed to match it.
+    pub decoder: Arc<Decoder>,
+    /// How the base's texts become tokens and back; an adapter may bring its own.
+    pub language: Language,
     /// The base's id, to tell an adapter for another base by its `base_model_name_or_path` in messages.
     pub base: String,
-    /// How the base is held; adapters are packed to match it.
-    pub decoder: DecoderOptions,
     /// Folders of adapters, one folder each, only read. An earlier one wins a name.
     pub directories: Vec<PathBuf>,
     /// Where uploads live. A stored adapter hides one of the same name in `directories`.
@@ -48,6 +49,12 @@ pub struct RegistryOptions {
     pub memory: usize,
     /// Longest upload in bytes, also after unpacking.
     pub max_upload: u64,
+}
+
+impl RegistryOptions {
+    fn config(&self) -> &ModelConfig {
+        self.decoder.config()
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -177,7 +184,7 @@ impl Registry {
             .into_par_iter()
             .map(|(name, record)| {
                 let path = store.object(&record.generation);
-                let entry = peft::survey(&path, &options.config, &options.base).map(|summary| {
+                let entry = peft::survey(&path, options.config(), &options.base).map(|summary| {
                     let (generation, created) = (record.generation, record.created);
                     Arc::new(Entry { generation, source: Source::Store, path, summary, created })
                 });
@@ -360,8 +367,8 @@ impl Inner {
         let work = tokio::task::spawn_blocking(move || {
             let lease = (entry.source == Source::Store).then(|| self.store.lease(&entry.generation));
             let start = Instant::now();
-            let outcome = self.read(&entry.path).and_then(|Loaded { adapter, summary }| {
-                let packed = Arc::new(self.pack(adapter)?);
+            let outcome = self.read(&entry.path).and_then(|Loaded { adapter, language, summary }| {
+                let packed = Arc::new(self.pack(adapter, language)?);
                 if packed.generation != entry.generation {
                     self.follow_change(&entry, &packed.generation, summary)?;
                 }
@@ -383,11 +390,11 @@ impl Inner {
     }
 
     fn read(&self, directory: &Path) -> Result<Loaded> {
-        peft::load(directory, &self.options.config, &self.options.base)
+        peft::load(directory, self.options.config(), &self.options.base)
     }
 
-    fn pack(&self, adapter: Adapter) -> Result<PackedAdapter> {
-        PackedAdapter::new(adapter, &self.options.config, &self.options.decoder)
+    fn pack(&self, adapter: Adapter, language: Option<OwnLanguage>) -> Result<PackedAdapter> {
+        Ok(PackedAdapter::new(adapter, &self.options.decoder)?.with_language(language, &self.options.language))
     }
 
     /// The files of an entry are not what they were. In a read-only folder somebody has replaced them: the names that
@@ -418,8 +425,8 @@ impl Inner {
             );
         }
         upload.check_size()?;
-        let Loaded { adapter, summary } = self.read(upload.path())?;
-        let packed = Arc::new(self.pack(adapter)?);
+        let Loaded { adapter, language, summary } = self.read(upload.path())?;
+        let packed = Arc::new(self.pack(adapter, language)?);
         let generation = packed.generation.clone();
         let path = self.store.object(&generation);
         let entry =
@@ -548,7 +555,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
         let failed = |e: std::io::Error| {
             Error::bad_request(format!("the folder of adapters {} could not be read: {e}", directory.display()))
         };
-        if directory.join(CONFIG).exists() {
+        if is_adapter(directory) {
             tracing::warn!(
                 "{} is an adapter itself; give the folder that it lies in, to serve all adapters there",
                 directory.display()
@@ -556,7 +563,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
         }
         for folder in std::fs::read_dir(directory).map_err(failed)? {
             let folder = folder.map_err(failed)?;
-            if !folder.path().join(CONFIG).exists() {
+            if !is_adapter(&folder.path()) {
                 continue;
             }
             let name = folder.file_name().to_string_lossy().into_owned();
@@ -573,7 +580,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
     }
     let read: HashMap<String, Arc<Entry>> = folders
         .into_par_iter()
-        .filter_map(|(name, path)| match peft::identify(&path, &options.config, &options.base) {
+        .filter_map(|(name, path)| match peft::identify(&path, options.config(), &options.base) {
             Ok((summary, generation)) => Some((name, directory_entry(path, generation, summary))),
             Err(e) => {
                 tracing::error!("{} is left out: {e}", path.display());
@@ -618,8 +625,9 @@ fn now() -> u64 {
 
 /// When a folder's weights were last written, in Unix seconds.
 fn modified(path: &Path) -> u64 {
-    let time = std::fs::metadata(path.join(WEIGHTS)).and_then(|meta| meta.modified());
-    time.ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_secs())
+    let weights = adapter_files(path).unwrap_or_default().into_iter().filter(|(name, _)| is_weights(name));
+    let times = weights.filter_map(|(_, path)| std::fs::metadata(path).and_then(|meta| meta.modified()).ok());
+    times.max().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_secs())
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
@@ -633,13 +641,15 @@ mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::time::Duration;
 
-    use candle_core::{DType, Device};
+    use candle_core::Device;
     use tempfile::TempDir;
 
     use super::*;
     use crate::ErrorKind;
-    use crate::adapter::testing::{Files, Tensor, adapter, classifier, tiny};
-    use crate::base::Kernels;
+    use crate::adapter::files::{CONFIG, WEIGHTS};
+    use crate::adapter::testing::{Files, Tensor, adapter, classifier, fixtures, tiny};
+    use crate::base::testing::{decoder, options};
+    use crate::base::{Base, Kernels};
 
     struct World {
         root: TempDir,
@@ -667,14 +677,9 @@ mod tests {
 
         fn open_with(&self, base: &str) -> Result<Arc<Registry>> {
             let options = RegistryOptions {
-                config: tiny(),
                 base: base.into(),
-                decoder: DecoderOptions {
-                    device: Device::Cpu,
-                    kernels: Kernels::for_device(&Device::Cpu),
-                    format: None,
-                    dtype: DType::F32,
-                },
+                decoder: Arc::new(decoder(&tiny(), options(Kernels::for_device(&Device::Cpu)), 1)),
+                language: Base::open(&fixtures().join("tiny/llama/base").to_string_lossy())?.language(),
                 directories: vec![self.root.path().join("adapters")],
                 store: self.root.path().join("store"),
                 memory: self.memory,

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use crate::adapter::Generation;
-use crate::adapter::files::FILES;
+use crate::adapter::files::adapter_files;
 use crate::adapter::name::check_name;
 use crate::{Error, Result};
 
@@ -107,13 +107,9 @@ impl Store {
     pub fn add(&self, lease: &Lease, upload: &Path) -> Result<()> {
         let object = self.object(&lease.generation);
         let stage = self.incoming()?;
-        for name in FILES {
-            let from = upload.join(name);
-            match File::open(&from) {
-                Ok(file) => file.sync_all().map_err(|e| failed("write", &from, e))?,
-                Err(e) if e.kind() == ErrorKind::NotFound => continue,
-                Err(e) => return Err(failed("open", &from, e)),
-            }
+        for (name, from) in adapter_files(upload)? {
+            let file = File::open(&from).map_err(|e| failed("open", &from, e))?;
+            file.sync_all().map_err(|e| failed("write", &from, e))?;
             let to = stage.path().join(name);
             fs::rename(&from, &to).map_err(|e| failed("move", &from, e))?;
         }
@@ -122,7 +118,8 @@ impl Store {
         // The lease keeps an object that is there from being removed after this look.
         if object.exists() {
             // Equal content, so each file may take the place of its twin; an object that was damaged is healed.
-            for name in FILES {
+            let (new, old) = (adapter_files(stage.path())?, adapter_files(&object)?);
+            for name in new.keys().chain(old.keys().filter(|name| !new.contains_key(*name))) {
                 let (from, to) = (stage.path().join(name), object.join(name));
                 let placed = if from.exists() { fs::rename(from, to) } else { fs::remove_file(to) };
                 match placed {
@@ -329,6 +326,7 @@ mod tests {
 
     use super::*;
     use crate::ErrorKind;
+    use crate::adapter::files::FILES;
     use crate::adapter::generation_of;
 
     /// Publishes files of this content under the name and returns their generation.

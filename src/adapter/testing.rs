@@ -101,6 +101,24 @@ impl Files {
         std::fs::write(directory.join("adapter_model.safetensors"), self.weights()).unwrap();
     }
 
+    /// The same with the weights in two shards.
+    pub fn sharded(&self) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("adapter_config.json"), self.config.to_string()).unwrap();
+        let (mut map, half) = (serde_json::Map::new(), self.tensors.len() / 2);
+        for (number, shard) in ["00001-of-00002", "00002-of-00002"].iter().enumerate() {
+            let name = format!("adapter_model-{shard}.safetensors");
+            let tensors = self.tensors.iter().enumerate().filter(|(i, _)| (*i >= half) == (number == 1));
+            let tensors: BTreeMap<_, _> = tensors.map(|(_, (name, t))| (name.clone(), t.clone())).collect();
+            map.extend(tensors.keys().map(|tensor| (tensor.clone(), json!(name))));
+            let files = Files { tensors, ..self.clone() };
+            std::fs::write(folder.path().join(name), files.weights()).unwrap();
+        }
+        let index = json!({"metadata": {"total_size": 1}, "weight_map": map});
+        std::fs::write(folder.path().join("adapter_model.safetensors.index.json"), index.to_string()).unwrap();
+        folder
+    }
+
     pub fn folder(&self) -> TempDir {
         let folder = tempfile::tempdir().unwrap();
         self.write(folder.path());

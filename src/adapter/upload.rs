@@ -7,7 +7,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use crate::adapter::archive;
-use crate::adapter::files::{FILES, PICKLE, WEIGHTS, open_optional, steady};
+use crate::adapter::files::{FILES, GGUF, PICKLE, adapter_files, is_weights, open_at, steady};
 use crate::{Error, Result};
 
 /// An adapter's files on their way in: a private folder in the store that is deleted if it is not published.
@@ -22,13 +22,21 @@ impl Upload {
         Upload { folder, limit }
     }
 
-    /// The folder to write `adapter_config.json`, `adapter_model.safetensors` and `labels.json`/`labels.txt` into.
+    /// The folder to write the adapter's files into: `adapter_config.json`, `adapter_model.safetensors` or its shards,
+    /// `labels.json` or `labels.txt`; or one `.gguf` file.
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Unpacks a `.tar`, `.tar.gz` or `.zip` (told apart by content) that was written to `file`, then deletes it.
+    /// Unpacks a `.tar`, `.tar.gz` or `.zip` (told apart by content) that was written to `file`, then deletes it. A GGUF
+    /// file is taken as it is.
     pub fn unpack(&self, file: &Path) -> Result<()> {
+        let mut start = [0; 4];
+        let is_gguf = File::open(file).and_then(|mut f| f.read_exact(&mut start)).is_ok() && &start == b"GGUF";
+        if is_gguf {
+            let failed = |e| Error::internal(format!("the upload could not be moved: {e}"));
+            return fs::rename(file, self.path().join(GGUF)).map_err(failed);
+        }
         let unpacked = archive::unpack(file, self.path(), self.limit);
         let deleted = fs::remove_file(file);
         unpacked?;
@@ -42,19 +50,15 @@ impl Upload {
 
     fn copy(&self, directory: &Path) -> Result<()> {
         let mut left = self.limit;
-        let mut found = false;
-        for name in FILES {
+        let files = adapter_files(directory)?;
+        // What was there, and so is here, when the files changed while they were copied.
+        for (name, path) in adapter_files(self.path())?.into_iter().filter(|(name, _)| !files.contains_key(name)) {
+            fs::remove_file(path).map_err(|e| Error::internal(format!("{name} could not be removed: {e}")))?;
+        }
+        for (name, path) in &files {
             let failed = |e: std::io::Error| Error::internal(format!("{name} could not be copied: {e}"));
-            let path = self.path().join(name);
-            let Some((mut from, _)) = open_optional(directory, name)? else {
-                // It may have been there, and so here, when the files changed while they were copied.
-                if path.exists() {
-                    fs::remove_file(path).map_err(failed)?;
-                }
-                continue;
-            };
-            found = true;
-            let mut to = File::create(path).map_err(failed)?;
+            let Some((mut from, _)) = open_at(path, name)? else { continue };
+            let mut to = File::create(self.path().join(name)).map_err(failed)?;
             let mut buffer = vec![0; 1 << 16];
             loop {
                 let read = from.read(&mut buffer).map_err(failed)?;
@@ -65,9 +69,9 @@ impl Upload {
                 to.write_all(&buffer[..read]).map_err(failed)?;
             }
         }
-        if !found {
+        if files.is_empty() {
             return Err(Error::unprocessable(format!(
-                "{} holds none of {FILES:?}{}",
+                "{} holds none of {FILES:?} and no .gguf file{}",
                 directory.display(),
                 if directory.is_dir() { "" } else { " (it is not a directory)" }
             )));
@@ -83,9 +87,9 @@ impl Upload {
     /// Refuses files that are larger together than the limit.
     pub(super) fn check_size(&self) -> Result<()> {
         let mut left = self.limit;
-        for name in FILES {
-            if let Some((_, length)) = open_optional(self.path(), name)? {
-                left = left.checked_sub(length).ok_or_else(|| self.too_large(name))?;
+        for (name, path) in adapter_files(self.path())? {
+            if let Some((_, length)) = open_at(&path, &name)? {
+                left = left.checked_sub(length).ok_or_else(|| self.too_large(&name))?;
             }
         }
         Ok(())
@@ -93,7 +97,8 @@ impl Upload {
 
     /// Size of the weights; 0 if there are none.
     pub(super) fn weights(&self) -> u64 {
-        fs::metadata(self.path().join(WEIGHTS)).map_or(0, |meta| meta.len())
+        let files = adapter_files(self.path()).unwrap_or_default().into_iter().filter(|(name, _)| is_weights(name));
+        files.filter_map(|(_, path)| Some(fs::metadata(path).ok()?.len())).sum()
     }
 
     fn too_large(&self, name: &str) -> Error {

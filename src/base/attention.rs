@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::Result;
 use crate::base::ModelConfig;
-use crate::base::decoder::Norm;
+use crate::base::decoder::RowNorm;
 use crate::base::kv::{BLOCK, LayerCache, value_width};
 use crate::base::simd::{self, LANES, Rows, Simd};
 
@@ -72,7 +72,7 @@ pub(super) struct Attention<'a> {
     pub config: &'a ModelConfig,
     pub layer: usize,
     /// Norms of each head of q and of k, before they are rotated.
-    pub head_norms: Option<&'a [Norm; 2]>,
+    pub head_norms: Option<[RowNorm<'a>; 2]>,
     pub rotation: &'a Rotation,
     pub sequences: &'a [SequenceRows<'a>],
 }
@@ -82,7 +82,7 @@ pub(super) struct Attention<'a> {
 ///
 /// Each row is computed on its own, over blocks in ascending order: its result does not depend on the other rows.
 pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut LayerCache) -> Vec<f32> {
-    let Attention { config, layer, head_norms, rotation, sequences } = *attention;
+    let &Attention { config, layer, ref head_norms, rotation, sequences } = attention;
     let LayerCache::Cpu { keys, values } = cache else { unreachable!("the decoder made its own cache") };
     let (hd, kv_heads, vw) = (config.head_dim, config.kv_heads, value_width(config));
     let (group, q_width) = (config.heads / kv_heads, config.heads * hd);
@@ -96,7 +96,7 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
     let mut turn = |which: usize, row: usize, x: &[f32], scale: f32, out: &mut [f32]| match head_norms {
         None => rotation.rotate(row, x, scale, out),
         Some(norms) => {
-            norms[which].row(simd, x, &mut normed);
+            norms[which].of_row(row).row(simd, x, &mut normed);
             rotation.rotate(row, &normed, scale, out);
         }
     };
@@ -183,7 +183,7 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
 
 /// The same by candle's operations, on any device.
 pub(super) fn tensors(attention: &Attention, qkv: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
-    let Attention { config, layer, head_norms, rotation, sequences } = *attention;
+    let &Attention { config, layer, ref head_norms, rotation, sequences } = attention;
     let LayerCache::Tensor { keys, values } = cache else { unreachable!("the decoder made its own cache") };
     let (hd, heads, kv_heads) = (config.head_dim, config.heads, config.kv_heads);
     let (rows, _) = qkv.dims2()?;
@@ -191,7 +191,7 @@ pub(super) fn tensors(attention: &Attention, qkv: &Tensor, cache: &mut LayerCach
     let turn = |which: usize, x: Tensor, heads: usize| -> Result<Tensor> {
         let mut x = x.reshape((rows * heads, hd))?;
         if let Some(norms) = head_norms {
-            x = norms[which].tensor(&x)?;
+            x = norms[which].tensor(&x, heads)?;
         }
         let x = x.reshape((rows, heads, hd))?;
         let (half, turned) = (rotation.half, 2 * rotation.half);

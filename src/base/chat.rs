@@ -14,8 +14,9 @@ const LONGEST: usize = 64 << 20;
 
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    bos: String,
-    eos: String,
+    /// Texts of the tokens; `None` where nobody said.
+    bos: Option<String>,
+    eos: Option<String>,
 }
 
 impl ChatTemplate {
@@ -29,8 +30,20 @@ impl ChatTemplate {
         environment
             .add_template_owned("chat", jinja::without_generation_blocks(template))
             .map_err(|e| Error::unprocessable(format!("the chat template does not compile: {e:#}")))?;
-        let text = |t: Option<&str>| t.unwrap_or_default().to_string();
+        let text = |t: Option<&str>| t.map(str::to_string);
         Ok(ChatTemplate { environment, bos: text(bos), eos: text(eos) })
+    }
+
+    /// With another's texts of the tokens where it has none.
+    pub(super) fn with_tokens_of(mut self, other: Option<&ChatTemplate>) -> Self {
+        self.bos = self.bos.or(other.and_then(|other| other.bos.clone()));
+        self.eos = self.eos.or(other.and_then(|other| other.eos.clone()));
+        self
+    }
+
+    pub(super) fn is_same(&self, other: &ChatTemplate) -> bool {
+        let source = |chat: &ChatTemplate| chat.source().ok();
+        source(self) == source(other) && self.bos == other.bos && self.eos == other.eos
     }
 
     /// The template's own text.
@@ -49,8 +62,8 @@ impl ChatTemplate {
             context! {
                 messages,
                 add_generation_prompt,
-                bos_token => self.bos.as_str(),
-                eos_token => self.eos.as_str(),
+                bos_token => self.bos.as_deref().unwrap_or_default(),
+                eos_token => self.eos.as_deref().unwrap_or_default(),
                 tools => JinjaValue::from(()),
                 documents => JinjaValue::from(()),
             },

@@ -1,5 +1,7 @@
 //! The decoder: token ids in, hidden states and logits out, for any mix of sequences.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
@@ -7,26 +9,32 @@ use crate::base::attention::{self, Attention, Rotation, SequenceRows};
 use crate::base::kv::KvCache;
 use crate::base::matmul::{self, Format, PackedMatrix, Product};
 use crate::base::simd::{self, Simd};
-use crate::base::{Activation, LM_HEAD, ModelConfig, NormKind, RawTensor, Site, Weights};
+use crate::base::{Activation, LM_HEAD, ModelConfig, Module, NormKind, NormSite, Projection, RawTensor, Site, Weights};
 use crate::{Error, Result};
 
-/// What is added to the output of the base's linear layers: the adapters' part of a step.
+/// What the adapters of some rows change. Rows that no adapter changes keep the base's result.
 pub trait Delta {
     /// `y += delta(x)`; `x` is `[rows, in_features]`, `y` is `[rows, out_features]`, both row-major. `y` holds the product
     /// with the base's weights; the base's bias, if there is one, is added afterwards.
     fn add(&self, layer: usize, site: Site, x: &[f32], y: &mut [f32], rows: usize);
     /// The same for tensors on a device.
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor>;
-}
 
-/// The base alone.
-pub struct NoDelta;
+    /// Rows whose adapter has its own weights for a norm.
+    fn norms(&self, site: NormSite) -> Vec<(Range<usize>, &Norm)>;
 
-impl Delta for NoDelta {
-    fn add(&self, _: usize, _: Site, _: &[f32], _: &mut [f32], _: usize) {}
-    fn add_tensor(&self, _: usize, _: Site, _: &Tensor, y: Tensor) -> Result<Tensor> {
-        Ok(y)
-    }
+    /// Changes the embeddings `x`, `[rows, hidden_size]`, before they are scaled. A token that the base does not know is
+    /// the adapter's to write.
+    fn embed(&self, tokens: &[u32], x: &mut [f32]);
+    fn embed_tensor(&self, tokens: &[u32], x: Tensor) -> Result<Tensor>;
+
+    /// The largest vocabulary of the rows' adapters.
+    fn vocab_size(&self) -> usize;
+    /// Rows whose logits begin with the base's; the others' are the adapter's alone.
+    fn base_logits(&self, rows: usize) -> Vec<Range<usize>>;
+    /// Changes the logits `y`, `[rows, width]`, of final states `x`, `[rows, hidden_size]`, before they are capped.
+    fn logits(&self, x: &[f32], y: &mut [f32], rows: usize);
+    fn logits_tensor(&self, x: &Tensor, y: Tensor) -> Result<Tensor>;
 }
 
 /// Which implementation computes the layers.
@@ -63,6 +71,7 @@ enum Matrices {
 }
 
 /// Numbers that are the same for every row.
+#[derive(Debug)]
 enum Vector {
     Host(Vec<f32>),
     Device(Tensor),
@@ -80,7 +89,9 @@ enum Rows {
     Device(Tensor),
 }
 
-pub(super) struct Norm {
+/// A norm's weights, for the decoder's kernels.
+#[derive(Debug)]
+pub struct Norm {
     kind: NormKind,
     eps: f32,
     weight: Vector,
@@ -125,6 +136,20 @@ pub struct Decoder {
 }
 
 impl Vector {
+    fn new(data: Vec<f32>, dtype: DType, options: &DecoderOptions) -> Result<Self> {
+        Ok(match options.kernels {
+            Kernels::Packed(_) => Vector::Host(data),
+            Kernels::Tensor => Vector::Device(Tensor::new(data, &options.device)?.to_dtype(dtype)?),
+        })
+    }
+
+    fn to_f32(&self) -> Result<Vec<f32>> {
+        match self {
+            Vector::Host(data) => Ok(data.clone()),
+            Vector::Device(t) => Ok(t.to_dtype(DType::F32)?.to_vec1()?),
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             Vector::Host(data) => 4 * data.len(),
@@ -144,11 +169,12 @@ impl Linear {
 }
 
 impl Norm {
-    fn bytes(&self) -> usize {
+    /// Memory it takes.
+    pub fn bytes(&self) -> usize {
         self.weight.bytes() + self.bias.as_ref().map_or(0, Vector::bytes)
     }
 
-    pub fn row(&self, simd: Simd, x: &[f32], out: &mut [f32]) {
+    pub(super) fn row(&self, simd: Simd, x: &[f32], out: &mut [f32]) {
         match (self.kind, &self.weight, &self.bias) {
             (NormKind::Rms, Vector::Host(weight), _) => simd::rms_norm(simd, x, weight, self.eps, out),
             (NormKind::Layer, Vector::Host(weight), Some(Vector::Host(bias))) => {
@@ -159,7 +185,7 @@ impl Norm {
     }
 
     /// Each row of `x`.
-    pub fn tensor(&self, x: &Tensor) -> Result<Tensor> {
+    fn tensor(&self, x: &Tensor) -> Result<Tensor> {
         let (Vector::Device(weight), dtype) = (&self.weight, x.dtype()) else {
             unreachable!("rows are where the weights are")
         };
@@ -170,6 +196,29 @@ impl Norm {
             _ => unreachable!("layer norms have a bias"),
         };
         Ok(y.to_dtype(dtype)?)
+    }
+}
+
+/// A norm of a step's rows: the base's, but for rows whose adapter has its own.
+pub(super) struct RowNorm<'a> {
+    base: &'a Norm,
+    own: Vec<(Range<usize>, &'a Norm)>,
+}
+
+impl<'a> RowNorm<'a> {
+    pub fn of_row(&self, row: usize) -> &'a Norm {
+        self.own.iter().find(|(rows, _)| rows.contains(&row)).map_or(self.base, |(_, norm)| norm)
+    }
+
+    /// Each row of `x`, `parts` of which are one of the step's.
+    pub fn tensor(&self, x: &Tensor, parts: usize) -> Result<Tensor> {
+        let mut y = self.base.tensor(x)?;
+        for (rows, norm) in self.own.iter().filter(|(rows, _)| !rows.is_empty()) {
+            let rows = rows.start * parts..rows.end * parts;
+            let own = norm.tensor(&x.narrow(0, rows.start, rows.len())?)?;
+            y = y.slice_assign(&[rows, 0..y.dims()[1]], &own)?;
+        }
+        Ok(y)
     }
 }
 
@@ -192,10 +241,7 @@ impl Loader<'_> {
     }
 
     fn vector(&self, data: Vec<f32>, dtype: DType) -> Result<Vector> {
-        Ok(match self.options.kernels {
-            Kernels::Packed(_) => Vector::Host(data),
-            Kernels::Tensor => Vector::Device(Tensor::new(data, &self.options.device)?.to_dtype(dtype)?),
-        })
+        Vector::new(data, dtype, self.options)
     }
 
     /// Modules with matrices `[out_features, in_features]` and one input.
@@ -234,8 +280,7 @@ impl Loader<'_> {
 
     fn norm(&self, module: &str, width: usize) -> Result<Norm> {
         let kind = self.config.architecture.norm;
-        // Gemma's weights are near 0 in its files and 1 more here: f16 and bf16 would keep too little of them.
-        let dtype = if self.config.family.offsets_norms() { DType::F32 } else { self.options.dtype };
+        let dtype = norm_dtype(self.config, self.options);
         let read = |part: &str| self.vector(self.get(&format!("{module}.{part}"), &[width])?.to_f32()?, dtype);
         let bias = (kind == NormKind::Layer).then(|| read("bias")).transpose()?;
         Ok(Norm { kind, eps: self.config.norm_eps as f32, weight: read("weight")?, bias })
@@ -258,6 +303,11 @@ impl Loader<'_> {
             mlp_post_norm: names.mlp_post_norm.map(norm).transpose()?,
         })
     }
+}
+
+/// Gemma's weights are near 0 in its files and 1 more here: f16 and bf16 would keep too little of them.
+fn norm_dtype(config: &ModelConfig, options: &DecoderOptions) -> DType {
+    if config.family.offsets_norms() { DType::F32 } else { options.dtype }
 }
 
 impl Decoder {
@@ -295,6 +345,84 @@ impl Decoder {
         self.linears().map(Linear::bytes).sum::<usize>() + norms.map(Norm::bytes).sum::<usize>()
     }
 
+    /// The numbers of a matrix as they are served, `[out_features, in_features]`; of the embedding
+    /// `[vocab_size, hidden_size]`.
+    pub fn weights(&self, module: Module) -> Result<Vec<f32>> {
+        let c = &self.config;
+        let (linear, before, (n, k)) = match module {
+            Module::Linear(l, projection) => {
+                let (linear, before) = self.part(l, projection);
+                (linear, before, c.shape(projection))
+            }
+            Module::Embedding => (&self.embedding, &[][..], (c.vocab_size, c.hidden_size)),
+            Module::LmHead => {
+                (self.lm_head.as_ref().unwrap_or(&self.embedding), &[][..], (c.vocab_size, c.hidden_size))
+            }
+        };
+        match &linear.matrices {
+            Matrices::Packed(parts) => {
+                let mut rows = vec![0.0; n * k];
+                let part = &parts[before.len()];
+                rows.par_chunks_exact_mut(k).enumerate().for_each(|(row, out)| part.row(row, out));
+                Ok(rows)
+            }
+            Matrices::Tensor(t) => {
+                let first = before.iter().map(|&p| c.shape(p).0).sum();
+                Ok(t.narrow(0, first, n)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+            }
+        }
+    }
+
+    /// The bias of a projection as it is served; `None` where it has none.
+    pub fn bias(&self, layer: usize, projection: Projection) -> Result<Option<Vec<f32>>> {
+        let (linear, before) = self.part(layer, projection);
+        let Some(bias) = &linear.bias else { return Ok(None) };
+        let first: usize = before.iter().map(|&p| self.config.shape(p).0).sum();
+        Ok(Some(bias.to_f32()?[first..][..self.config.shape(projection).0].to_vec()))
+    }
+
+    /// The layer that a projection is a part of, and the parts before it.
+    fn part(&self, layer: usize, projection: Projection) -> (&Linear, &'static [Projection]) {
+        let (layer, site) = (&self.layers[layer], Site::of(projection));
+        let linear = match site {
+            Site::Qkv => &layer.qkv,
+            Site::O => &layer.o,
+            Site::GateUp => &layer.gate_up,
+            Site::Down => &layer.down,
+        };
+        let parts = site.projections(self.config.family);
+        (linear, &parts[..parts.iter().take_while(|&&p| p != projection).count()])
+    }
+
+    /// A norm with an adapter's weights in Hugging Face's form; what it lacks is the base's. `None` where the base has no
+    /// such norm.
+    pub fn own_norm(&self, site: NormSite, weight: Option<Vec<f32>>, bias: Option<Vec<f32>>) -> Result<Option<Norm>> {
+        let layer = |l: usize| self.layers.get(l);
+        let head = |l: usize, which: usize| Some(&layer(l)?.head_norms.as_ref()?[which]);
+        let base = match site {
+            NormSite::Attention(l) => layer(l).map(|layer| &layer.attention_norm),
+            NormSite::Query(l) => head(l, 0),
+            NormSite::Key(l) => head(l, 1),
+            NormSite::AttentionPost(l) => layer(l).and_then(|layer| layer.attention_post_norm.as_ref()),
+            NormSite::Mlp(l) => layer(l).map(|layer| &layer.mlp_norm),
+            NormSite::MlpPost(l) => layer(l).and_then(|layer| layer.mlp_post_norm.as_ref()),
+            NormSite::Final => Some(&self.norm),
+        };
+        let Some(base) = base else { return Ok(None) };
+        let offset = if self.config.family.offsets_norms() { 1.0 } else { 0.0 };
+        let weight = match weight {
+            Some(weight) => weight.into_iter().map(|w| w + offset).collect(),
+            None => base.weight.to_f32()?,
+        };
+        let bias = match bias {
+            Some(bias) => Some(bias),
+            None => base.bias.as_ref().map(Vector::to_f32).transpose()?,
+        };
+        let vector = |data| Vector::new(data, norm_dtype(&self.config, &self.options), &self.options);
+        let (weight, bias) = (vector(weight)?, bias.map(vector).transpose()?);
+        Ok(Some(Norm { kind: base.kind, eps: base.eps, weight, bias }))
+    }
+
     /// The formats that the packed matrices have, for people.
     pub fn stored_as(&self) -> String {
         let mut names = Vec::new();
@@ -324,7 +452,7 @@ impl Decoder {
     /// Computes one step and returns the final hidden states of the rows in `wanted`: `[wanted, hidden_size]`.
     ///
     /// `tokens` holds one id per row; `sequences` cover all rows; the keys and values of each sequence's earlier
-    /// positions are in `cache` already, those of its rows are written to it.
+    /// positions are in `cache` already, those of its rows are written to it. `wanted` is in ascending order.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -334,11 +462,14 @@ impl Decoder {
         wanted: &[usize],
     ) -> Result<Vec<f32>> {
         let rotation = Rotation::new(&self.config, sequences);
-        let mut x = self.embed(tokens, sequences)?;
+        let mut x = self.embed(tokens, sequences, delta)?;
+        let norm = |base, site: NormSite| RowNorm { base, own: delta.norms(site) };
         for (l, layer) in self.layers.iter().enumerate() {
-            let h = self.norm(&x, &layer.attention_norm)?;
+            let h = self.norm(&x, &norm(&layer.attention_norm, NormSite::Attention(l)))?;
             let qkv = self.linear(&layer.qkv, l, Site::Qkv, &h, delta)?;
-            let (config, head_norms) = (&self.config, layer.head_norms.as_ref());
+            let head_norms = layer.head_norms.as_ref();
+            let head_norms = head_norms.map(|[q, k]| [norm(q, NormSite::Query(l)), norm(k, NormSite::Key(l))]);
+            let config = &self.config;
             let attention = Attention { config, layer: l, head_norms, rotation: &rotation, sequences };
             let cache = &mut cache.layers[l];
             let h = match (&qkv, self.options.kernels) {
@@ -350,41 +481,52 @@ impl Decoder {
                 _ => unreachable!("host rows are made by the packed kernels"),
             };
             let h = self.linear(&layer.o, l, Site::O, &h, delta)?;
-            add(&mut x, self.post_norm(h, &layer.attention_post_norm)?)?;
-            let h = self.norm(&x, &layer.mlp_norm)?;
+            let post = layer.attention_post_norm.as_ref().map(|base| norm(base, NormSite::AttentionPost(l)));
+            add(&mut x, self.post_norm(h, post)?)?;
+            let h = self.norm(&x, &norm(&layer.mlp_norm, NormSite::Mlp(l)))?;
             let h = self.activate(self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?)?;
             let h = self.linear(&layer.down, l, Site::Down, &h, delta)?;
-            add(&mut x, self.post_norm(h, &layer.mlp_post_norm)?)?;
+            let post = layer.mlp_post_norm.as_ref().map(|base| norm(base, NormSite::MlpPost(l)));
+            add(&mut x, self.post_norm(h, post)?)?;
         }
         if wanted.is_empty() {
             return Ok(vec![]);
         }
-        self.norm(&select(x, wanted)?, &self.norm)?.into_f32()
+        let mut last = norm(&self.norm, NormSite::Final);
+        let place = |row: usize| wanted.partition_point(|&w| w < row);
+        last.own.iter_mut().for_each(|(rows, _)| *rows = place(rows.start)..place(rows.end));
+        self.norm(&select(x, wanted)?, &last)?.into_f32()
     }
 
-    /// Logits `[rows, vocab_size]` of final hidden states `[rows, hidden_size]`.
-    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
-        let width = self.config.hidden_size;
-        let x = match self.options.kernels {
-            Kernels::Packed(_) => Rows::Host { data: hidden.to_vec(), width },
-            Kernels::Tensor => {
-                let t = Tensor::from_slice(hidden, (hidden.len() / width, width), &self.options.device)?;
-                Rows::Device(t.to_dtype(self.options.dtype)?)
+    /// Logits `[rows, width]` of final hidden states `[rows, hidden_size]`, `width` being the largest vocabulary among
+    /// the base's and those of the rows' adapters. What a row has beyond its own vocabulary means nothing.
+    pub fn logits(&self, hidden: &[f32], delta: &dyn Delta) -> Result<Vec<f32>> {
+        let (k, vocab) = (self.config.hidden_size, self.config.vocab_size);
+        let (rows, width) = (hidden.len() / k, vocab.max(delta.vocab_size()));
+        let cap = self.config.architecture.logit_softcap;
+        match (&self.lm_head.as_ref().unwrap_or(&self.embedding).matrices, self.options.kernels) {
+            (Matrices::Packed(parts), Kernels::Packed(simd)) => {
+                let mut y = vec![0.0; rows * width];
+                let base = delta.base_logits(rows).into_iter();
+                let product = |rows| Product { matrix: &parts[0], rows, x_column: 0, y_column: 0, scale: 1.0 };
+                matmul::multiply(simd, &base.map(product).collect::<Vec<_>>(), hidden, k, &mut y, width);
+                delta.logits(hidden, &mut y, rows);
+                if let Some(cap) = cap {
+                    simd::softcap(simd, &mut y, cap as f32);
+                }
+                Ok(y)
             }
-        };
-        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        let mut logits = self.linear(head, 0, Site::O, &x, &NoDelta)?;
-        if let Some(cap) = self.config.architecture.logit_softcap {
-            match (&mut logits, self.options.kernels) {
-                (Rows::Host { data, .. }, Kernels::Packed(simd)) => simd::softcap(simd, data, cap as f32),
-                (Rows::Device(t), _) => *t = attention::softcap(t, cap)?,
-                _ => unreachable!("host rows are made by the packed kernels"),
+            (Matrices::Tensor(w), _) => {
+                let x = Tensor::from_slice(hidden, (rows, k), &self.options.device)?.to_dtype(self.options.dtype)?;
+                let y = x.matmul(&w.t()?)?.pad_with_zeros(1, 0, width - vocab)?;
+                let y = delta.logits_tensor(&x, y)?;
+                Rows::Device(cap.map_or(Ok(y.clone()), |cap| attention::softcap(&y, cap))?).into_f32()
             }
+            _ => unreachable!("packed weights are for packed kernels"),
         }
-        logits.into_f32()
     }
 
-    fn embed(&self, tokens: &[u32], sequences: &[SequenceRows]) -> Result<Rows> {
+    fn embed(&self, tokens: &[u32], sequences: &[SequenceRows], delta: &dyn Delta) -> Result<Rows> {
         let width = self.config.hidden_size;
         let scale = self.config.architecture.scales_embedding.then(|| (width as f64).sqrt());
         let mut positions = vec![0u32; tokens.len()];
@@ -401,7 +543,15 @@ impl Decoder {
             }
             Matrices::Tensor(t) => Ok::<_, Error>(Rows::Device(t.index_select(&Tensor::new(ids, t.device())?, 0)?)),
         };
-        let mut x = look_up(&self.embedding, tokens)?;
+        // In place of a token that only an adapter knows stands another, until the adapter writes its own.
+        let known: Vec<u32> = tokens.iter().map(|&t| t.min(self.config.vocab_size as u32 - 1)).collect();
+        let mut x = match look_up(&self.embedding, &known)? {
+            Rows::Host { mut data, width } => {
+                delta.embed(tokens, &mut data);
+                Rows::Host { data, width }
+            }
+            Rows::Device(x) => Rows::Device(delta.embed_tensor(tokens, x)?),
+        };
         if let Some(scale) = scale {
             match &mut x {
                 Rows::Host { data, .. } => data.iter_mut().for_each(|x| *x *= scale as f32),
@@ -444,22 +594,22 @@ impl Decoder {
     }
 
     /// Row by row.
-    fn norm(&self, x: &Rows, norm: &Norm) -> Result<Rows> {
+    fn norm(&self, x: &Rows, norm: &RowNorm) -> Result<Rows> {
         match (x, self.options.kernels) {
             (Rows::Host { data, width }, Kernels::Packed(simd)) => {
                 let mut out = vec![0.0; data.len()];
-                for (out, x) in out.chunks_exact_mut(*width).zip(data.chunks_exact(*width)) {
-                    norm.row(simd, x, out);
+                for (row, (out, x)) in out.chunks_exact_mut(*width).zip(data.chunks_exact(*width)).enumerate() {
+                    norm.of_row(row).row(simd, x, out);
                 }
                 Ok(Rows::Host { data: out, width: *width })
             }
-            (Rows::Device(x), _) => Ok(Rows::Device(norm.tensor(x)?)),
+            (Rows::Device(x), _) => Ok(Rows::Device(norm.tensor(x, 1)?)),
             _ => unreachable!("host rows are made by the packed kernels"),
         }
     }
 
-    fn post_norm(&self, x: Rows, norm: &Option<Norm>) -> Result<Rows> {
-        if let Some(norm) = norm { self.norm(&x, norm) } else { Ok(x) }
+    fn post_norm(&self, x: Rows, norm: Option<RowNorm>) -> Result<Rows> {
+        if let Some(norm) = norm { self.norm(&x, &norm) } else { Ok(x) }
     }
 
     /// `activation(gate) * up`, or `activation(up)` where the family has no gate.

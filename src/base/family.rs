@@ -29,6 +29,17 @@ pub enum Site {
 }
 
 impl Site {
+    /// The layer that a projection is a part of.
+    pub fn of(projection: Projection) -> Self {
+        use Projection::*;
+        match projection {
+            Q | K | V | Qkv => Site::Qkv,
+            O => Site::O,
+            Gate | Up | GateUp => Site::GateUp,
+            Down => Site::Down,
+        }
+    }
+
     pub const ALL: [Site; 4] = [Site::Qkv, Site::O, Site::GateUp, Site::Down];
 
     /// The projections whose outputs lie side by side in this layer's output.
@@ -45,6 +56,28 @@ impl Site {
             Site::Down => &[Down],
         }
     }
+}
+
+/// The norms of a decoder, those of a layer with its number. An adapter may bring its own weights for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum NormSite {
+    Attention(usize),
+    /// Of each head of q.
+    Query(usize),
+    /// Of each head of k.
+    Key(usize),
+    AttentionPost(usize),
+    Mlp(usize),
+    MlpPost(usize),
+    Final,
+}
+
+/// A matrix of the base that a low-rank pair can be added to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Module {
+    Linear(usize, Projection),
+    Embedding,
+    LmHead,
 }
 
 /// An architecture of decoders, by Hugging Face's `model_type`.

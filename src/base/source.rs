@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::gguf::Gguf;
+use super::language::{Language, template, token_text};
 use super::weights::map;
 use crate::base::{ChatTemplate, ModelConfig, Tokenizer, Weights, fetch};
 use crate::{Error, Result};
@@ -25,6 +26,15 @@ pub struct Base {
 pub const DEFAULT_MODEL: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 
 impl Base {
+    /// How its texts become tokens and back.
+    pub fn language(&self) -> Language {
+        Language {
+            tokenizer: self.tokenizer.clone(),
+            chat: self.chat.clone(),
+            eos_tokens: self.config.eos_tokens.clone(),
+        }
+    }
+
     /// Opens a local directory or `.gguf` file, or fetches a hub id `org/name[@revision]` first.
     pub fn open(source: &str) -> Result<Self> {
         let path = Path::new(source);
@@ -65,19 +75,11 @@ impl Base {
         let settings = json("tokenizer_config.json")?;
         let tokenizer = Tokenizer::from_file(&directory.join("tokenizer.json"))?.with_settings(&settings)?;
         let tokenizer = tokenizer.with_bos(config.bos_token);
-        let token = |key: &str| settings[key].as_str().or(settings[key]["content"].as_str());
+        let token = |key: &str| token_text(&settings, key);
         // A tuned model's turns may end with a token that only its tokenizer names.
         let end = token("eos_token").and_then(|text| tokenizer.token_id(text));
         config.eos_tokens.extend(end.filter(|id| !config.eos_tokens.contains(id)));
-        let template = match (read("chat_template.jinja")?, &settings["chat_template"]) {
-            (Some(file), _) => Some(file),
-            (None, Value::String(text)) => Some(text.clone()),
-            (None, Value::Array(list)) => {
-                let default = list.iter().find(|t| t["name"] == "default");
-                default.and_then(|t| t["template"].as_str()).map(str::to_string)
-            }
-            (None, _) => None,
-        };
+        let template = template(read("chat_template.jinja")?, &settings);
         let chat = template.map(|t| ChatTemplate::new(&t, token("bos_token"), token("eos_token"))).transpose()?;
         let weights = Weights::open_directory(directory, config.family)?;
         weights.check(&config)?;

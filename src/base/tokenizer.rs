@@ -227,6 +227,11 @@ impl Tokenizer {
         Ok(self)
     }
 
+    /// The token that starts a sequence.
+    pub(super) fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
     /// Names the token that starts a sequence.
     pub(super) fn with_bos(mut self, bos: Option<u32>) -> Self {
         self.bos = bos;
@@ -266,6 +271,11 @@ impl Tokenizer {
     /// The id of a token by its exact spelling in the vocabulary.
     pub(crate) fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// Whether it makes the same of every text.
+    pub(super) fn is_same(&self, other: &Tokenizer) -> bool {
+        self.bos == other.bos && self.tokens == other.tokens && self.to_json().ok() == other.to_json().ok()
     }
 
     /// The tokenizer as a `tokenizer.json`.

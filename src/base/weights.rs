@@ -203,7 +203,7 @@ impl Weights {
     pub(super) fn from_gguf(map: Mmap, gguf: &Gguf, config: &ModelConfig) -> Result<Self> {
         let mut places = HashMap::new();
         for (name, place) in &gguf.tensors {
-            let Some((name, projection)) = hugging_face_name(name, config)? else { continue };
+            let Some((name, projection)) = hugging_face_name(name, config.family)? else { continue };
             // llama.cpp turns neighbouring numbers for this family, and others in halves.
             let layout = match projection {
                 Some(Projection::Q) if config.family == Family::Llama => Layout::Interleaved(config.heads),
@@ -348,8 +348,8 @@ fn transpose(bytes: &[u8], rows: usize, columns: usize) -> Vec<u8> {
 }
 
 /// Puts the rows of each head from the order of interleaved rope (0, h/2, 1, h/2 + 1, ...) back into that of split
-/// halves (0, 1, ..., h/2, h/2 + 1, ...). A row is a run of bytes in any format.
-fn split_halves(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
+/// halves (0, 1, ..., h/2, h/2 + 1, ...). A row is a run of bytes in any format, or of numbers.
+pub fn split_halves<T: Copy>(bytes: &[T], rows: usize, heads: usize) -> Vec<T> {
     let (row, width) = (bytes.len() / rows, rows / heads);
     let mut out = Vec::with_capacity(bytes.len());
     for head in bytes.chunks_exact(row * width) {
@@ -363,10 +363,9 @@ fn split_halves(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
 }
 
 /// The Hugging Face name of a GGUF tensor, and which linear layer it is of; `None` for what is no weight of the decoder.
-fn hugging_face_name(name: &str, config: &ModelConfig) -> Result<Option<(String, Option<Projection>)>> {
-    let names = config.family.names();
+pub fn hugging_face_name(name: &str, family: Family) -> Result<Option<(String, Option<Projection>)>> {
+    let names = family.names();
     let unknown = || {
-        let family = config.family;
         Error::unprocessable(format!("GGUF: {name} belongs to no model of the architecture {family} that is supported"))
     };
     let Some((module, kind)) = name.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias")) else {
@@ -407,8 +406,8 @@ fn hugging_face_name(name: &str, config: &ModelConfig) -> Result<Option<(String,
         "attn_rot_embd" => return Ok(None),
         _ => found.map(|(_, path)| *path),
     };
-    let layer = layer.parse().map_err(|_| unknown())?;
-    let name = config.in_layer(layer, path.ok_or_else(unknown)?);
+    let layer: usize = layer.parse().map_err(|_| unknown())?;
+    let name = format!("{}.{layer}.{}", names.layers, path.ok_or_else(unknown)?);
     Ok(Some((format!("{name}.{kind}"), found.map(|(projection, _)| *projection))))
 }
 

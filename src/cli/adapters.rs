@@ -83,21 +83,13 @@ fn print(inspection: &adapter::Inspection) -> Result<()> {
 /// The files of an adapter directory as the upload's form.
 fn form(directory: &Path) -> Result<reqwest::multipart::Form> {
     let mut form = reqwest::multipart::Form::new();
-    let files = [
-        ("config", "adapter_config.json", true),
-        ("weights", "adapter_model.safetensors", true),
-        ("labels", "labels.json", false),
-        ("labels", "labels.txt", false),
-    ];
-    for (field, name, needed) in files {
-        let path = directory.join(name);
-        match std::fs::read(&path) {
-            Ok(bytes) => {
-                form = form.part(field, reqwest::multipart::Part::bytes(bytes).file_name(name));
-            }
-            Err(e) if needed => return Err(Error::bad_request(format!("{}: {e}", path.display()))),
-            Err(_) => {}
-        }
+    let files = adapter::adapter_files(directory)?;
+    if files.is_empty() {
+        return Err(Error::bad_request(format!("{} holds no file of an adapter", directory.display())));
+    }
+    for (name, path) in files {
+        let bytes = std::fs::read(&path).map_err(|e| Error::bad_request(format!("{}: {e}", path.display())))?;
+        form = form.part("file", reqwest::multipart::Part::bytes(bytes).file_name(name));
     }
     Ok(form)
 }

@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use super::args::{Dtype, ModelArgs, Quantize};
 use crate::adapter::{Registry, RegistryOptions};
 use crate::base::matmul::Format;
-use crate::base::{Base, ChatTemplate, Decoder, DecoderOptions, Kernels, ModelConfig, Tokenizer};
+use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language, ModelConfig};
 use crate::engine::{Engine, EngineOptions, Runner};
 use crate::metrics::Metrics;
 use crate::{Error, Result};
@@ -26,8 +26,7 @@ pub struct Limits {
 pub struct Host {
     pub base_id: String,
     pub config: ModelConfig,
-    pub tokenizer: Arc<Tokenizer>,
-    pub chat: Option<Arc<ChatTemplate>>,
+    pub language: Language,
     pub registry: Arc<Registry>,
     pub engine: Engine,
     pub metrics: Arc<Metrics>,
@@ -35,8 +34,8 @@ pub struct Host {
     pub dtype: String,
     /// `cpu` or `cuda`.
     pub device_name: &'static str,
-    /// How the weights are held; an adapter is packed alike.
-    pub decoder: DecoderOptions,
+    /// The base; an adapter is packed to match it.
+    pub decoder: Arc<Decoder>,
 }
 
 impl Host {
@@ -53,14 +52,14 @@ impl Host {
         let device_name = if device.is_cpu() { "cpu" } else { "cuda" };
         tracing::info!("loading {} on {}", base.id, device_name);
         let held = DecoderOptions { device, kernels, format, dtype };
-        let decoder = Decoder::load(&base.config, &base.weights, held.clone())?;
+        let decoder = Arc::new(Decoder::load(&base.config, &base.weights, held)?);
         metrics.base_bytes.set(decoder.bytes() as i64);
         tracing::info!("weights take {:.1} MB", decoder.bytes() as f64 / 1e6);
         let registry = Registry::open(
             RegistryOptions {
-                config: base.config.clone(),
+                decoder: decoder.clone(),
+                language: base.language(),
                 base: base.id.clone(),
-                decoder: held.clone(),
                 directories: args.adapters.clone(),
                 store: limits.store,
                 memory: args.adapter_memory.0 as usize,
@@ -79,19 +78,19 @@ impl Host {
             max_queue: limits.max_queue,
             eos_tokens: base.config.eos_tokens.clone(),
         };
-        let runner = Runner::new(decoder, args.kv_memory.0 as usize)?;
-        let engine = Engine::start(Box::new(runner), base.tokenizer.clone(), options, metrics.clone())?;
+        let runner = Runner::new(decoder.clone(), args.kv_memory.0 as usize)?;
+        let language = base.language();
+        let engine = Engine::start(Box::new(runner), base.tokenizer, options, metrics.clone())?;
         Ok(Host {
             base_id: base.id,
             config: base.config,
-            tokenizer: base.tokenizer,
-            chat: base.chat,
+            language,
             registry,
             engine,
             metrics,
             dtype: described,
             device_name,
-            decoder: held,
+            decoder,
         })
     }
 }

@@ -28,9 +28,10 @@ async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<
     let host = Host::start(args, limits)?;
     let Some(name) = adapter else { return Ok((host, None, store)) };
     let path = Path::new(name);
-    let packed = if path.join("adapter_config.json").exists() {
+    let packed = if crate::adapter::is_adapter(path) {
         let loaded = crate::adapter::load(path, &host.config, &host.base_id)?;
-        Arc::new(PackedAdapter::new(loaded.adapter, &host.config, &host.decoder)?)
+        let packed = PackedAdapter::new(loaded.adapter, &host.decoder)?;
+        Arc::new(packed.with_language(loaded.language, &host.language))
     } else {
         host.registry.acquire(name).await?
     };
@@ -44,12 +45,14 @@ pub async fn generate(args: GenerateArgs) -> Result<()> {
         text.clear();
         std::io::stdin().read_to_string(&mut text)?;
     }
+    let own = adapter.as_ref().and_then(|(_, adapter)| adapter.language.clone());
+    let language = own.unwrap_or_else(|| host.language.clone());
     let prompt = if args.chat {
-        let chat = host.chat.as_ref().ok_or_else(|| Error::bad_request("the model has no chat template"))?;
+        let chat = language.chat.as_ref().ok_or_else(|| Error::bad_request("the model has no chat template"))?;
         let text = chat.render(&[json!({ "role": "user", "content": text })], true)?;
-        host.tokenizer.encode(&text, false)?
+        language.tokenizer.encode(&text, false)?
     } else {
-        host.tokenizer.encode(&text, true)?
+        language.tokenizer.encode(&text, true)?
     };
     let sampling = Sampling {
         temperature: args.temperature,
@@ -96,8 +99,10 @@ pub async fn classify(args: ClassifyArgs) -> Result<()> {
         true => std::io::stdin().lock().lines().collect::<Result<_, _>>()?,
         false => args.inputs,
     };
+    let own = adapter.as_ref().and_then(|(_, adapter)| adapter.language.clone());
+    let language = own.unwrap_or_else(|| host.language.clone());
     let submit = |text: &String| {
-        let prompt = host.tokenizer.encode_for_head(text)?;
+        let prompt = language.tokenizer.encode_for_head(text)?;
         host.engine.submit(Request { adapter: adapter.clone(), prompt, task: Task::Classify })
     };
     let answers = inputs.iter().map(submit).collect::<Result<Vec<_>>>()?;

@@ -13,6 +13,7 @@ const MAX_STOP_TOKENS: usize = 1024;
 /// What bounds every request: the model and its KV cache.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
+    /// Tokens of the base, and of adapters that bring none of their own.
     pub vocab_size: usize,
     /// Longest sequence that the model computes.
     pub context: usize,
@@ -30,7 +31,7 @@ impl Limits {
     pub fn check(&self, request: &Request) -> Result<()> {
         self.check_prompt(request)?;
         match &request.task {
-            Task::Generate(generate) => self.check_generate(generate),
+            Task::Generate(generate) => self.check_generate(generate, self.vocab_size(request)),
             Task::Classify => match &request.adapter {
                 Some((_, adapter)) if adapter.has_head() => Ok(()),
                 Some((name, _)) => Err(Error::bad_request(format!("adapter {name:?} has no classification head"))),
@@ -44,6 +45,10 @@ impl Limits {
                 within("from", *from, 1, length)
             }
         }
+    }
+
+    fn vocab_size(&self, request: &Request) -> usize {
+        request.adapter.as_ref().map_or(self.vocab_size, |(_, adapter)| adapter.vocab_size)
     }
 
     fn check_prompt(&self, request: &Request) -> Result<()> {
@@ -64,13 +69,14 @@ impl Limits {
             let cache = self.cache;
             return bad(format!("the prompt has {length} tokens; the server's KV cache holds {cache}, prompt{and}"));
         }
-        if let Some(token) = request.prompt.iter().find(|&&t| t as usize >= self.vocab_size) {
-            return bad(format!("the prompt has token {token}; the vocabulary ends at {}", self.vocab_size - 1));
+        let vocab_size = self.vocab_size(request);
+        if let Some(token) = request.prompt.iter().find(|&&t| t as usize >= vocab_size) {
+            return bad(format!("the prompt has token {token}; the vocabulary ends at {}", vocab_size - 1));
         }
         Ok(())
     }
 
-    fn check_generate(&self, generate: &Generate) -> Result<()> {
+    fn check_generate(&self, generate: &Generate, vocab_size: usize) -> Result<()> {
         within("n", generate.n, 1, MAX_CHOICES)?;
         if let Some(logprobs) = generate.logprobs {
             within("logprobs", logprobs, 0, MAX_LOGPROBS)?;
@@ -90,34 +96,34 @@ impl Limits {
             let message = format!("stop_token_ids has {count} tokens; at most {MAX_STOP_TOKENS} are allowed");
             return Err(Error::bad_request(message).param("stop_token_ids"));
         }
-        self.check_sampling(&generate.sampling)
+        check_sampling(&generate.sampling, vocab_size)
     }
+}
 
-    fn check_sampling(&self, s: &Sampling) -> Result<()> {
-        let range = |name: &str, value: f32, fits: bool, range: &str| match fits {
-            true => Ok(()),
-            // NaN fits no range.
-            false => Err(Error::bad_request(format!("{name} is {value}; it must be {range}")).param(name)),
-        };
-        let finite = f32::is_finite;
-        let t = s.temperature;
-        range("temperature", t, finite(t) && t >= 0.0, "a finite number, at least 0")?;
-        range("top_p", s.top_p, (0.0..=1.0).contains(&s.top_p), "0 to 1")?;
-        range("min_p", s.min_p, (0.0..=1.0).contains(&s.min_p), "0 to 1")?;
-        let r = s.repetition_penalty;
-        range("repetition_penalty", r, (0.01..=100.0).contains(&r), "0.01 to 100")?;
-        for (name, value) in [("frequency_penalty", s.frequency_penalty), ("presence_penalty", s.presence_penalty)] {
-            range(name, value, (-2.0..=2.0).contains(&value), "-2 to 2")?;
-        }
-        for (&token, &bias) in &s.logit_bias {
-            range("logit_bias", bias, (-100.0..=100.0).contains(&bias), "-100 to 100")?;
-            if token as usize >= self.vocab_size {
-                let message = format!("logit_bias names token {token}; the vocabulary ends at {}", self.vocab_size - 1);
-                return Err(Error::bad_request(message).param("logit_bias"));
-            }
-        }
-        Ok(())
+fn check_sampling(s: &Sampling, vocab_size: usize) -> Result<()> {
+    let range = |name: &str, value: f32, fits: bool, range: &str| match fits {
+        true => Ok(()),
+        // NaN fits no range.
+        false => Err(Error::bad_request(format!("{name} is {value}; it must be {range}")).param(name)),
+    };
+    let finite = f32::is_finite;
+    let t = s.temperature;
+    range("temperature", t, finite(t) && t >= 0.0, "a finite number, at least 0")?;
+    range("top_p", s.top_p, (0.0..=1.0).contains(&s.top_p), "0 to 1")?;
+    range("min_p", s.min_p, (0.0..=1.0).contains(&s.min_p), "0 to 1")?;
+    let r = s.repetition_penalty;
+    range("repetition_penalty", r, (0.01..=100.0).contains(&r), "0.01 to 100")?;
+    for (name, value) in [("frequency_penalty", s.frequency_penalty), ("presence_penalty", s.presence_penalty)] {
+        range(name, value, (-2.0..=2.0).contains(&value), "-2 to 2")?;
     }
+    for (&token, &bias) in &s.logit_bias {
+        range("logit_bias", bias, (-100.0..=100.0).contains(&bias), "-100 to 100")?;
+        if token as usize >= vocab_size {
+            let message = format!("logit_bias names token {token}; the vocabulary ends at {}", vocab_size - 1);
+            return Err(Error::bad_request(message).param("logit_bias"));
+        }
+    }
+    Ok(())
 }
 
 fn within(name: &str, value: usize, min: usize, max: usize) -> Result<()> {

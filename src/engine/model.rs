@@ -10,9 +10,9 @@ use crate::lora::PackedAdapter;
 pub enum Output {
     /// Nothing: a prefill chunk that is not the last.
     None,
-    /// Logits over the vocabulary of the last row: `[vocab_size]`.
+    /// Logits over the adapter's vocabulary of the last row: `[vocab_size]`.
     LastLogits,
-    /// Logits over the vocabulary of the last `n` rows: `[n * vocab_size]`, row-major.
+    /// Logits over the adapter's vocabulary of the last `n` rows: `[n * vocab_size]`, row-major.
     Logits(usize),
     /// Logits of the adapter's classification head at the last row: `[labels]`.
     Head,
@@ -36,6 +36,7 @@ pub struct Work {
 ///
 /// The result for one [`Work`] must not depend on what else is in the step, nor on how a prompt was cut into chunks.
 pub trait Model: Send {
+    /// Tokens of the base, and of adapters that bring none of their own.
     fn vocab_size(&self) -> usize;
     /// Longest sequence in tokens.
     fn context(&self) -> usize;

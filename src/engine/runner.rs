@@ -1,6 +1,7 @@
 //! The real model behind the engine: the base decoder, the KV cache, and the adapters of each step.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::base::simd::Simd;
 use crate::base::{BLOCK, Decoder, Kernels, KvCache, SequenceRows};
@@ -10,14 +11,15 @@ use crate::{Error, Result};
 
 /// A decoder with its KV cache.
 pub struct Runner {
-    decoder: Decoder,
+    decoder: Arc<Decoder>,
     cache: KvCache,
     simd: Simd,
 }
 
 impl Runner {
     /// With a KV cache of `kv_bytes`.
-    pub fn new(decoder: Decoder, kv_bytes: usize) -> Result<Self> {
+    pub fn new(decoder: impl Into<Arc<Decoder>>, kv_bytes: usize) -> Result<Self> {
+        let decoder = decoder.into();
         let cache = decoder.cache(kv_bytes)?;
         let simd = match decoder.options().kernels {
             Kernels::Packed(simd) => simd,
@@ -52,7 +54,9 @@ impl Model for Runner {
 
 impl Runner {
     fn compute(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>> {
-        let (vocab, hidden) = (self.vocab_size(), self.decoder.config().hidden_size);
+        let hidden = self.decoder.config().hidden_size;
+        let base_vocab = self.vocab_size();
+        let vocab = |w: &Work| w.adapter.as_ref().map_or(base_vocab, |a| a.vocab_size);
         // Rows of one adapter side by side, so that they are one segment of the delta.
         let mut order: Vec<usize> = (0..work.len()).collect();
         order.sort_by_key(|&i| work[i].adapter.as_ref().map(|a| &a.generation));
@@ -66,18 +70,11 @@ impl Runner {
         for &i in &order {
             let w = &work[i];
             let rows = tokens.len()..tokens.len() + w.tokens.len();
-            if let Some(token) = w.tokens.iter().find(|&&t| t as usize >= vocab) {
-                return Err(Error::internal(format!("token {token} is outside the vocabulary of {vocab}")));
+            if let Some(token) = w.tokens.iter().find(|&&t| t as usize >= vocab(w)) {
+                return Err(Error::internal(format!("token {token} is outside the vocabulary of {}", vocab(w))));
             }
             tokens.extend_from_slice(&w.tokens);
-            if let Some(adapter) = &w.adapter {
-                match segments.last_mut() {
-                    Some(s) if s.rows.end == rows.start && s.adapter.generation == adapter.generation => {
-                        s.rows.end = rows.end
-                    }
-                    _ => segments.push(Segment { rows: rows.clone(), adapter }),
-                }
-            }
+            append(&mut segments, rows.clone(), w);
             let count = match w.output {
                 Output::None => 0,
                 Output::LastLogits | Output::Head => 1,
@@ -92,18 +89,25 @@ impl Runner {
         let states = self.decoder.forward(&tokens, &sequences, &mut self.cache, &delta, &wanted)?;
         let state = |row: usize| &states[row * hidden..][..hidden];
 
-        let is_logits = |w: &Work| matches!(w.output, Output::LastLogits | Output::Logits(_));
-        let rows: Vec<usize> =
-            (0..work.len()).filter(|&i| is_logits(&work[i])).flat_map(|i| share[i].clone()).collect();
-        let gathered: Vec<f32> = rows.iter().flat_map(|&row| state(row)).copied().collect();
-        let logits = if rows.is_empty() { vec![] } else { self.decoder.logits(&gathered)? };
-        let mut logits = logits.as_slice();
-        let outputs = work.iter().zip(&share).map(|(w, share)| match w.output {
+        // Rows whose logits are wanted, in the same order, and each work's share of them.
+        let (mut gathered, mut segments) = (Vec::new(), Vec::new());
+        let mut places: Vec<usize> = vec![0; work.len()];
+        for &i in order.iter().filter(|&&i| matches!(work[i].output, Output::LastLogits | Output::Logits(_))) {
+            places[i] = gathered.len() / hidden;
+            gathered.extend(share[i].clone().flat_map(state));
+            append(&mut segments, places[i]..gathered.len() / hidden, &work[i]);
+        }
+        let rows = gathered.len() / hidden;
+        let logits = match rows {
+            0 => vec![],
+            _ => self.decoder.logits(&gathered, &BatchDelta::new(self.simd, segments))?,
+        };
+        let width = logits.len() / rows.max(1);
+        let outputs = work.iter().zip(share.iter().zip(&places)).map(|(w, (share, place))| match w.output {
             Output::None => Ok(vec![]),
             Output::LastLogits | Output::Logits(_) => {
-                let (own, rest) = logits.split_at(share.len() * vocab);
-                logits = rest;
-                Ok(own.to_vec())
+                let own = logits[place * width..][..share.len() * width].chunks_exact(width.max(1));
+                Ok(own.flat_map(|row| &row[..vocab(w)]).copied().collect())
             }
             Output::Head => {
                 let adapter = w.adapter.as_ref();
@@ -112,5 +116,15 @@ impl Runner {
             }
         });
         outputs.collect()
+    }
+}
+
+/// Adds the rows of a work to its adapter's segment, or begins one.
+fn append<'a>(segments: &mut Vec<Segment<'a>>, rows: Range<usize>, work: &'a Work) {
+    let Some(adapter) = &work.adapter else { return };
+    match segments.last_mut() {
+        Some(s) if s.rows.end == rows.start && s.adapter.generation == adapter.generation => s.rows.end = rows.end,
+        _ if rows.is_empty() => {}
+        _ => segments.push(Segment { rows, adapter }),
     }
 }

@@ -284,6 +284,12 @@ impl Stepper {
             }
         }
         let digest = |(sequence, output, result): (&mut Sequence<Job>, Output, Vec<f32>)| {
+            let adapter = sequence.adapter.clone();
+            let vocab_size = adapter.as_ref().map_or(vocab_size, |a| a.vocab_size);
+            let (vocabulary, eos_tokens) = match adapter.as_ref().and_then(|a| a.language.as_ref()) {
+                Some(own) => (&*own.tokenizer as &dyn Vocabulary, &own.eos_tokens),
+                None => (vocabulary, eos_tokens),
+            };
             let outcome = check_length(sequence, output, &result, vocab_size).and_then(|()| match output {
                 Output::None => Ok(Outcome::Nothing),
                 _ => sequence.digest(result, vocab_size, max_tokens, vocabulary, eos_tokens, now),

@@ -3,17 +3,18 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use proptest::prelude::*;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::continuation::Continuation;
 use super::*;
 use crate::adapter::{Adapter, Generation, Head};
-use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Rope};
+use crate::base::testing::{decoder, options};
+use crate::base::{Architecture, Decoder, Family, Kernels, ModelConfig, Rope};
 use crate::lora::PackedAdapter;
 use crate::metrics::Metrics;
 use crate::{Error, ErrorKind, Result};
@@ -49,10 +50,10 @@ pub fn adapter(generation: &str, labels: usize) -> Arc<PackedAdapter> {
         bias: None,
         labels: (0..labels).map(|l| format!("label {l}")).collect(),
     });
-    let adapter = Adapter { generation: Generation::new(generation), pairs: BTreeMap::new(), head };
-    let (device, kernels) = (Device::Cpu, Kernels::for_device(&Device::Cpu));
-    let base = DecoderOptions { device, kernels, format: None, dtype: DType::F32 };
-    Arc::new(PackedAdapter::new(adapter, &config(), &base).unwrap())
+    static BASE: LazyLock<Decoder> =
+        LazyLock::new(|| decoder(&config(), options(Kernels::for_device(&Device::Cpu)), 1));
+    let adapter = Adapter { head, ..Adapter::new(Generation::new(generation)) };
+    Arc::new(PackedAdapter::new(adapter, &BASE).unwrap())
 }
 
 fn mix(a: u64, b: u64) -> u64 {

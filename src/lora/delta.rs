@@ -4,11 +4,12 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::packed::{Factor, PackedAdapter, PackedSite};
+use super::packed::{Finish, PackedAdapter, PackedSite};
+use super::table::{self, Embedding, LmHead, finish, finish_tensor};
 use crate::Result;
 use crate::base::matmul::{self, Product};
 use crate::base::simd::Simd;
-use crate::base::{Delta, Site};
+use crate::base::{Delta, Norm, NormSite, Site};
 
 /// Rows of a step that use one adapter.
 pub struct Segment<'a> {
@@ -16,7 +17,8 @@ pub struct Segment<'a> {
     pub adapter: &'a PackedAdapter,
 }
 
-/// `y += scale * (x Aᵀ) Bᵀ` (arXiv 2106.09685) for every segment; rows of no segment keep the base's result.
+/// `y += scale * (x Aᵀ) Bᵀ` (arXiv 2106.09685) for every segment, and what else its adapter changes; rows of no segment
+/// keep the base's result.
 ///
 /// All segments go through two parallel regions per fused layer, one for the A factors and one for the B factors, so
 /// the cost of many adapters in a step is that of reading their factors, not of starting work for each.
@@ -33,54 +35,114 @@ impl<'a> BatchDelta<'a> {
         BatchDelta { simd, segments }
     }
 
+    /// The segments whose adapter has a part of this kind.
+    fn with<'s, T: 's>(&'s self, part: impl Fn(&'s PackedAdapter) -> Option<&'s T>) -> Vec<(&'s Range<usize>, &'s T)> {
+        self.segments.iter().filter_map(|s| Some((&s.rows, part(s.adapter)?))).collect()
+    }
+
     fn sites(&self, layer: usize, site: Site) -> Vec<(&Range<usize>, &PackedSite)> {
-        self.segments.iter().filter_map(|s| Some((&s.rows, s.adapter.sites.get(&(layer, site))?))).collect()
+        self.with(|adapter| adapter.sites.get(&(layer, site)))
+    }
+
+    fn embeddings(&self) -> Vec<(&Range<usize>, &Embedding)> {
+        self.with(|adapter| adapter.embedding.as_ref())
+    }
+
+    fn lm_heads(&self) -> Vec<(&Range<usize>, &LmHead)> {
+        self.with(|adapter| adapter.lm_head.as_ref())
     }
 }
 
 impl Delta for BatchDelta<'_> {
     fn add(&self, layer: usize, site: Site, x: &[f32], y: &mut [f32], rows: usize) {
         let sites = self.sites(layer, site);
-        let Some(width) = sites.iter().map(|(_, s)| s.a.n()).max() else { return };
+        let width = sites.iter().filter_map(|(_, s)| Some(s.a.as_ref()?.n())).max().unwrap_or(0);
         let (x_stride, y_stride) = (x.len() / rows, y.len() / rows);
         let mut down = Vec::with_capacity(sites.len());
         let mut up = Vec::with_capacity(3 * sites.len());
         for (rows, site) in &sites {
-            let Factor::Packed(matrix) = &site.a else { unreachable!("adapters are packed for the base's kernels") };
+            let Some(a) = &site.a else { continue };
+            let matrix = a.packed();
             down.push(Product { matrix, rows: (*rows).clone(), x_column: 0, y_column: 0, scale: 1.0 });
             for part in &site.parts {
-                let Factor::Packed(matrix) = &part.b else { unreachable!("both factors are packed alike") };
                 let (x_column, y_column) = (part.rank_start, part.column);
+                let matrix = part.b.packed();
                 up.push(Product { matrix, rows: (*rows).clone(), x_column, y_column, scale: part.scale });
             }
         }
-        let mut h = vec![0.0; rows * width];
-        matmul::multiply(self.simd, &down, x, x_stride, &mut h, width);
-        matmul::multiply(self.simd, &up, &h, width, y, y_stride);
+        if width > 0 {
+            let mut h = vec![0.0; rows * width];
+            matmul::multiply(self.simd, &down, x, x_stride, &mut h, width);
+            matmul::multiply(self.simd, &up, &h, width, y, y_stride);
+        }
+        for (rows, site) in sites {
+            for Finish { columns, gain, shift } in &site.finishes {
+                finish(gain, shift, &mut y[rows.start * y_stride..rows.end * y_stride], y_stride, columns.start);
+            }
+        }
     }
 
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor> {
         let mut y = y;
         for (rows, site) in self.sites(layer, site) {
             let rows_of = |t: &Tensor| t.narrow(0, rows.start, rows.len());
-            let tensor = |factor: &Factor| match factor {
-                Factor::Tensor(t) => t.t(),
-                Factor::Packed(_) => unreachable!("adapters are packed for the base's kernels"),
-            };
-            let h = rows_of(x)?.matmul(&tensor(&site.a)?)?;
             let mut part_of_y = rows_of(&y)?;
-            for part in &site.parts {
-                let b = tensor(&part.b)?;
-                let (rank, n) = b.dims2()?;
-                let h = h.narrow(1, part.rank_start, rank)?.contiguous()?;
-                let delta = (h.matmul(&b)? * part.scale as f64)?;
-                let sum = (part_of_y.narrow(1, part.column, n)? + delta)?;
-                part_of_y = part_of_y.slice_assign(&[0..rows.len(), part.column..part.column + n], &sum)?;
+            if let Some(a) = &site.a {
+                let h = rows_of(x)?.matmul(&a.tensor().t()?)?;
+                for part in &site.parts {
+                    let b = part.b.tensor().t()?;
+                    let (rank, n) = b.dims2()?;
+                    let h = h.narrow(1, part.rank_start, rank)?.contiguous()?;
+                    let delta = (h.matmul(&b)? * part.scale as f64)?;
+                    let sum = (part_of_y.narrow(1, part.column, n)? + delta)?;
+                    part_of_y = part_of_y.slice_assign(&[0..rows.len(), part.column..part.column + n], &sum)?;
+                }
+            }
+            for Finish { columns, gain, shift } in &site.finishes {
+                let part = part_of_y.narrow(1, columns.start, columns.len())?;
+                let part = finish_tensor(gain, shift, part)?;
+                part_of_y = part_of_y.slice_assign(&[0..rows.len(), columns.clone()], &part)?;
             }
             let width = part_of_y.dims()[1];
             y = y.slice_assign(&[rows.clone(), 0..width], &part_of_y)?;
         }
         Ok(y)
+    }
+
+    fn norms(&self, site: NormSite) -> Vec<(Range<usize>, &Norm)> {
+        let own = self.with(|adapter| adapter.norms.get(&site));
+        own.into_iter().map(|(rows, norm)| (rows.clone(), norm)).collect()
+    }
+
+    fn embed(&self, tokens: &[u32], x: &mut [f32]) {
+        table::embed(self.simd, &self.embeddings(), tokens, x);
+    }
+
+    fn embed_tensor(&self, tokens: &[u32], x: Tensor) -> Result<Tensor> {
+        table::embed_tensor(&self.embeddings(), tokens, x)
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.segments.iter().map(|s| s.adapter.vocab_size).max().unwrap_or(0)
+    }
+
+    fn base_logits(&self, rows: usize) -> Vec<Range<usize>> {
+        let (mut ranges, mut next) = (vec![], 0);
+        for (own, _) in self.lm_heads().into_iter().filter(|(_, head)| head.is_whole()) {
+            ranges.push(next..own.start);
+            next = own.end;
+        }
+        ranges.push(next..rows);
+        ranges.retain(|range| !range.is_empty());
+        ranges
+    }
+
+    fn logits(&self, x: &[f32], y: &mut [f32], rows: usize) {
+        table::logits(self.simd, &self.lm_heads(), x, y, rows);
+    }
+
+    fn logits_tensor(&self, x: &Tensor, y: Tensor) -> Result<Tensor> {
+        table::logits_tensor(&self.lm_heads(), x, y)
     }
 }
 
@@ -93,15 +155,9 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Adapter, Generation, LoraPair};
-    use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Rope};
-
-    fn numbers(seed: u64) -> impl FnMut() -> f32 {
-        let mut state = seed | 1;
-        move || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        }
-    }
+    use crate::base::testing::{decoder, noise, options};
+    use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Module, Rope};
+    use crate::lora::packed::Factor;
 
     fn config(heads: usize, kv_heads: usize, head_dim: usize, hidden: usize, ffn: usize) -> ModelConfig {
         ModelConfig {
@@ -116,7 +172,7 @@ mod tests {
             norm_eps: 1e-5,
             rope: Some(Rope::plain(1e4, head_dim)),
             windows: vec![],
-            architecture: Architecture::of(Family::Llama),
+            architecture: Architecture { qkv_bias: true, mlp_bias: true, ..Architecture::of(Family::Llama) },
             context: 8,
             tie_word_embeddings: true,
             bos_token: None,
@@ -130,24 +186,36 @@ mod tests {
         fn equals_the_plain_formula(
             (kv_heads, group, half) in (1usize..4, 1usize..4, 1usize..12),
             (hidden, ffn) in (1usize..80, 1usize..100),
-            // Rows without an adapter before each segment, rows of the segment, its rank, which projections it has.
-            segments in prop::collection::vec((0usize..3, 1usize..6, 1usize..40, 1u8..128, any::<bool>()), 1..6),
+            // Rows without an adapter before each segment, rows of the segment, its rank, which projections it has, and
+            // of these, which have a magnitude and which a bias.
+            segments in prop::collection::vec(
+                (0usize..3, 1usize..6, 1usize..40, 1u8..128, any::<(bool, u8, u8)>()), 1..6),
             seed in any::<u64>(),
         ) {
             let config = config(kv_heads * group, kv_heads, 2 * half, hidden, ffn);
-            let mut next = numbers(seed);
-            let adapters: Vec<Adapter> = segments.iter().map(|&(_, _, rank, which, bf16)| {
-                let mut pairs = BTreeMap::new();
+            let mut next = noise(seed);
+            let adapters: Vec<Adapter> = segments.iter().map(|&(_, _, rank, which, (bf16, magnitudes, biases))| {
+                let (mut pairs, mut own_biases) = (BTreeMap::new(), BTreeMap::new());
                 for (i, module) in config.target_modules().into_iter().enumerate() {
+                    let (n, k) = (module.out_features, module.in_features);
+                    // Also where there is no pair.
+                    if (biases ^ magnitudes) & (1 << i) != 0 {
+                        own_biases.insert((0, module.projection), (0..n).map(|_| next()).collect());
+                    }
                     if which & (1 << i) == 0 { continue }
                     // Projections of one adapter may differ in rank, as `rank_pattern` allows.
                     let rank = 1 + (rank + i) % 39;
-                    let mut weight = || if bf16 { half::bf16::from_f32(next()).to_f32() } else { next() };
-                    let a = (0..rank * module.in_features).map(|_| weight()).collect();
-                    let b = (0..rank * module.out_features).map(|_| weight()).collect();
-                    pairs.insert((0, module.projection), LoraPair { rank, scale: 0.5 + i as f32, a, b });
+                    let mut weights = |n: usize| -> Vec<f32> {
+                        let number = |x: f32| if bf16 { half::bf16::from_f32(x).to_f32() } else { x };
+                        (0..n).map(|_| number(next())).collect()
+                    };
+                    let (a, b) = (weights(rank * k), weights(rank * n));
+                    let bias = (biases & (1 << i) != 0).then(|| weights(n));
+                    let magnitude = (magnitudes & (1 << i) != 0).then(|| weights(n));
+                    let scale = 0.5 + i as f32;
+                    pairs.insert((0, module.projection), LoraPair { rank, scale, a, b, bias, magnitude });
                 }
-                Adapter { generation: Generation::new("g"), pairs, head: None }
+                Adapter { pairs, biases: own_biases, ..Adapter::new(Generation::new("g")) }
             }).collect();
             let (mut rows, mut ranges) = (0, vec![]);
             for &(gap, len, ..) in &segments {
@@ -155,9 +223,8 @@ mod tests {
                 rows += gap + len;
             }
             for kernels in Simd::all().into_iter().map(Kernels::Packed).chain([Kernels::Tensor]) {
-                let base = DecoderOptions { device: Device::Cpu, kernels, format: None, dtype: DType::F32 };
-                let packed: Vec<_> =
-                    adapters.iter().map(|a| PackedAdapter::new(a.clone(), &config, &base).unwrap()).collect();
+                let base = decoder(&config, options(kernels), seed);
+                let packed: Vec<_> = adapters.iter().map(|a| PackedAdapter::new(a.clone(), &base).unwrap()).collect();
                 let simd = if let Kernels::Packed(simd) = kernels { simd } else { Simd::Portable };
                 let segments = ranges.iter().zip(&packed).map(|(r, adapter)| Segment { rows: r.clone(), adapter });
                 let delta = BatchDelta::new(simd, segments.collect());
@@ -180,23 +247,45 @@ mod tests {
                         let mut column = 0;
                         for &p in site.projections(config.family) {
                             let out = config.shape(p).0;
+                            // The base's own bias comes after the delta.
+                            let own = adapter.biases.get(&(0, p));
+                            let replaced: Vec<f64> = match (own, base.bias(0, p).unwrap()) {
+                                (Some(own), Some(base)) => {
+                                    own.iter().zip(base).map(|(&own, base)| own as f64 - base as f64).collect()
+                                }
+                                _ => vec![0.0; out],
+                            };
                             if let Some(pair) = adapter.pairs.get(&(0, p)) {
-                                for row in range.clone() {
-                                    for r in 0..pair.rank {
-                                        let h: f64 = (0..k)
-                                            .map(|i| x[row * k + i] as f64 * pair.a[r * k + i] as f64).sum();
-                                        for j in 0..out {
-                                            want[row * n + column + j] +=
-                                                pair.scale as f64 * h * pair.b[j * pair.rank + r] as f64;
-                                        }
+                                let weights = base.weights(Module::Linear(0, p)).unwrap();
+                                let product = |j: usize, i: usize| -> f64 {
+                                    let ba = (0..pair.rank).map(|r| {
+                                        pair.b[j * pair.rank + r] as f64 * pair.a[r * k + i] as f64
+                                    });
+                                    pair.scale as f64 * ba.sum::<f64>()
+                                };
+                                for j in 0..out {
+                                    let ba: Vec<f64> = (0..k).map(|i| product(j, i)).collect();
+                                    let changed = ba.iter().zip(&weights[j * k..]).map(|(d, &w)| d + w as f64);
+                                    let norm = changed.map(|w| w * w).sum::<f64>().sqrt();
+                                    let gain = pair.magnitude.as_ref().map_or(1.0, |m| m[j] as f64 / norm);
+                                    let shift = pair.bias.as_ref().map_or(0.0, |b| pair.scale as f64 * b[j] as f64);
+                                    for row in range.clone() {
+                                        let x = &x[row * k..][..k];
+                                        let delta: f64 = ba.iter().zip(x).map(|(d, &x)| d * x as f64).sum();
+                                        let want = &mut want[row * n + column + j];
+                                        *want = gain * (*want + delta) + shift;
                                     }
                                 }
+                            }
+                            for row in range.clone() {
+                                let row = &mut want[row * n + column..][..out];
+                                row.iter_mut().zip(&replaced).for_each(|(want, shift)| *want += shift);
                             }
                             column += out;
                         }
                     }
                     for (i, (g, w)) in got.iter().zip(&want).enumerate() {
-                        prop_assert!((*g as f64 - w).abs() <= 2e-4 * (1.0 + w.abs()), "{kernels:?} {site:?} {i}: {g} {w}");
+                        prop_assert!((*g as f64 - w).abs() <= 3e-4 * (1.0 + w.abs()), "{kernels:?} {site:?} {i}: {g} {w}");
                     }
                 }
             }
@@ -206,17 +295,37 @@ mod tests {
     #[test]
     fn factors_are_in_the_numbers_of_the_base() {
         let config = config(1, 1, 2, 4, 4);
-        let pair = LoraPair { rank: 1, scale: 1.0, a: vec![1.0; 4], b: vec![1.0; 2] };
+        let pair = LoraPair { rank: 1, scale: 1.0, a: vec![1.0; 4], b: vec![1.0; 2], ..LoraPair::default() };
         let pairs = BTreeMap::from([((0, config.target_modules()[0].projection), pair)]);
-        let adapter = Adapter { generation: Generation::new("g"), pairs, head: None };
+        let adapter = Adapter { pairs, ..Adapter::new(Generation::new("g")) };
         for dtype in [DType::F32, DType::F16, DType::BF16] {
-            let base = DecoderOptions { device: Device::Cpu, kernels: Kernels::Tensor, format: None, dtype };
-            let packed = PackedAdapter::new(adapter.clone(), &config, &base).unwrap();
+            let base = DecoderOptions { dtype, ..options(Kernels::Tensor) };
+            let packed = PackedAdapter::new(adapter.clone(), &decoder(&config, base, 1)).unwrap();
             assert_eq!(packed.bytes, 6 * dtype.size_in_bytes());
             let site = &packed.sites[&(0, Site::Qkv)];
-            for factor in [&site.a, &site.parts[0].b] {
+            for factor in [site.a.as_ref().unwrap(), &site.parts[0].b] {
                 assert!(matches!(factor, Factor::Tensor(t) if t.dtype() == dtype), "{factor:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_magnitude_over_nothing_is_refused() {
+        // The pair takes all of the first output's weights away.
+        let config = config(1, 1, 2, 1, 1);
+        let base = decoder(&config, options(Kernels::for_device(&Device::Cpu)), 1);
+        let q = config.target_modules()[0].projection;
+        let weights = base.weights(Module::Linear(0, q)).unwrap();
+        let pair = LoraPair {
+            rank: 1,
+            scale: 1.0,
+            a: vec![1.0],
+            b: vec![-weights[0], 0.0],
+            magnitude: Some(vec![1.0; 2]),
+            ..LoraPair::default()
+        };
+        let adapter = Adapter { pairs: BTreeMap::from([((0, q), pair)]), ..Adapter::new(Generation::new("g")) };
+        let error = PackedAdapter::new(adapter, &base).unwrap_err();
+        assert!(error.message.contains("model.layers.0.self_attn.q_proj: DoRA: the magnitude of output 0"), "{error}");
     }
 }

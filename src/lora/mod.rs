@@ -1,7 +1,10 @@
-//! The batched low-rank delta `y += scale * (x Aᵀ) Bᵀ` for rows grouped by adapter.
+//! The batched low-rank delta `y += scale * (x Aᵀ) Bᵀ` for rows grouped by adapter, and what else an adapter may change:
+//! gains and shifts of outputs, norms, embeddings, logits.
 
 mod delta;
+mod dora;
 mod packed;
+mod table;
 
 pub use delta::{BatchDelta, Segment};
 pub use packed::PackedAdapter;

@@ -1,19 +1,34 @@
 //! An adapter laid out for the kernels, ready for a batch.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
-use crate::Result;
-use crate::adapter::{Adapter, Generation, Head};
+use super::dora;
+use super::table::{Embedding, LmHead};
+use crate::adapter::{Adapter, Generation, Head, OwnNorm};
 use crate::base::matmul::PackedMatrix;
-use crate::base::{DecoderOptions, Kernels, ModelConfig, Site};
+use crate::base::{Decoder, DecoderOptions, Kernels, Language, Module, Norm, NormSite, OwnLanguage, Site};
+use crate::{Error, Result};
 
-/// The low-rank pairs of one fused linear layer.
+/// What is changed of one fused linear layer.
 #[derive(Debug)]
 pub(super) struct PackedSite {
-    pub a: Factor,
+    /// The stacked A factors; `None` where there are no pairs.
+    pub a: Option<Factor>,
     pub parts: Vec<Part>,
+    pub finishes: Vec<Finish>,
+}
+
+/// What follows the products with a projection's weights and pair: `y = gain * y + shift`. The base's bias comes after it,
+/// so a bias of the adapter's own is the difference.
+#[derive(Debug)]
+pub(super) struct Finish {
+    /// Outputs of the fused layer.
+    pub columns: Range<usize>,
+    pub gain: Option<Vector>,
+    pub shift: Option<Vector>,
 }
 
 /// The pair of one projection of the fused layer.
@@ -35,17 +50,14 @@ pub(super) enum Factor {
 }
 
 impl Factor {
-    fn new(rows: &[f32], n: usize, k: usize, base: &DecoderOptions) -> Result<Self> {
+    pub fn new(rows: &[f32], n: usize, k: usize, base: &DecoderOptions) -> Result<Self> {
         Ok(match base.kernels {
             Kernels::Packed(_) => Factor::Packed(PackedMatrix::pack_exactly(rows, n, k)),
-            Kernels::Tensor => {
-                let tensor = Tensor::from_slice(rows, (n, k), &Device::Cpu)?;
-                Factor::Tensor(tensor.to_dtype(base.dtype)?.to_device(&base.device)?)
-            }
+            Kernels::Tensor => Factor::Tensor(tensor(rows, (n, k), base)?),
         })
     }
 
-    fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         match self {
             Factor::Packed(m) => m.bytes(),
             Factor::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
@@ -59,6 +71,62 @@ impl Factor {
             Factor::Tensor(t) => t.dims()[0],
         }
     }
+
+    pub fn packed(&self) -> &PackedMatrix {
+        match self {
+            Factor::Packed(m) => m,
+            Factor::Tensor(_) => unreachable!("adapters are packed for the base's kernels"),
+        }
+    }
+
+    pub fn tensor(&self) -> &Tensor {
+        match self {
+            Factor::Tensor(t) => t,
+            Factor::Packed(_) => unreachable!("adapters are packed for the base's kernels"),
+        }
+    }
+}
+
+/// A number for each output feature.
+#[derive(Debug)]
+pub(super) enum Vector {
+    Host(Vec<f32>),
+    /// `[1, out_features]`, in the decoder's numbers.
+    Tensor(Tensor),
+}
+
+impl Vector {
+    pub fn new(numbers: Vec<f32>, base: &DecoderOptions) -> Result<Self> {
+        Ok(match base.kernels {
+            Kernels::Packed(_) => Vector::Host(numbers),
+            Kernels::Tensor => Vector::Tensor(tensor(&numbers, (1, numbers.len()), base)?),
+        })
+    }
+
+    pub fn bytes(&self) -> usize {
+        match self {
+            Vector::Host(numbers) => 4 * numbers.len(),
+            Vector::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
+        }
+    }
+
+    pub fn host(&self) -> &[f32] {
+        match self {
+            Vector::Host(numbers) => numbers,
+            Vector::Tensor(_) => unreachable!("adapters are packed for the base's kernels"),
+        }
+    }
+
+    pub fn tensor(&self) -> &Tensor {
+        match self {
+            Vector::Tensor(t) => t,
+            Vector::Host(_) => unreachable!("adapters are packed for the base's kernels"),
+        }
+    }
+}
+
+fn tensor(numbers: &[f32], shape: (usize, usize), base: &DecoderOptions) -> Result<Tensor> {
+    Ok(Tensor::from_slice(numbers, shape, &Device::Cpu)?.to_dtype(base.dtype)?.to_device(&base.device)?)
 }
 
 /// An adapter on the device, in the layout that the delta kernels read.
@@ -72,44 +140,103 @@ pub struct PackedAdapter {
     pub labels: Option<Vec<String>>,
     /// Memory it takes.
     pub bytes: usize,
+    /// Tokens it knows, the base's and its own.
+    pub vocab_size: usize,
     pub(super) sites: HashMap<(usize, Site), PackedSite>,
+    pub(super) norms: HashMap<NormSite, Norm>,
+    pub(super) embedding: Option<Embedding>,
+    pub(super) lm_head: Option<LmHead>,
     head: Option<Head>,
+    /// Its own tokenizer, chat template and end tokens, where they are not the base's.
+    pub language: Option<Language>,
 }
 
 impl PackedAdapter {
-    /// For the kernels and the numbers that `base` is held in. Each pair is freed as soon as it is packed, so that an
-    /// adapter is not twice in memory.
-    pub fn new(mut adapter: Adapter, config: &ModelConfig, base: &DecoderOptions) -> Result<Self> {
+    /// For the kernels and the numbers of `base`. Each pair is freed as soon as it is packed, so that an adapter is not
+    /// twice in memory.
+    ///
+    /// Errors: `Unprocessable` where DoRA's numbers and the base's weights have no finite quotient.
+    pub fn new(mut adapter: Adapter, base: &Decoder) -> Result<Self> {
+        let (config, options) = (base.config(), base.options());
         let mut sites = HashMap::new();
         for layer in 0..config.layers {
             for site in Site::ALL {
-                let (mut a, mut parts, mut ranks, mut column, mut width) = (Vec::new(), Vec::new(), 0, 0, 0);
+                let (mut a, mut parts, mut finishes, mut ranks, mut column, mut width) =
+                    (Vec::new(), Vec::new(), Vec::new(), 0, 0, 0);
                 for &projection in site.projections(config.family) {
                     let (n, k) = config.shape(projection);
+                    let (mut gain, mut shift) = (None, None);
                     if let Some(pair) = adapter.pairs.remove(&(layer, projection)) {
+                        if pair.magnitude.is_some() {
+                            let weights = base.weights(Module::Linear(layer, projection))?;
+                            let named = |e: Error| e.context(config.in_layer(layer, config.family.path(projection)));
+                            gain = dora::gains(&weights, &pair).map_err(named)?;
+                        }
+                        shift =
+                            pair.bias.as_ref().map(|bias| bias.iter().map(|b| pair.scale * b).collect::<Vec<f32>>());
                         a.extend_from_slice(&pair.a);
-                        let b = Factor::new(&pair.b, n, pair.rank, base)?;
+                        let b = Factor::new(&pair.b, n, pair.rank, options)?;
                         parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
                         ranks += pair.rank;
                     }
+                    if let (Some(own), Some(served)) =
+                        (adapter.biases.get(&(layer, projection)), base.bias(layer, projection)?)
+                    {
+                        let shift = shift.get_or_insert_with(|| vec![0.0; n]);
+                        shift.iter_mut().zip(own.iter().zip(served)).for_each(|(s, (own, base))| *s += own - base);
+                    }
+                    if gain.is_some() || shift.is_some() {
+                        let vector = |numbers: Option<Vec<f32>>| numbers.map(|v| Vector::new(v, options)).transpose();
+                        let columns = column..column + n;
+                        finishes.push(Finish { columns, gain: vector(gain)?, shift: vector(shift)? });
+                    }
                     (column, width) = (column + n, k);
                 }
-                if !parts.is_empty() {
-                    let a = Factor::new(&a, ranks, width, base)?;
-                    sites.insert((layer, site), PackedSite { a, parts });
+                if !(parts.is_empty() && finishes.is_empty()) {
+                    let a = (ranks > 0).then(|| Factor::new(&a, ranks, width, options)).transpose()?;
+                    sites.insert((layer, site), PackedSite { a, parts, finishes });
                 }
             }
         }
-        let site_bytes = |s: &PackedSite| s.a.bytes() + s.parts.iter().map(|p| p.b.bytes()).sum::<usize>();
+        let mut norms = HashMap::new();
+        for (site, OwnNorm { weight, bias }) in std::mem::take(&mut adapter.norms) {
+            if let Some(norm) = base.own_norm(site, weight, bias)? {
+                norms.insert(site, norm);
+            }
+        }
+        let vocab_size = adapter.vocab_size.unwrap_or(config.vocab_size);
+        let (embedding, lm_head) = super::table::pack(adapter.embedding, adapter.lm_head, vocab_size, base)?;
         let head = adapter.head;
+
+        let vector = |v: &Option<Vector>| v.as_ref().map_or(0, Vector::bytes);
+        let site = |s: &PackedSite| {
+            let factors = s.parts.iter().map(|p| &p.b).chain(&s.a).map(Factor::bytes).sum::<usize>();
+            factors + s.finishes.iter().map(|f| vector(&f.gain) + vector(&f.shift)).sum::<usize>()
+        };
+        let sites_bytes: usize = sites.values().map(site).sum();
+        let norm_bytes: usize = norms.values().map(Norm::bytes).sum();
         let head_bytes = head.as_ref().map_or(0, |h| 4 * (h.weight.len() + h.bias.as_ref().map_or(0, Vec::len)));
         Ok(PackedAdapter {
             generation: adapter.generation,
             labels: head.as_ref().map(|h| h.labels.clone()),
-            bytes: sites.values().map(site_bytes).sum::<usize>() + head_bytes,
+            bytes: sites_bytes + norm_bytes + head_bytes + super::table::bytes(&embedding, &lm_head),
+            vocab_size,
             sites,
+            norms,
+            embedding,
+            lm_head,
             head,
+            language: None,
         })
+    }
+
+    /// The adapter with what lies beside its weights, as far as it is not the base's.
+    pub fn with_language(mut self, own: Option<OwnLanguage>, base: &Language) -> Self {
+        if let Some((language, bytes)) = own.and_then(|own| own.over(base)) {
+            self.language = Some(language);
+            self.bytes += bytes;
+        }
+        self
     }
 
     pub fn has_head(&self) -> bool {

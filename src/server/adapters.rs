@@ -101,12 +101,20 @@ async fn receive(
         let target = match key.as_str() {
             "name" => None,
             "config" => Some("adapter_config.json"),
+            "weights" if file_name.ends_with(".gguf") => Some("adapter_model.gguf"),
             "weights" => Some("adapter_model.safetensors"),
+            "file" => match crate::adapter::kept_name(file_name) {
+                Some(kept) => Some(kept),
+                None => {
+                    let what = format!("the form's file is named {file_name:?}, which is no file of an adapter");
+                    return Err(Error::bad_request(what).into());
+                }
+            },
             "labels" if file_name.ends_with(".txt") => Some("labels.txt"),
             "labels" => Some("labels.json"),
             "archive" => Some(ARCHIVE),
             other => {
-                let what = "expected name, config, weights, labels or archive";
+                let what = "expected name, config, weights, labels, file or archive";
                 return Err(Error::bad_request(format!("the form has a field {other:?}; {what}")).into());
             }
         };

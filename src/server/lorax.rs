@@ -1,6 +1,7 @@
 //! The dialect of LoRAX and Text Generation Inference.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Value, json};
@@ -10,6 +11,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::run::{self, Target, Window};
 use crate::Result;
+use crate::base::Tokenizer;
 use crate::engine::{Detokenizer, Event, FinishReason, Generate, Task, TokenLogprob};
 
 /// New tokens where the request does not say; LoRAX's number.
@@ -78,12 +80,12 @@ async fn read(state: &Shared, http: &HttpRequest, f: &Fields) -> Result<Asked> {
         n: 1,
     };
     state.check_size(1, &task)?;
-    let mut prompt = state.encode(text.clone(), run::prompt).await?;
+    let adapter = p.text("adapter_id")?.filter(|id| !id.is_empty() && id != BASE_ADAPTER);
+    let target = state.target(http, adapter.as_deref()).await?;
+    let mut prompt = state.encode(&target, text.clone(), run::prompt).await?;
     if let Some(keep) = p.count("truncate")? {
         prompt.drain(..prompt.len().saturating_sub(keep));
     }
-    let adapter = p.text("adapter_id")?.filter(|id| !id.is_empty() && id != BASE_ADAPTER);
-    let target = state.target(http, adapter.as_deref()).await?;
     Ok(Asked {
         target,
         prompt,
@@ -98,21 +100,21 @@ async fn read(state: &Shared, http: &HttpRequest, f: &Fields) -> Result<Asked> {
 /// Tokens in a row as the answer has them. Their texts together are the generated text: the token that completes a
 /// character has it all, those before it have nothing.
 struct Tokens {
-    state: Shared,
+    tokenizer: Arc<Tokenizer>,
     detokenizer: Detokenizer,
 }
 
 impl Tokens {
-    fn new(state: &Shared) -> Self {
-        Tokens { state: state.clone(), detokenizer: Detokenizer::default() }
+    fn new(target: &Target) -> Self {
+        Tokens { tokenizer: target.language.tokenizer.clone(), detokenizer: Detokenizer::default() }
     }
 
     fn json(&mut self, entry: &TokenLogprob) -> Value {
-        let special = self.state.tokenizer.is_special(entry.token);
+        let special = self.tokenizer.is_special(entry.token);
         let mut text = String::new();
         match special {
-            true => text = run::token_text(&self.state, entry.token),
-            false => self.detokenizer.push(self.state.tokenizer.token_bytes(entry.token), &mut text),
+            true => text = run::token_text(&self.tokenizer, entry.token),
+            false => self.detokenizer.push(self.tokenizer.token_bytes(entry.token), &mut text),
         }
         json!({ "id": entry.token, "text": text, "logprob": entry.logprob, "special": special,
             "alternative_tokens": null })
@@ -146,8 +148,9 @@ async fn answer(state: &Shared, asked: Asked) -> Result<Value, ApiError> {
     let mut answer = json!({ "generated_text": text });
     if asked.details {
         let prefill = asked.prompt.iter().filter(|_| asked.prefill);
-        let prefill = prefill.map(|&t| json!({ "id": t, "text": run::token_text(state, t), "logprob": null }));
-        let mut texts = Tokens::new(state);
+        let tokenizer = &asked.target.language.tokenizer;
+        let prefill = prefill.map(|&t| json!({ "id": t, "text": run::token_text(tokenizer, t), "logprob": null }));
+        let mut texts = Tokens::new(&asked.target);
         let mut tokens: Vec<Value> = choice.logprobs.iter().chain(&choice.end).map(|l| texts.json(l)).collect();
         texts.finish(tokens.iter_mut());
         answer["details"] = json!({
@@ -194,7 +197,7 @@ fn streamed(state: Shared, asked: Asked) -> Result<HttpResponse, ApiError> {
     let seed = asked.seed();
     let window = Window::new(&state.engine, [asked.target.request(asked.prompt, Task::Generate(asked.task))])?;
     let mut text = if asked.full_text { asked.text } else { String::new() };
-    let mut tokens = Tokens::new(&state);
+    let mut tokens = Tokens::new(&asked.target);
     // Tokens that wait.
     let mut held: VecDeque<Value> = VecDeque::new();
     let (mut index, mut ending, mut matched) = (0, None, false);

@@ -27,7 +27,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 
 use crate::adapter::Registry;
-use crate::base::{ChatTemplate, Tokenizer};
+use crate::base::Language;
 use crate::engine::Engine;
 use crate::metrics::Metrics;
 use crate::{Error, Result};
@@ -42,8 +42,8 @@ const LAST_BYTES: u64 = 5;
 pub struct State {
     pub engine: Engine,
     pub registry: Arc<Registry>,
-    pub tokenizer: Arc<Tokenizer>,
-    pub chat: Option<Arc<ChatTemplate>>,
+    /// The base's.
+    pub language: Language,
     pub metrics: Arc<Metrics>,
     /// What clients call the base model.
     pub base_id: String,

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 
+use super::Shared;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::run::{self, Target, Window};
-use super::{Shared, State};
 use crate::base::Tokenizer;
 use crate::engine::{Event, Task, Usage};
 use crate::{Error, Result};
@@ -43,14 +43,14 @@ pub async fn generate(
         return Err(f.wrong("n", format!("is {}; this route gives 1", task.n)).into());
     }
     state.check_size(1, &task)?;
+    let target = state.target(&http, name.as_deref()).await?;
     let prompt = match (f.text("prompt")?, f.list("messages")?) {
-        (Some(prompt), None) => state.encode(prompt, run::prompt).await?,
-        (None, Some(_)) => state.chat_prompt(&f, true).await?,
+        (Some(prompt), None) => state.encode(&target, prompt, run::prompt).await?,
+        (None, Some(_)) => state.chat_prompt(&target, &f, true).await?,
         (None, None) => return Err(f.wrong("prompt", "or messages is needed").into()),
         (Some(_), Some(_)) => return Err(f.wrong("prompt", "and messages exclude each other").into()),
     };
     let stream = f.flag("stream")?.unwrap_or(false);
-    let target = state.target(&http, name.as_deref()).await?;
     let logprobs = task.logprobs;
     let window = Window::new(&state.engine, [target.request(prompt, Task::Generate(task))])?;
     let head = move |target: &Target| {
@@ -59,8 +59,9 @@ pub async fn generate(
         map.insert("generation".into(), json!(target.generation()));
         map
     };
-    let entries = move |state: &State, list: &[crate::engine::TokenLogprob]| -> Value {
-        list.iter().map(|l| run::logprob_json(state, l, logprobs.unwrap_or(0))).collect()
+    let tokenizer = target.language.tokenizer.clone();
+    let entries = move |list: &[crate::engine::TokenLogprob]| -> Value {
+        list.iter().map(|l| run::logprob_json(&tokenizer, l, logprobs.unwrap_or(0))).collect()
     };
     if stream {
         let mut finish = None;
@@ -69,7 +70,7 @@ pub async fn generate(
                 finish = choice.finish.or(finish);
                 let mut chunk = json!({ "text": choice.text });
                 if logprobs.is_some() && !choice.logprobs.is_empty() {
-                    chunk["logprobs"] = entries(&state, &choice.logprobs);
+                    chunk["logprobs"] = entries(&choice.logprobs);
                 }
                 run::sse(&chunk)
             }
@@ -91,7 +92,7 @@ pub async fn generate(
     answer.insert("finish_reason".into(), json!(run::finish_text(choice.finish)));
     answer.insert("usage".into(), run::usage_json(&all.usage));
     if logprobs.is_some() {
-        answer.insert("logprobs".into(), entries(&state, &choice.logprobs));
+        answer.insert("logprobs".into(), entries(&choice.logprobs));
     }
     Ok(HttpResponse::Ok().json(answer))
 }
@@ -141,7 +142,7 @@ pub async fn classify(
                 .into());
         }
         (Some(labels), None) => {
-            let prompts = state.encode_all(inputs, Tokenizer::encode_for_head).await?;
+            let prompts = state.encode_all(&target, inputs, Tokenizer::encode_for_head).await?;
             let requests = prompts.into_iter().map(move |prompt| target.request(prompt, Task::Classify));
             let answers = run::numbers(Window::new(&state.engine, requests)?, count).await?;
             answers.iter().for_each(|(_, used)| run::add(&mut usage, used));
@@ -159,8 +160,8 @@ pub async fn classify(
             if inputs.iter().any(String::is_empty) {
                 return Err(f.wrong("input", "has an empty text, which no label can continue").into());
             }
-            let prompts = state.encode_all(inputs, run::prompt).await?;
-            let endings = state.encode_all(labels.clone(), run::continuation).await?;
+            let prompts = state.encode_all(&target, inputs, run::prompt).await?;
+            let endings = state.encode_all(&target, labels.clone(), run::continuation).await?;
             let ways = labels.len();
             let requests = (0..scores).map(move |i| {
                 let (prompt, ending) = (&prompts[i / ways], &endings[i % ways]);

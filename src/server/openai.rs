@@ -10,6 +10,7 @@ use super::error::ApiError;
 use super::fields::{Fields, token_ids};
 use super::run::{self, Target, Window};
 use super::{Shared, State};
+use crate::base::Tokenizer;
 use crate::engine::{Choice, Detokenizer, Event, Request, Task, TokenLogprob, Usage};
 use crate::{Error, ErrorKind, Result};
 
@@ -100,7 +101,12 @@ async fn target(state: &State, http: &HttpRequest, f: &Fields) -> Result<(String
 }
 
 /// The prompts as token ids, each such that `request` makes something of it that the engine takes.
-async fn prompts(state: &Shared, f: &Fields, request: impl Fn(Vec<u32>) -> Request) -> Result<Vec<Request>> {
+async fn prompts(
+    state: &Shared,
+    target: &Target,
+    f: &Fields,
+    request: impl Fn(Vec<u32>) -> Request,
+) -> Result<Vec<Request>> {
     let encode = if f.flag("add_special_tokens")?.unwrap_or(true) { run::prompt } else { run::plain };
     let wrong = || f.wrong("prompt", "is no text, list of texts, list of token ids or list of lists of token ids");
     let value = f.get("prompt").ok_or_else(|| f.wrong("prompt", "is needed"))?;
@@ -116,7 +122,7 @@ async fn prompts(state: &Shared, f: &Fields, request: impl Fn(Vec<u32>) -> Reque
     let mut requests = Vec::with_capacity(list.len());
     for prompt in list {
         let tokens = match prompt {
-            Value::String(text) => state.encode(text.clone(), encode).await?,
+            Value::String(text) => state.encode(target, text.clone(), encode).await?,
             list => token_ids(list).ok_or_else(wrong)?,
         };
         let request = request(tokens);
@@ -139,14 +145,14 @@ struct Place {
 }
 
 /// Completions' form of log-probabilities.
-fn logprobs_json(state: &State, entries: &[TokenLogprob], top: usize, place: &mut Place) -> Value {
-    let text = |token| spelling(state.tokenizer.token_bytes(token));
+fn logprobs_json(tokenizer: &Tokenizer, entries: &[TokenLogprob], top: usize, place: &mut Place) -> Value {
+    let text = |token| spelling(tokenizer.token_bytes(token));
     let mut offsets = Vec::with_capacity(entries.len());
     for entry in entries {
         offsets.push(place.characters);
-        if !state.tokenizer.is_special(entry.token) {
+        if !tokenizer.is_special(entry.token) {
             let mut piece = String::new();
-            place.detokenizer.push(state.tokenizer.token_bytes(entry.token), &mut piece);
+            place.detokenizer.push(tokenizer.token_bytes(entry.token), &mut piece);
             place.characters += piece.chars().count();
         }
     }
@@ -185,17 +191,18 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
     let (model, target) = target(&state, &http, &f).await?;
     let logprobs = task.logprobs;
-    let requests = prompts(&state, &f, |prompt| target.request(prompt, Task::Generate(task.clone()))).await?;
+    let requests = prompts(&state, &target, &f, |prompt| target.request(prompt, Task::Generate(task.clone()))).await?;
     state.check_size(requests.len(), &task)?;
     let count = requests.len();
     let echoed: Vec<String> = match echo {
-        true => requests.iter().map(|r| state.tokenizer.decode(&r.prompt, true)).collect(),
+        true => requests.iter().map(|r| target.language.tokenizer.decode(&r.prompt, true)).collect(),
         false => vec![String::new(); count],
     };
     let window = Window::new(&state.engine, requests)?;
     let (id, created) = (new_id("cmpl"), now());
-    let choice_json = move |state: &State, index: usize, text: String, c: &Choice, place: &mut Place| {
-        let logprobs = logprobs.map(|top| logprobs_json(state, &c.logprobs, top, place));
+    let tokenizer = target.language.tokenizer.clone();
+    let choice_json = move |index: usize, text: String, c: &Choice, place: &mut Place| {
+        let logprobs = logprobs.map(|top| logprobs_json(&tokenizer, &c.logprobs, top, place));
         json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": run::finish_text(c.finish),
             "stop_reason": c.matched_stop })
     };
@@ -205,7 +212,7 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
             true => (0..count * n)
                 .map(|i| {
                     let (text, place) = (echoed[i / n].clone(), &mut Place::default());
-                    run::sse(&whole(json!([choice_json(&state, i, text, &Choice::default(), place)])))
+                    run::sse(&whole(json!([choice_json(i, text, &Choice::default(), place)])))
                 })
                 .collect(),
             false => String::new(),
@@ -216,7 +223,7 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
         let each = move |i: usize, event| match event {
             Event::Progress(c) => {
                 let index = i * n + c.index;
-                run::sse(&whole(json!([choice_json(&state, index, c.text.clone(), &c, &mut places[index])])))
+                run::sse(&whole(json!([choice_json(index, c.text.clone(), &c, &mut places[index])])))
             }
             Event::Done(usage) => {
                 let mut all = sum.get();
@@ -242,7 +249,7 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
         run::add(&mut usage, &all.usage);
         for c in &all.choices {
             let text = format!("{}{}", echoed[i], c.text);
-            choices.push(choice_json(&state, i * n + c.index, text, c, &mut Place::default()));
+            choices.push(choice_json(i * n + c.index, text, c, &mut Place::default()));
         }
     }
     Ok(HttpResponse::Ok().json(json!({ "id": id, "object": "text_completion", "created": created, "model": model,
@@ -254,7 +261,8 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
     refuse(&f)?;
     f.refuse(&["echo"], &[])?;
     f.list("messages")?.ok_or_else(|| f.wrong("messages", "is needed"))?;
-    let prompt = state.chat_prompt(&f, f.flag("add_generation_prompt")?.unwrap_or(true)).await?;
+    let (model, target) = target(&state, &http, &f).await?;
+    let prompt = state.chat_prompt(&target, &f, f.flag("add_generation_prompt")?.unwrap_or(true)).await?;
     let asked = f.count("max_completion_tokens")?.or(f.count("max_tokens")?);
     let mut task = run::generation(&f, 1.0, asked.unwrap_or(state.context.saturating_sub(prompt.len()).max(1)))?;
     let top = f.count("top_logprobs")?;
@@ -265,14 +273,14 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
     task.logprobs = with_logprobs.then(|| top.unwrap_or(0));
     let n = task.n;
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
-    let (model, target) = target(&state, &http, &f).await?;
     state.check_size(1, &task)?;
     let window = Window::new(&state.engine, [target.request(prompt, Task::Generate(task))])?;
+    let tokenizer = target.language.tokenizer;
     let (id, created) = (new_id("chatcmpl"), now());
-    let logprobs_of = move |state: &State, c: &Choice| {
+    let logprobs_of = move |c: &Choice| {
         with_logprobs.then(|| {
             let content: Vec<Value> =
-                c.logprobs.iter().map(|l| run::logprob_json(state, l, top.unwrap_or(0))).collect();
+                c.logprobs.iter().map(|l| run::logprob_json(&tokenizer, l, top.unwrap_or(0))).collect();
             json!({ "content": content, "refusal": null })
         })
     };
@@ -286,7 +294,7 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
         let each = move |_: usize, event| match event {
             Event::Progress(c) => {
                 let delta = if c.text.is_empty() { json!({}) } else { json!({ "content": c.text }) };
-                let (logprobs, finish) = (logprobs_of(&state, &c), run::finish_text(c.finish));
+                let (logprobs, finish) = (logprobs_of(&c), run::finish_text(c.finish));
                 run::sse(&whole(
                     json!([{ "index": c.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish }]),
                 ))
@@ -306,7 +314,7 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
         .iter()
         .map(|c| {
             json!({ "index": c.index, "message": { "role": "assistant", "content": c.text, "refusal": null },
-                "logprobs": logprobs_of(&state, c), "finish_reason": run::finish_text(c.finish) })
+                "logprobs": logprobs_of(c), "finish_reason": run::finish_text(c.finish) })
         })
         .collect();
     Ok(HttpResponse::Ok().json(json!({ "id": id, "object": "chat.completion", "created": created, "model": model,

@@ -14,7 +14,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::observe::Counted;
 use super::{Shared, State, beside};
-use crate::base::Tokenizer;
+use crate::base::{Language, Tokenizer};
 use crate::engine::{Choice, Engine, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};
 use crate::lora::PackedAdapter;
 use crate::{Error, ErrorKind, Result};
@@ -33,6 +33,8 @@ const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "f
 #[derive(Clone)]
 pub struct Target {
     pub adapter: Option<(Arc<str>, Arc<PackedAdapter>)>,
+    /// Its own, or the base's.
+    pub language: Language,
 }
 
 impl Target {
@@ -51,8 +53,8 @@ impl Target {
 }
 
 impl State {
-    fn check_length(&self, text: &str) -> Result<()> {
-        let longest = self.tokenizer.longest_token().saturating_mul(self.context);
+    fn check_length(&self, tokenizer: &Tokenizer, text: &str) -> Result<()> {
+        let longest = tokenizer.longest_token().saturating_mul(self.context);
         match text.len() <= longest {
             true => Ok(()),
             false => Err(Error::bad_request(format!(
@@ -69,7 +71,7 @@ impl State {
         let name = name.filter(|n| *n != "base" && *n != self.base_id);
         let Some(name) = name else {
             count(None);
-            return Ok(Target { adapter: None });
+            return Ok(Target { adapter: None, language: self.language.clone() });
         };
         let packed = {
             let acquire = self.registry.acquire(name);
@@ -84,7 +86,8 @@ impl State {
             }
         };
         count(Some(name));
-        Ok(Target { adapter: Some((name.into(), packed)) })
+        let language = packed.language.clone().unwrap_or_else(|| self.language.clone());
+        Ok(Target { adapter: Some((name.into(), packed)), language })
     }
 
     /// Refuses what would take more memory than one request may: `prompts` continuations as `task` asks for.
@@ -107,22 +110,22 @@ impl State {
 }
 
 impl Shared {
-    /// Token ids of texts, each as `encode` makes them. A text too long for any tokenization to fit the context is
+    /// Token ids of texts for `target`, each as `encode` makes them. A text too long for any tokenization to fit the context is
     /// refused before the work.
-    pub async fn encode_all(&self, texts: Vec<String>, encode: Encode) -> Result<Vec<Vec<u32>>> {
-        texts.iter().try_for_each(|text| self.check_length(text))?;
+    pub async fn encode_all(&self, target: &Target, texts: Vec<String>, encode: Encode) -> Result<Vec<Vec<u32>>> {
+        let tokenizer = target.language.tokenizer.clone();
+        texts.iter().try_for_each(|text| self.check_length(&tokenizer, text))?;
         let long = texts.iter().map(String::len).sum::<usize>() > LONG_TEXT;
-        let tokenizer = self.tokenizer.clone();
         beside(long, move || texts.iter().map(|text| encode(&tokenizer, text)).collect()).await
     }
 
     /// Token ids of one text.
-    pub async fn encode(&self, text: String, encode: Encode) -> Result<Vec<u32>> {
-        Ok(self.encode_all(vec![text], encode).await?.concat())
+    pub async fn encode(&self, target: &Target, text: String, encode: Encode) -> Result<Vec<u32>> {
+        Ok(self.encode_all(target, vec![text], encode).await?.concat())
     }
 
-    /// Token ids of the chat `messages` of `f`, by the model's template.
-    pub async fn chat_prompt(&self, f: &Fields, add_generation_prompt: bool) -> Result<Vec<u32>> {
+    /// Token ids of the chat `messages` of `f`, by the template of `target`.
+    pub async fn chat_prompt(&self, target: &Target, f: &Fields, add_generation_prompt: bool) -> Result<Vec<u32>> {
         let messages = f.list("messages")?.unwrap_or_default().to_vec();
         if messages.is_empty() {
             return Err(f.wrong("messages", "is empty; expected one message or more"));
@@ -133,11 +136,15 @@ impl Shared {
                 return Err(Error::bad_request(what).param("messages"));
             }
         }
-        let chat = self.chat.clone().ok_or_else(|| {
-            Error::bad_request("the base model has no chat template; send a prompt").param("messages")
+        let chat = target.language.chat.clone().ok_or_else(|| {
+            let what = match target.adapter {
+                Some(_) => "neither the adapter nor the base model has a chat template; send a prompt",
+                None => "the base model has no chat template; send a prompt",
+            };
+            Error::bad_request(what).param("messages")
         })?;
         let text = beside(f.bytes > LONG_TEXT, move || chat.render(&messages, add_generation_prompt)).await?;
-        self.encode(text, plain).await
+        self.encode(target, text, plain).await
     }
 }
 
@@ -349,8 +356,8 @@ pub fn stream(
 }
 
 /// The text of one token.
-pub fn token_text(state: &State, token: u32) -> String {
-    String::from_utf8_lossy(state.tokenizer.token_bytes(token)).into_owned()
+pub fn token_text(tokenizer: &Tokenizer, token: u32) -> String {
+    String::from_utf8_lossy(tokenizer.token_bytes(token)).into_owned()
 }
 
 pub fn finish_text(finish: Option<FinishReason>) -> Option<&'static str> {
@@ -377,9 +384,9 @@ pub fn add(total: &mut Usage, usage: &Usage) {
 }
 
 /// Chat's form of a token's log-probability, also the native one.
-pub fn logprob_json(state: &State, entry: &TokenLogprob, top: usize) -> Value {
+pub fn logprob_json(tokenizer: &Tokenizer, entry: &TokenLogprob, top: usize) -> Value {
     let one = |token: u32, logprob: f32| {
-        let bytes = state.tokenizer.token_bytes(token);
+        let bytes = tokenizer.token_bytes(token);
         json!({ "token": String::from_utf8_lossy(bytes), "logprob": logprob, "bytes": bytes })
     };
     let mut all = one(entry.token, entry.logprob);

@@ -48,25 +48,27 @@ pub async fn unload(state: Shared, payload: web::Payload) -> Result<HttpResponse
 
 pub async fn tokenize(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
-    state.target(&http, f.text("model")?.as_deref()).await?;
+    let target = state.target(&http, f.text("model")?.as_deref()).await?;
     let tokens = match (f.text("prompt")?, f.list("messages")?) {
         (Some(prompt), None) => {
             let special = f.flag("add_special_tokens")?.unwrap_or(true);
-            state.encode(prompt, if special { run::prompt } else { run::plain }).await?
+            state.encode(&target, prompt, if special { run::prompt } else { run::plain }).await?
         }
-        (None, Some(_)) => state.chat_prompt(&f, f.flag("add_generation_prompt")?.unwrap_or(true)).await?,
+        (None, Some(_)) => state.chat_prompt(&target, &f, f.flag("add_generation_prompt")?.unwrap_or(true)).await?,
         _ => return Err(f.wrong("prompt", "or messages is needed").into()),
     };
     let texts = f.flag("return_token_strs")?.unwrap_or(false);
-    let texts = texts.then(|| tokens.iter().map(|&t| run::token_text(&state, t)).collect::<Vec<_>>());
+    let texts =
+        texts.then(|| tokens.iter().map(|&t| run::token_text(&target.language.tokenizer, t)).collect::<Vec<_>>());
     Ok(HttpResponse::Ok().json(json!({ "count": tokens.len(), "max_model_len": state.context, "tokens": tokens,
         "token_strs": texts })))
 }
 
-pub async fn detokenize(state: Shared, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+pub async fn detokenize(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
+    let target = state.target(&http, f.text("model")?.as_deref()).await?;
     let tokens = f.tokens("tokens")?.ok_or_else(|| f.wrong("tokens", "is needed"))?;
-    Ok(HttpResponse::Ok().json(json!({ "prompt": state.tokenizer.decode(&tokens, false) })))
+    Ok(HttpResponse::Ok().json(json!({ "prompt": target.language.tokenizer.decode(&tokens, false) })))
 }
 
 pub async fn version() -> HttpResponse {

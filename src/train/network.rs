@@ -294,6 +294,11 @@ impl Network {
             }
             Ok(var.set(&Tensor::from_slice(numbers, var.shape(), &self.device)?)?)
         };
+        if let Some(what) = adapter.beyond_pairs() {
+            return Err(Error::unprocessable(format!(
+                "the adapter to begin from has {what}, which training does not go on with; supported: plain LoRA"
+            )));
+        }
         for (l, layer) in self.layers.iter().enumerate() {
             for (&projection, linear) in &layer.projections {
                 let what = format!("layer {l}, {}", FAMILY.path(projection));

@@ -37,7 +37,7 @@ fn options(kernels: Kernels, format: Option<Format>) -> DecoderOptions {
 
 pub fn adapter(base: &Base, directory: &Path, kernels: Kernels) -> Arc<PackedAdapter> {
     let adapter = loramux::adapter::load(directory, &base.config, &base.id).unwrap().adapter;
-    Arc::new(PackedAdapter::new(adapter, &base.config, &options(kernels, None)).unwrap())
+    Arc::new(PackedAdapter::new(adapter, &decoder(base, kernels, None)).unwrap())
 }
 
 /// One decoder for one engine after another. Each engine begins with nothing in its cache, and with whatever the one before

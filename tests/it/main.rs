@@ -7,6 +7,7 @@ mod clients;
 mod common;
 mod gguf;
 mod host;
+mod lora_gguf;
 mod server;
 mod shapes;
 mod smollm2;

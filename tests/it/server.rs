@@ -203,3 +203,77 @@ async fn a_client_that_hangs_up_is_counted() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
+
+/// An adapter that knows four more tokens, with a tokenizer that spells them, a chat template and an end token.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_adapter_with_a_language_of_its_own() {
+    let server = Server::start(&tiny(), &[]).await;
+    let folder = fixtures().join("tiny/variants/llama");
+    let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let prompts: Value =
+        serde_json::from_slice(&std::fs::read(fixtures().join("tiny/llama/expected.json")).unwrap()).unwrap();
+    let spelled = |ids: &[u64]| ids.iter().map(|id| format!("t{id}")).collect::<Vec<_>>().join(" ");
+    // As `variants.py` makes them.
+    let ids: Vec<u64> = serde_json::from_value(prompts["prompts"][0].clone()).unwrap();
+    let ids: Vec<u64> = ids.iter().enumerate().map(|(j, &t)| if j % 3 == 0 { 256 + j as u64 % 4 } else { t }).collect();
+    let greedy: Vec<u64> = serde_json::from_value(expected["greedy"]["resized"][0].clone()).unwrap();
+    let (prompt, want) = (spelled(&ids), spelled(&greedy));
+
+    let base = std::fs::read(fixtures().join("tiny/llama/base/tokenizer.json")).unwrap();
+    let mut tokenizer: Value = serde_json::from_slice(&base).unwrap();
+    for id in 256..260 {
+        tokenizer["model"]["vocab"][format!("t{id}")] = json!(id);
+    }
+    let upload = async |name: &str, end: Option<u64>| {
+        let mut settings = json!({ "chat_template": "{{ messages[0].content }}" });
+        if let Some(end) = end {
+            settings["eos_token"] = json!(format!("t{end}"));
+        }
+        let mut form = reqwest::multipart::Form::new();
+        for (name, bytes) in [
+            ("adapter_config.json", std::fs::read(folder.join("adapter_resized/adapter_config.json")).unwrap()),
+            (
+                "adapter_model.safetensors",
+                std::fs::read(folder.join("adapter_resized/adapter_model.safetensors")).unwrap(),
+            ),
+            ("tokenizer.json", tokenizer.to_string().into_bytes()),
+            ("tokenizer_config.json", settings.to_string().into_bytes()),
+        ] {
+            form = form.part("file", reqwest::multipart::Part::bytes(bytes).file_name(name));
+        }
+        let (status, body) =
+            answer(server.http.put(server.at(&format!("/v1/adapters/{name}"))).multipart(form)).await.unwrap();
+        assert_eq!(status, 201, "{body}");
+    };
+    upload("more", None).await;
+    upload("ends", Some(greedy[2])).await;
+
+    let (_, body) = server.post("/tokenize", json!({ "model": "more", "prompt": prompt })).await;
+    assert_eq!(body["tokens"], json!(ids), "{body}");
+    let (_, body) = server.post("/detokenize", json!({ "model": "more", "tokens": ids })).await;
+    assert_eq!(body["prompt"], prompt, "{body}");
+    let (_, body) = server.post("/tokenize", json!({ "prompt": "t255 t256" })).await;
+    assert_eq!(body["tokens"], json!([255, 3]), "the base does not know it");
+
+    let ask = json!({ "adapter": "more", "prompt": prompt, "max_tokens": 12, "logprobs": 1 });
+    let (status, body) = server.post("/v1/generate", ask).await;
+    assert_eq!((status, body["text"].as_str().map(str::trim)), (200, Some(want.as_str())), "{body}");
+    let texts: String = body["logprobs"].as_array().unwrap().iter().map(|l| l["token"].as_str().unwrap()).collect();
+    assert_eq!(texts.trim(), want);
+    let message = json!([{ "role": "user", "content": prompt }]);
+    let chat = |model: &str| json!({ "model": model, "messages": message, "max_tokens": 12, "temperature": 0 });
+    let (_, body) = server.post("/v1/chat/completions", chat("more")).await;
+    assert_eq!(body["choices"][0]["message"]["content"].as_str().unwrap().trim(), want, "{body}");
+    assert_eq!(server.post("/v1/chat/completions", chat("base")).await.0, 400, "the base has no template");
+    let (_, body) =
+        server.post("/v1/completions", json!({ "model": "ends", "prompt": prompt, "temperature": 0 })).await;
+    let first = greedy.iter().position(|t| *t == greedy[2]).unwrap();
+    assert_eq!(body["choices"][0]["text"].as_str().unwrap().trim(), spelled(&greedy[..first]), "{body}");
+    assert_eq!(body["choices"][0]["finish_reason"], "stop");
+    let ask = |model: &str| json!({ "model": model, "prompt": [256], "max_tokens": 1, "logit_bias": { "259": 100 } });
+    let (_, body) = server.post("/v1/completions", ask("more")).await;
+    assert_eq!(body["choices"][0]["text"].as_str().map(str::trim), Some("t259"), "{body}");
+    let (status, body) = server.post("/v1/completions", ask("base")).await;
+    assert_eq!(status, 400, "{body}");
+    assert!(body["error"]["message"].as_str().unwrap().contains("the vocabulary ends at 255"), "{body}");
+}

@@ -1,8 +1,10 @@
 //! Tiny models of every family against transformers + PEFT: every adapter variant, every position, alone and mixed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use candle_core::{Device, Tensor};
 use loramux::adapter::load;
 use loramux::base::{Base, Kernels};
 use loramux::engine::{Output, Runner, Task};
@@ -11,6 +13,7 @@ use serde_json::Value;
 
 use crate::common::*;
 
+/// Folder of the base with its adapters, and their names. More adapters are in `variants`, see `variants.py`.
 const FAMILIES: [(&str, &[&str], Option<&str>); 8] = [
     ("llama", &LLAMA_VARIANTS, Some("seqcls")),
     ("llama3_rope_untied", &VARIANTS, Some("seqcls")),
@@ -24,7 +27,7 @@ const FAMILIES: [(&str, &[&str], Option<&str>); 8] = [
 
 const VARIANTS: [&str; 2] = ["qv_r4", "all_r8"];
 
-const LLAMA_VARIANTS: [&str; 8] = [
+const LLAMA_VARIANTS: [&str; 12] = [
     "qv_r4",
     "all_r8",
     "rslora_r8",
@@ -33,56 +36,89 @@ const LLAMA_VARIANTS: [&str; 8] = [
     "regex_targets",
     "all_linear",
     "exclude_down",
+    "dora_r4",
+    "lora_bias",
+    "embed_and_head",
+    "modules_to_save_norm",
 ];
 
 struct Expected {
-    model: &'static str,
     base: Base,
     prompts: Vec<Vec<u32>>,
-    greedy: Value,
-    logits: HashMap<String, candle_core::Tensor>,
+    /// By variant; its folder beside it.
+    greedy: BTreeMap<String, (PathBuf, Vec<Vec<u32>>)>,
+    logits: HashMap<String, Tensor>,
 }
 
-fn expected(model: &'static str) -> Expected {
-    let folder = fixtures().join("tiny").join(model);
-    let json: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+fn expected(model: &str, variants: &[&str]) -> Expected {
+    let tiny = fixtures().join("tiny");
+    let folder = tiny.join(model);
+    let json = |folder: &Path| -> Value {
+        serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap()
+    };
+    let (mut greedy, mut logits) = (BTreeMap::new(), HashMap::new());
+    for folder in [folder.clone(), tiny.join("variants").join(model)] {
+        if !folder.exists() {
+            continue;
+        }
+        let all: BTreeMap<String, Value> = serde_json::from_value(json(&folder)["greedy"].clone()).unwrap();
+        let own = folder != tiny.join(model);
+        for (name, tokens) in
+            all.into_iter().filter(|(name, _)| own || variants.contains(&name.as_str()) || name == "base")
+        {
+            let path = folder.join(format!("adapter_{name}"));
+            greedy.insert(name, (path, serde_json::from_value(tokens).unwrap()));
+        }
+        logits.extend(candle_core::safetensors::load(folder.join("expected.safetensors"), &Device::Cpu).unwrap());
+    }
     Expected {
-        model,
         base: Base::open(folder.join("base").to_str().unwrap()).unwrap(),
-        prompts: serde_json::from_value(json["prompts"].clone()).unwrap(),
-        greedy: json["greedy"].clone(),
-        logits: candle_core::safetensors::load(folder.join("expected.safetensors"), &candle_core::Device::Cpu).unwrap(),
+        prompts: serde_json::from_value(json(&folder)["prompts"].clone()).unwrap(),
+        greedy,
+        logits,
     }
 }
 
 impl Expected {
-    fn adapter(&self, variant: &str, kernels: Kernels) -> Arc<PackedAdapter> {
-        adapter(&self.base, &fixtures().join("tiny").join(self.model).join(format!("adapter_{variant}")), kernels)
+    /// All variants; the base is `None`.
+    fn adapters(&self, kernels: Kernels) -> Vec<(&str, Option<Arc<PackedAdapter>>)> {
+        let decoder = decoder(&self.base, kernels, None);
+        let load = |path: &Path| {
+            let adapter = load(path, &self.base.config, &self.base.id).unwrap().adapter;
+            Arc::new(PackedAdapter::new(adapter, &decoder).unwrap())
+        };
+        let all = self.greedy.iter();
+        all.map(|(name, (path, _))| (name.as_str(), (name != "base").then(|| load(path)))).collect()
     }
 
-    /// The base as `None`, then every variant.
-    fn adapters<'a>(&self, variants: &[&'a str], kernels: Kernels) -> Vec<(&'a str, Option<Arc<PackedAdapter>>)> {
-        let load = |name: &&'a str| (*name, Some(self.adapter(name, kernels)));
-        [("base", None)].into_iter().chain(variants.iter().map(load)).collect()
+    /// Prompt `i` for a variant. Those with new tokens have some in their prompts, as `variants.py` says.
+    fn prompt(&self, variant: &str, i: usize) -> Vec<u32> {
+        let new = variant.starts_with("resized");
+        let token = |(j, &token): (usize, &u32)| if new && j % 3 == 0 { 256 + j as u32 % 4 } else { token };
+        self.prompts[i].iter().enumerate().map(token).collect()
     }
 }
 
 #[test]
 fn logits_at_every_position_alone_and_mixed() {
     for (model, variants, head) in FAMILIES {
-        let e = expected(model);
+        let e = expected(model, variants);
         for kernels in all_kernels() {
             let mut runner = Runner::new(decoder(&e.base, kernels, None), 8 << 20).unwrap();
+            let all = e.adapters(kernels);
+            let prompts: Vec<Vec<Vec<u32>>> =
+                all.iter().map(|(name, _)| (0..e.prompts.len()).map(|i| e.prompt(name, i)).collect()).collect();
             let mut mixed = Vec::new();
-            for (name, adapter) in &e.adapters(variants, kernels) {
-                for (i, prompt) in e.prompts.iter().enumerate() {
+            for ((name, adapter), prompts) in all.iter().zip(&prompts) {
+                for (i, prompt) in prompts.iter().enumerate() {
                     mixed.push((
                         format!("{name}.logits.{i}"),
                         (prompt.as_slice(), adapter.clone(), Output::Logits(prompt.len())),
                     ));
                 }
             }
-            if let Some(head) = head.map(|head| e.adapter(head, kernels)) {
+            let head = head.map(|head| fixtures().join("tiny").join(model).join(format!("adapter_{head}")));
+            if let Some(head) = head.map(|path| adapter(&e.base, &path, kernels)) {
                 for (i, prompt) in e.prompts.iter().enumerate() {
                     mixed.push((format!("x.seqcls.logits.{i}"), (prompt.as_slice(), Some(head.clone()), Output::Head)));
                 }
@@ -109,14 +145,14 @@ fn logits_at_every_position_alone_and_mixed() {
 #[tokio::test]
 async fn greedy_tokens_alone_and_mixed() {
     for (model, variants, _) in FAMILIES {
-        let e = expected(model);
+        let e = expected(model, variants);
         for kernels in all_kernels() {
             let mut requests = Vec::new();
             let mut want = Vec::new();
-            for (name, adapter) in e.adapters(variants, kernels) {
-                for (i, prompt) in e.prompts.iter().enumerate() {
-                    requests.push((prompt.clone(), adapter.clone(), Task::Generate(greedy(12))));
-                    want.push((name, serde_json::from_value::<Vec<u32>>(e.greedy[name][i].clone()).unwrap()));
+            for (name, adapter) in e.adapters(kernels) {
+                for (i, tokens) in e.greedy[name].1.iter().enumerate() {
+                    requests.push((e.prompt(name, i), adapter.clone(), Task::Generate(greedy(12))));
+                    want.push((name, tokens.as_slice()));
                 }
             }
             // Chunks smaller than the prompts, and a cache that only preemption makes enough.
@@ -124,11 +160,11 @@ async fn greedy_tokens_alone_and_mixed() {
                 let runner = SharedRunner::new(decoder(&e.base, kernels, None), kv_bytes);
                 let together = answers(&engine(&e.base, &runner, max_batch_tokens), requests.clone()).await;
                 for (got, (name, want)) in together.iter().zip(&want) {
-                    assert_eq!(got.tokens(), want, "{model} by {kernels:?}: {name}, {max_batch_tokens} tokens a step");
+                    assert_eq!(got.tokens(), *want, "{model} by {kernels:?}: {name}, {max_batch_tokens} tokens a step");
                 }
                 for (request, (name, want)) in requests.iter().zip(&want) {
                     let alone = answer_alone(&e.base, &runner, request.clone()).await;
-                    assert_eq!(alone.tokens(), want, "{model} by {kernels:?}: {name} alone");
+                    assert_eq!(alone.tokens(), *want, "{model} by {kernels:?}: {name} alone");
                 }
             }
         }
@@ -136,37 +172,22 @@ async fn greedy_tokens_alone_and_mixed() {
 }
 
 #[test]
-fn what_is_not_supported_is_refused_by_name() {
-    let e = expected("llama");
-    for (variant, name) in [
-        ("dora_r4", "use_dora"),
-        ("lora_bias", "lora_bias"),
-        ("embed_and_head", "embed_tokens"),
-        ("modules_to_save_norm", "norm"),
-    ] {
-        let error =
-            load(&fixtures().join(format!("tiny/llama/adapter_{variant}")), &e.base.config, "tiny").unwrap_err();
-        assert!(error.message.contains(name), "{variant}: {error}");
-    }
-}
-
-#[test]
 fn modules_go_by_the_familys_names() {
-    let e = expected("gpt2");
+    let e = expected("gpt2", &[]);
     let folder = fixtures().join("tiny/gpt2/adapter_all_r8");
     let summary = load(&folder, &e.base.config, "").unwrap().summary;
     assert_eq!(summary.target_modules, ["c_attn", "c_proj", "c_fc"]);
-    let llama = expected("llama").base;
+    let llama = expected("llama", &[]).base;
     let error = load(&folder, &llama.config, "").unwrap_err().message;
     assert!(error.contains("model.layers.0.self_attn.q_proj to model.layers.1.mlp.down_proj"), "{error}");
 
     let copy = tempfile::tempdir().unwrap();
     std::fs::copy(folder.join("adapter_model.safetensors"), copy.path().join("adapter_model.safetensors")).unwrap();
     let config = std::fs::read_to_string(folder.join("adapter_config.json")).unwrap();
-    for table in ["wte", "wpe", "lm_head"] {
+    for (table, expected) in [("wte", "is missing"), ("wpe", "not supported"), ("lm_head", "is missing")] {
         let config = config.replace("\"c_fc\"", &format!("\"{table}\""));
         std::fs::write(copy.path().join("adapter_config.json"), config).unwrap();
         let error = load(copy.path(), &e.base.config, "").unwrap_err().message;
-        assert!(error.contains(table) && error.contains("not supported"), "{error}");
+        assert!(error.contains(table) && error.contains(expected), "{error}");
     }
 }

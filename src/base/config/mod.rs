@@ -3,7 +3,7 @@
 mod gguf;
 mod json;
 
-use crate::base::{Architecture, Family, Projection, Rope};
+use crate::base::{Architecture, Family, NormSite, Projection, Rope};
 use crate::{Error, Result};
 
 /// A linear layer of the base, as adapters name it.
@@ -129,6 +129,26 @@ impl ModelConfig {
     /// A module's full name, from its path inside a layer.
     pub fn in_layer(&self, layer: usize, path: &str) -> String {
         format!("{}.{layer}.{path}", self.family.names().layers)
+    }
+
+    /// Every norm with its full module path and its width, in the order of the layers.
+    pub fn norms(&self) -> Vec<(NormSite, String, usize)> {
+        let names = self.family.names();
+        let [query, key] = names.head_norms.map_or([None, None], |names| names.map(Some));
+        let layer = |l: usize| {
+            [
+                (NormSite::Attention(l), Some(names.attention_norm), self.hidden_size),
+                (NormSite::Query(l), query, self.head_dim),
+                (NormSite::Key(l), key, self.head_dim),
+                (NormSite::AttentionPost(l), names.attention_post_norm, self.hidden_size),
+                (NormSite::Mlp(l), Some(names.mlp_norm), self.hidden_size),
+                (NormSite::MlpPost(l), names.mlp_post_norm, self.hidden_size),
+            ]
+            .into_iter()
+            .filter_map(move |(site, path, width)| Some((site, self.in_layer(l, path?), width)))
+        };
+        let last = (NormSite::Final, names.norm.to_string(), self.hidden_size);
+        (0..self.layers).flat_map(layer).chain([last]).collect()
     }
 
     /// Every linear layer inside the decoder blocks, in the order of the layers.
