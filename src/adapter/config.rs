@@ -26,7 +26,7 @@ const MAX_LAYERS_PATTERNS: usize = 16;
 /// Most entries of a list of module names or layers.
 const MAX_NAMES: usize = 1 << 16;
 /// Far more than any vocabulary has.
-pub(super) const MAX_VOCABULARY: usize = 1 << 22;
+const MAX_VOCABULARY: usize = 1 << 22;
 /// Steps of one match of a pattern with look-around or back-references.
 const BACKTRACK_LIMIT: usize = 10_000;
 /// How long all regular expressions of one configuration may take together. Honest ones take milliseconds.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::adapter::config::{Bias, HEADS, LoraConfig, MAX_VOCABULARY, Modules, Target};
+use crate::adapter::config::{Bias, HEADS, LoraConfig, Modules, Target};
 use crate::adapter::files::{
     CHAT_TEMPLATE, CONFIG, GGUF, INDEX, PICKLE, TOKENIZER, TOKENIZER_CONFIG, adapter_files, read_optional, shorten,
     steady,
@@ -19,6 +19,8 @@ use crate::adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows};
 use crate::base::{LM_HEAD, ModelConfig, Module, NormKind, NormSite, OwnLanguage, Projection, TargetModule};
 use crate::{Error, Result};
 
+/// Most tokens that an adapter knows beside the base's. Logits of a whole step are as wide as the largest vocabulary in it.
+const MAX_NEW_TOKENS: usize = 1 << 17;
 /// Most classes of a head.
 const MAX_LABELS: usize = 1 << 16;
 
@@ -413,7 +415,7 @@ enum Kind {
 
 /// How the end of a tensor's name says so. PEFT leaves out the adapter's name, `default`; exports of a raw state dict keep
 /// it.
-const ENDINGS: [(&str, Kind); 23] = [
+const ENDINGS: [(&str, Kind); 24] = [
     ("lora_A.weight", Kind::A),
     ("lora_A.default.weight", Kind::A),
     ("lora_B.weight", Kind::B),
@@ -430,6 +432,7 @@ const ENDINGS: [(&str, Kind); 23] = [
     ("modules_to_save.default.weight", Kind::Weight),
     ("modules_to_save.default.bias", Kind::Bias),
     ("token_adapter.trainable_tokens_delta", Kind::Tokens),
+    ("token_adapter.trainable_tokens_delta.default", Kind::Tokens),
     ("token_adapter.base_layer.weight", Kind::BaseWeight),
     ("original_module.weight", Kind::BaseWeight),
     ("base_layer.weight", Kind::BaseWeight),
@@ -502,8 +505,8 @@ struct Table {
 impl Table {
     /// Whether there are rows for all these tokens.
     fn knows(&self, mut tokens: Range<usize>) -> bool {
-        let listed = |token: usize| self.tokens.iter().any(|(_, list)| list.contains(&(token as u32)));
-        self.whole.is_some() || tokens.all(listed)
+        let listed: HashSet<u32> = self.tokens.iter().flat_map(|(_, list)| list).copied().collect();
+        self.whole.is_some() || tokens.all(|token| listed.contains(&(token as u32)))
     }
 }
 
@@ -668,10 +671,9 @@ impl<'a> Places<'a> {
         for (name, info) in tables.into_iter().flatten().flatten() {
             let rows = info.shape.first().copied().unwrap_or(0);
             check_shape(name, &info.shape, &[rows, base.hidden_size], "tokens × the base's hidden size")?;
-            if !(1..=MAX_VOCABULARY).contains(&rows) {
-                return Err(Error::unprocessable(format!(
-                    "tensor {name} has {rows} rows; expected 1 to {MAX_VOCABULARY}"
-                )));
+            let most = base.vocab_size + MAX_NEW_TOKENS;
+            if !(1..=most).contains(&rows) {
+                return Err(Error::unprocessable(format!("tensor {name} has {rows} rows; expected 1 to {most}")));
             }
             match found {
                 Some((other, there)) if there != rows => {
@@ -684,6 +686,13 @@ impl<'a> Places<'a> {
         }
         let tokens = config.trainable_tokens.iter().flat_map(|(_, tokens)| tokens);
         let last = tokens.max().map_or(0, |&token| token as usize + 1);
+        if last > base.vocab_size + MAX_NEW_TOKENS {
+            return Err(Error::unprocessable(format!(
+                "trainable_token_indices names the token {}; at most {MAX_NEW_TOKENS} tokens can follow the base's {}",
+                last - 1,
+                base.vocab_size
+            )));
+        }
         match found {
             Some((name, rows)) if last > rows => Err(Error::unprocessable(format!(
                 "trainable_token_indices names the token {}, but {name} has {rows} rows",
@@ -1287,6 +1296,7 @@ mod tests {
         for (files, expected) in [
             (with(json!([5, 32, 3]), &[(embedding, 2)]), "has shape [2, 8]; expected [3, 8]"),
             (with(json!([5]), &[]), "trainable_tokens_delta is missing"),
+            (with(json!([4_000_000]), &[(embedding, 1)]), "at most 131072 tokens can follow the base's 32"),
             (with(apart, &[(embedding, 1)]), "lm_head.token_adapter.trainable_tokens_delta is missing"),
             // Token 32 is new, and 33 too, which nothing has a row for.
             (

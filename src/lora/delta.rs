@@ -155,6 +155,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Adapter, Generation, LoraPair};
+    use crate::base::matmul::Format;
     use crate::base::testing::{decoder, noise, options};
     use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Module, Rope};
     use crate::lora::packed::Factor;
@@ -190,6 +191,8 @@ mod tests {
             // of these, which have a magnitude and which a bias.
             segments in prop::collection::vec(
                 (0usize..3, 1usize..6, 1usize..40, 1u8..128, any::<(bool, u8, u8)>()), 1..6),
+            // As the base is served on the CPU: magnitudes are over the norms of these numbers.
+            format in prop::option::of(prop::sample::select(vec![Format::Q4, Format::Q8, Format::Bf16])),
             seed in any::<u64>(),
         ) {
             let config = config(kv_heads * group, kv_heads, 2 * half, hidden, ffn);
@@ -223,7 +226,7 @@ mod tests {
                 rows += gap + len;
             }
             for kernels in Simd::all().into_iter().map(Kernels::Packed).chain([Kernels::Tensor]) {
-                let base = decoder(&config, options(kernels), seed);
+                let base = decoder(&config, DecoderOptions { format, ..options(kernels) }, seed);
                 let packed: Vec<_> = adapters.iter().map(|a| PackedAdapter::new(a.clone(), &base).unwrap()).collect();
                 let simd = if let Kernels::Packed(simd) = kernels { simd } else { Simd::Portable };
                 let segments = ranges.iter().zip(&packed).map(|(r, adapter)| Segment { rows: r.clone(), adapter });

@@ -104,6 +104,7 @@ pub fn document() -> Value {
             ("config", file.clone()),
             ("weights", file.clone()),
             ("labels", file.clone()),
+            ("file", json!({ "type": "array", "items": file })),
             ("archive", file),
         ],
         &[],
@@ -124,7 +125,7 @@ pub fn document() -> Value {
         ],
         &[],
     );
-    let detokenize = object(&[("tokens", json!({ "type": "array", "items": whole }))], &["tokens"]);
+    let detokenize = object(&[("model", text()), ("tokens", json!({ "type": "array", "items": whole }))], &["tokens"]);
 
     let error = json!({ "description": "What was found and what was expected",
         "content": { "application/json": { "schema": { "$ref": "#/components/schemas/Error" } } } });

@@ -10,7 +10,10 @@ use candle_core::{Device, Tensor};
 use loramux::adapter::{Adapter, load};
 use loramux::base::Base;
 
+use serde_json::json;
+
 use crate::common::*;
+use crate::host::{Server, answer};
 
 const ARCHITECTURE: &str = "llama";
 
@@ -188,4 +191,33 @@ fn a_file_that_does_not_fit_is_refused_by_what_is_wrong() {
     std::fs::write(&path, &whole).unwrap();
     std::fs::write(folder.path().join("y.gguf"), &whole).unwrap();
     refused("two GGUF files, x.gguf and y.gguf");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gguf_file_is_uploaded_as_it_is_or_in_a_form() {
+    let model = fixtures().join("tiny/llama");
+    let server = Server::start(&model.join("base").display().to_string(), &[]).await;
+    let peft = model.join("adapter_qv_r4");
+    assert_eq!(server.put_directory("peft", &peft).await.0, 201);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qv.gguf");
+    write(&path, &metadata(ARCHITECTURE, 8.0), &converted(&peft, &base("llama")), GgmlDType::F32);
+    let bytes = std::fs::read(&path).unwrap();
+
+    let put = |name: &str| server.http.put(server.at(&format!("/v1/adapters/{name}")));
+    let (status, plain) = answer(put("plain").body(bytes.clone())).await.unwrap();
+    assert_eq!(status, 201, "{plain}");
+    let part = reqwest::multipart::Part::bytes(bytes.clone()).file_name("qv-f32.gguf");
+    let (status, form) =
+        answer(put("form").multipart(reqwest::multipart::Form::new().part("weights", part))).await.unwrap();
+    assert_eq!((status, &form["generation"]), (201, &plain["generation"]), "{form}");
+    let ask = |adapter: &str| json!({ "adapter": adapter, "prompt": "t5 t6 t7", "max_tokens": 12, "logprobs": 3 });
+    let (_, want) = server.post("/v1/generate", ask("peft")).await;
+    for name in ["plain", "form"] {
+        let (status, got) = server.post("/v1/generate", ask(name)).await;
+        assert_eq!((status, &got["text"], &got["logprobs"]), (200, &want["text"], &want["logprobs"]), "{got}");
+    }
+    let (status, body) = answer(put("cut").body(bytes[..bytes.len() / 2].to_vec())).await.unwrap();
+    assert_eq!(status, 422, "{body}");
+    assert!(body["error"]["message"].as_str().unwrap().contains("does not lie inside the file"), "{body}");
 }
