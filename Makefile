@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 
-.PHONY: serve build model test lint
+.PHONY: serve build model test bench-train lint
 
 serve: build model
 	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
@@ -41,6 +41,10 @@ $(CLIENTS)/prometheus:
 	if command -v prometheus; then ln -sf "$$(command -v prometheus)" $@; \
 	else cd $(CLIENTS)/deb && { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } \
 	&& dpkg -x prometheus_*.deb . && ln -sf deb/usr/bin/prometheus $@; fi
+
+# The trainer beside PEFT, e.g. `make bench-train ARGS='--methods lora --repetitions 5'`.
+bench-train: model $(CLIENTS)/peft/ready
+	$(PYTHON) benches/train/compare.py --trainer $(CARGO_TARGET_DIR)/release/loramux-train --peft $(CLIENTS)/peft $(ARGS)
 
 lint:
 	$(CARGO) fmt --check

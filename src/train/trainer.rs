@@ -88,7 +88,8 @@ pub struct History {
     pub evaluations: Vec<Evaluation>,
     /// The index in `evaluations` of the best.
     pub best: Option<usize>,
-    /// Seconds spent in steps, of all parts of an interrupted run.
+    /// Seconds spent in steps, and before them in the base where nothing but the head is trained, of all parts of an
+    /// interrupted run.
     pub seconds: f64,
     /// Tokens trained on.
     pub tokens: usize,
@@ -147,7 +148,10 @@ impl<'a> Trainer<'a> {
         let head_alone =
             trainer.variables.len() == 1 && matches!(train.first(), Some(Example { goal: Goal::Class(_), .. }));
         if head_alone {
-            trainer.pooled = Some((trainer.pool(train)?, trainer.pool(eval)?));
+            let start = std::time::Instant::now();
+            let states = trainer.pool(train)?;
+            trainer.history.seconds = start.elapsed().as_secs_f64();
+            trainer.pooled = Some((states, trainer.pool(eval)?));
         }
         Ok(trainer)
     }
@@ -185,7 +189,9 @@ impl<'a> Trainer<'a> {
             var.set(numbers)?;
         }
         self.optimizer.restore(saved.moments, saved.history.step);
+        let before = self.history.seconds;
         (self.best, self.history) = (saved.best, saved.history);
+        self.history.seconds += before;
         Ok(true)
     }
 
@@ -404,7 +410,46 @@ fn parts<'b>(chosen: &'b [usize], examples: &[Example], max_tokens: usize) -> Ve
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
+    use crate::base::Base;
+    use crate::train::network::Method;
+
+    fn options() -> TrainerOptions {
+        TrainerOptions {
+            epochs: 1,
+            batch_size: 1,
+            max_batch_tokens: 8,
+            learning_rate: 1e-3,
+            decay: Decay::Constant,
+            warmup: 0.0,
+            adamw: AdamWOptions::default(),
+            max_norm: 0.0,
+            smoothing: 0.0,
+            class_weights: vec![],
+            metric: Metric::Loss,
+            eval_every: 0,
+            patience: 0,
+            checkpoint_every: 0,
+            checkpoint: PathBuf::new(),
+            fingerprint: String::new(),
+            seed: 0,
+        }
+    }
+
+    /// The base's pass over the texts is most of the work, and no step.
+    #[test]
+    fn the_time_of_a_head_has_the_bases() {
+        let base = Base::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny/llama/base")).unwrap();
+        let seconds = |method: &Method| {
+            let network = Network::new(&base, method, Some(2), &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+            let examples = [Example { tokens: vec![5, 6], goal: Goal::Class(1) }];
+            Trainer::new(&network, options(), &examples, &[]).unwrap().history().seconds
+        };
+        assert!(seconds(&Method::Head) > 0.0);
+        assert_eq!(seconds(&Method::Full), 0.0);
+    }
 
     #[test]
     fn parts_hold_what_fits() {

@@ -2,9 +2,10 @@
 
     python3 tests/peft/install.py FOLDER
 
-For Linux, PyPI has PyTorch only with CUDA: 4 GB of libraries that nothing calls on a CPU, but that must be there for the
-loader. Libraries of the same names stand in for them here, made with the C compiler: each has the functions that PyTorch
-looks for, and each function ends the program. CUDA's runtime and profiler, which are called at start, are small and real.
+For Linux, PyPI has PyTorch only with CUDA: 4 GB of libraries that nothing calls on a CPU, but that must be there for
+the loader. Libraries of the same names stand in for them here, made with the C compiler: each has the functions that
+PyTorch looks for, and each function ends the program. CUDA's runtime and profiler, which are called at start, are small
+and real.
 """
 
 import os

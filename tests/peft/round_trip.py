@@ -58,7 +58,7 @@ def check_trained(case, found, base):
 
 
 def check_evaluation(case, found):
-    """The mean loss over the examples of a classification or the tokens of texts, and how many of each class got which."""
+    """What the trainer found: the mean loss over examples or, of texts, over tokens; the answers to each class."""
     if case["labels"]:
         rows, truth = torch.stack(found), torch.tensor(case["classes"])
         confusion = torch.zeros(2 * [len(case["labels"])], dtype=torch.long)
@@ -85,7 +85,8 @@ def check(case, base_directory):
     found = logits(model, case["sequences"])
     if case["logits"]:
         served = [torch.tensor(numbers).reshape(row.shape) for numbers, row in zip(case["logits"], found)]
-        assert distance(found, served) < TOLERANCE, f"{name}: the logits are {distance(found, served)} from those served"
+        off = distance(found, served)
+        assert off < TOLERANCE, f"{name}: the logits are {off} from those served"
     if not case["labels"]:
         check_trained(case, found, open_model(base_directory, "LlamaForCausalLM"))
     check_evaluation(case, found)

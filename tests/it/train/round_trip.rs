@@ -1,5 +1,5 @@
-//! What `loramux-train` writes, opened by the real transformers and PEFT: they must give the numbers that loramux gives when
-//! it serves that, and those that the trainer found when it evaluated.
+//! What `loramux-train` writes, opened by the real transformers and PEFT: they must give the numbers that loramux gives
+//! when it serves that, and those that the trainer found when it evaluated.
 
 use std::path::Path;
 use std::process::Command;
