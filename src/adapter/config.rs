@@ -16,7 +16,7 @@ use crate::base::{LM_HEAD, ModelConfig, Module};
 use crate::{Error, Result};
 
 /// Largest rank accepted; published adapters stay far below.
-const MAX_RANK: u64 = 4096;
+pub(super) const MAX_RANK: usize = 4096;
 /// Longest regular expression, in bytes.
 const MAX_PATTERN: usize = 1024;
 /// Most entries of `rank_pattern` or `alpha_pattern`: one a module is what EVA writes.
@@ -697,7 +697,7 @@ fn is_set(value: &Value) -> bool {
 
 fn rank(name: &str, value: &Value) -> Result<usize> {
     match value.as_u64() {
-        Some(r @ 1..=MAX_RANK) => Ok(r as usize),
+        Some(r) if (1..=MAX_RANK as u64).contains(&r) => Ok(r as usize),
         _ => Err(wrong_type(name, &format!("a whole number from 1 to {MAX_RANK}"), value)),
     }
 }

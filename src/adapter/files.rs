@@ -68,7 +68,10 @@ pub fn adapter_files(directory: &Path) -> Result<BTreeMap<String, PathBuf>> {
         ggufs.sort();
         match ggufs.as_slice() {
             [] => {}
-            [one] => drop(files.insert(GGUF.to_string(), directory.join(one))),
+            [one] => {
+                files.retain(|name, _| !is_weights(name));
+                files.insert(GGUF.to_string(), directory.join(one));
+            }
             [one, two, ..] => {
                 return Err(Error::unprocessable(format!("there are two GGUF files, {one} and {two}; expected one")));
             }

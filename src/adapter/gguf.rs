@@ -6,14 +6,15 @@ use std::borrow::Cow;
 use std::io::Read;
 use std::path::Path;
 
-use candle_core::quantized::GgmlDType;
-
+use crate::adapter::config::MAX_RANK;
 use crate::adapter::files::{GGUF, adapter_files, open_at, shorten};
 use crate::adapter::generation::GenerationHasher;
 use crate::adapter::tensors::{PREFIX, TensorInfo, check_finite};
 use crate::base::{Family, Gguf, Meta, Projection, RawTensor, Stored, hugging_face_name, split_halves};
 use crate::{Error, Result};
 
+/// Most metadata values and tensors of a file: more than two a linear layer of the largest models.
+const MAX_VALUES: u64 = 1 << 16;
 /// Largest file that is read.
 const MAX_FILE: u64 = 4 << 30;
 
@@ -62,7 +63,7 @@ impl GgufFile {
     }
 
     fn parse(bytes: Vec<u8>) -> Result<Self> {
-        let gguf = Gguf::read(&bytes).map_err(|e| bad(e.message))?;
+        let gguf = Gguf::read_up_to(&bytes, MAX_VALUES).map_err(|e| bad(e.message))?;
         let text = |key: &str| gguf.meta.get(key).and_then(Meta::as_str);
         for (key, expected) in [("general.type", "adapter"), ("adapter.type", "lora")] {
             if text(key) != Some(expected) {
@@ -110,21 +111,18 @@ impl GgufFile {
             }
             match (ending, is_b) {
                 ("weight", _) => file.saved.push(module.clone()),
+                (_, true) if place.shape[1] > MAX_RANK => {
+                    return Err(bad(format!("{shown} has the rank {}; at most {MAX_RANK}", place.shape[1])));
+                }
                 (_, true) => file.pairs.push(Pair { module: module.clone(), rank: place.shape[1] }),
                 (_, false) => {}
             }
-            let stored = match place.dtype {
-                GgmlDType::F32 => Stored::F32,
-                GgmlDType::F16 => Stored::F16,
-                GgmlDType::BF16 => Stored::Bf16,
-                block => Stored::Ggml(block),
-            };
             let mut shape = place.shape.clone();
             if transposed {
                 shape.reverse();
             }
             let (name, dtype) = (format!("{PREFIX}{module}.{ending}"), format!("{:?}", place.dtype));
-            let raw = (place.shape, stored, place.bytes);
+            let raw = (place.shape, Stored::from(place.dtype), place.bytes);
             file.tensors.push(Tensor { info: TensorInfo { name, shape, dtype }, transposed, projection, is_b, raw });
         }
         if file.pairs.is_empty() {
@@ -144,8 +142,7 @@ impl GgufFile {
 
     /// Whether an adapter for this architecture is one for a base of `family`.
     pub fn is_for(&self, family: Family) -> bool {
-        // Mistral's files call themselves llama.
-        self.architecture == family || (self.architecture, family) == (Family::Llama, Family::Mistral)
+        self.architecture.in_gguf() == family.in_gguf()
     }
 
     /// Hands every tensor's numbers to `each`, in PEFT's order, and the file's bytes to `hasher`. `heads` are those of q
@@ -174,7 +171,7 @@ impl GgufFile {
                 }
                 values = split_halves(&values, shape[0], heads);
             }
-            if !info.name.contains(".lora_") && self.architecture.offsets_norms() {
+            if info.name.ends_with("norm.weight") && self.architecture.offsets_norms() {
                 // These are written with the 1 that Hugging Face's lack.
                 values.iter_mut().for_each(|w| *w -= 1.0);
             }

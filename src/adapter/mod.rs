@@ -27,6 +27,6 @@ pub use config::Modules;
 pub use files::{adapter_files, is_adapter, kept_name};
 pub use generation::generation_of;
 pub use name::{BASE_NAME, check_name};
-pub use peft::{Inspection, Loaded, Summary, TensorSummary, inspect, load};
+pub use peft::{Inspection, Loaded, Summary, TensorSummary, inspect, language, load};
 pub use registry::{AdapterInfo, Condition, Published, Registry, RegistryOptions, Source, Tier};
 pub use upload::Upload;

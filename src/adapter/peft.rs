@@ -16,11 +16,11 @@ use crate::adapter::gguf::GgufFile;
 use crate::adapter::labels::{self, LABELS_JSON, LABELS_TEXT};
 use crate::adapter::tensors::{PREFIX, TensorFiles, TensorInfo};
 use crate::adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows};
-use crate::base::{LM_HEAD, ModelConfig, Module, NormKind, NormSite, OwnLanguage, Projection, TargetModule};
+use crate::base::{
+    LM_HEAD, MAX_NEW_TOKENS, ModelConfig, Module, NormKind, NormSite, OwnLanguage, Projection, TargetModule,
+};
 use crate::{Error, Result};
 
-/// Most tokens that an adapter knows beside the base's. Logits of a whole step are as wide as the largest vocabulary in it.
-const MAX_NEW_TOKENS: usize = 1 << 17;
 /// Most classes of a head.
 const MAX_LABELS: usize = 1 << 16;
 
@@ -63,7 +63,12 @@ pub fn load(directory: &Path, base: &ModelConfig, base_id: &str) -> Result<Loade
     })
 }
 
-/// Checks all that [`load`] checks but the numbers, which are not read.
+/// How the adapter in `directory` spells texts, as far as its files say.
+pub fn language(directory: &Path) -> Result<Option<OwnLanguage>> {
+    steady(directory, || Files::open(directory)?.texts.language())
+}
+
+/// Checks all that [`load`] checks but the numbers and the texts beside them.
 pub(super) fn survey(directory: &Path, base: &ModelConfig, base_id: &str) -> Result<Summary> {
     steady(directory, || Ok(Files::open(directory)?.fit(base, base_id)?.summary()))
 }

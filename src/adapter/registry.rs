@@ -49,6 +49,8 @@ pub struct RegistryOptions {
     pub memory: usize,
     /// Longest upload in bytes, also after unpacking.
     pub max_upload: u64,
+    /// Whether uploads may bring chat templates.
+    pub uploaded_templates: bool,
 }
 
 impl RegistryOptions {
@@ -162,6 +164,8 @@ struct Inner {
     changes: Mutex<()>,
     /// [`LOAD_MEMORY`] that is free.
     room: Arc<Semaphore>,
+    /// Packs adapters. The kernels' threads would take a step up only after what a large adapter has for them.
+    packing: rayon::ThreadPool,
 }
 
 impl Registry {
@@ -199,6 +203,9 @@ impl Registry {
             }
             names.entry(name).or_default().stored = Some(entry);
         }
+        let threads = (rayon::current_num_threads() / 4).max(1);
+        let packing = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("packing-{i}"));
+        let packing = packing.build().map_err(|e| Error::internal(format!("threads to pack adapters: {e}")))?;
         let inner = Inner {
             cache: Cache::new(options.memory),
             options,
@@ -207,6 +214,7 @@ impl Registry {
             names: RwLock::new(names),
             changes: Mutex::new(()),
             room: Arc::new(Semaphore::new(LOAD_MEMORY as usize)),
+            packing,
         };
         Ok(Arc::new(Registry { inner: Arc::new(inner) }))
     }
@@ -283,7 +291,7 @@ impl Registry {
     pub async fn publish(&self, name: &str, upload: Upload, when: Condition) -> Result<(AdapterInfo, Published)> {
         let (inner, name) = (self.inner.clone(), name.to_string());
         let work = tokio::spawn(async move {
-            let room = inner.room(upload.weights()).await;
+            let room = inner.room(upload.size()).await;
             blocking(move || {
                 let published = inner.publish(&name, upload, &when);
                 drop(room);
@@ -394,7 +402,8 @@ impl Inner {
     }
 
     fn pack(&self, adapter: Adapter, language: Option<OwnLanguage>) -> Result<PackedAdapter> {
-        Ok(PackedAdapter::new(adapter, &self.options.decoder)?.with_language(language, &self.options.language))
+        let packed = self.packing.install(|| PackedAdapter::new(adapter, &self.options.decoder))?;
+        packed.with_language(language, &self.options.language)
     }
 
     /// The files of an entry are not what they were. In a read-only folder somebody has replaced them: the names that
@@ -427,6 +436,14 @@ impl Inner {
         upload.check_size()?;
         let Loaded { adapter, language, summary } = self.read(upload.path())?;
         let packed = Arc::new(self.pack(adapter, language)?);
+        let brings_template = packed.language.as_ref().is_some_and(|own| !own.has_chat_of(&self.options.language));
+        if brings_template && !self.options.uploaded_templates {
+            return Err(Error::unprocessable(
+                "it has a chat template of its own, which is a program that can take any amount of memory; take \
+                 chat_template.jinja, or chat_template in tokenizer_config.json, out of the upload, or start the server with \
+                 --allow-uploaded-templates",
+            ));
+        }
         let generation = packed.generation.clone();
         let path = self.store.object(&generation);
         let entry =
@@ -684,6 +701,7 @@ mod tests {
                 store: self.root.path().join("store"),
                 memory: self.memory,
                 max_upload: 1 << 20,
+                uploaded_templates: false,
             };
             Registry::open(options, self.metrics.clone())
         }

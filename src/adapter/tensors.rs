@@ -20,7 +20,9 @@ use crate::{Error, Result};
 
 /// What PEFT puts in front of every module's path.
 pub(super) const PREFIX: &str = "base_model.model.";
-/// Longest header. An adapter of all linear layers of 128 decoder layers needs about 270 KiB. What a hostile one of
+/// Most shards; each is a file that is held open.
+const MAX_SHARDS: usize = 64;
+/// Longest header, of all shards together. An adapter of all linear layers of 128 decoder layers needs about 270 KiB. What a hostile one of
 /// short numbers becomes in memory is about 60 times its length.
 const MAX_HEADER: u64 = 2 << 20;
 /// Longest tensor name, in bytes.
@@ -50,7 +52,7 @@ impl TensorFiles {
     pub fn open(directory: &Path) -> Result<Self> {
         let files = adapter_files(directory)?;
         if let Some(path) = files.get(WEIGHTS) {
-            return Ok(TensorFiles(vec![TensorFile::open(path, WEIGHTS)?]));
+            return Ok(TensorFiles(vec![TensorFile::open(path, WEIGHTS, &mut MAX_HEADER.clone())?]));
         }
         let shards: Vec<(&String, &PathBuf)> = files.iter().filter(|(name, _)| is_shard(name)).collect();
         let Some(index) = read_optional(directory, INDEX)? else {
@@ -75,7 +77,11 @@ impl TensorFiles {
         if let Some((other, _)) = shards.iter().find(|(name, _)| !named.contains(name.as_str())) {
             return Err(wrong(format!("the shard {other} is there, and it does not name it")));
         }
-        let open = |(name, path): (&String, &PathBuf)| TensorFile::open(path, name);
+        if shards.len() > MAX_SHARDS {
+            return Err(wrong(format!("there are {} shards; at most {MAX_SHARDS} are read", shards.len())));
+        }
+        let mut left = MAX_HEADER;
+        let open = |(name, path): (&String, &PathBuf)| TensorFile::open(path, name, &mut left);
         let opened = TensorFiles(shards.into_iter().map(open).collect::<Result<_>>()?);
         let mut found: BTreeMap<&str, &str> = BTreeMap::new();
         for file in &opened.0 {
@@ -126,7 +132,8 @@ struct TensorFile {
 }
 
 impl TensorFile {
-    fn open(path: &Path, file_name: &str) -> Result<Self> {
+    /// `left` is how long the header may be; what it takes is taken off.
+    fn open(path: &Path, file_name: &str, left: &mut u64) -> Result<Self> {
         let bad = |what: String| malformed(file_name, what);
         let missing = || Error::unprocessable(format!("{file_name} is missing"));
         let (mut file, length) = open_at(path, file_name)?.ok_or_else(missing)?;
@@ -138,10 +145,14 @@ impl TensorFile {
             )));
         }
         let header = u64::from_le_bytes(start);
-        if header > MAX_HEADER {
-            let too_long = || bad(format!("the header claims {header} bytes; at most {MAX_HEADER} are accepted"));
+        if header > *left {
+            let too_long = || {
+                let files = "of all files of the weights together";
+                bad(format!("the header claims {header} bytes; at most {MAX_HEADER} are accepted {files}"))
+            };
             return Err(other_format(&start, file_name).unwrap_or_else(too_long));
         }
+        *left -= header;
         if header > length - 8 {
             return Err(bad(format!("the header claims {header} bytes but only {} follow", length - 8)));
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use crate::adapter::archive;
-use crate::adapter::files::{FILES, GGUF, PICKLE, adapter_files, is_weights, open_at, steady};
+use crate::adapter::files::{FILES, GGUF, PICKLE, adapter_files, open_at, steady};
 use crate::{Error, Result};
 
 /// An adapter's files on their way in: a private folder in the store that is deleted if it is not published.
@@ -95,10 +95,10 @@ impl Upload {
         Ok(())
     }
 
-    /// Size of the weights; 0 if there are none.
-    pub(super) fn weights(&self) -> u64 {
-        let files = adapter_files(self.path()).unwrap_or_default().into_iter().filter(|(name, _)| is_weights(name));
-        files.filter_map(|(_, path)| Some(fs::metadata(path).ok()?.len())).sum()
+    /// Size of the files that matter.
+    pub(super) fn size(&self) -> u64 {
+        let files = adapter_files(self.path()).unwrap_or_default().into_values();
+        files.filter_map(|path| Some(fs::metadata(path).ok()?.len())).sum()
     }
 
     fn too_large(&self, name: &str) -> Error {

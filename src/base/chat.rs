@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 /// Instructions a template may take: a few a message and character are needed, a loop without end is stopped.
 const FUEL: u64 = 5_000_000;
-/// Bytes a rendered prompt may have: more than any context holds, for fuel does not count what each instruction writes.
+/// Bytes a rendered prompt may have: more than any context holds.
 const LONGEST: usize = 64 << 20;
 
 pub struct ChatTemplate {

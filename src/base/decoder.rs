@@ -349,23 +349,16 @@ impl Decoder {
     /// `[vocab_size, hidden_size]`.
     pub fn weights(&self, module: Module) -> Result<Vec<f32>> {
         let c = &self.config;
-        let (linear, before, (n, k)) = match module {
+        let (linear, before, n) = match module {
             Module::Linear(l, projection) => {
                 let (linear, before) = self.part(l, projection);
-                (linear, before, c.shape(projection))
+                (linear, before, c.shape(projection).0)
             }
-            Module::Embedding => (&self.embedding, &[][..], (c.vocab_size, c.hidden_size)),
-            Module::LmHead => {
-                (self.lm_head.as_ref().unwrap_or(&self.embedding), &[][..], (c.vocab_size, c.hidden_size))
-            }
+            Module::Embedding => (&self.embedding, &[][..], c.vocab_size),
+            Module::LmHead => (self.lm_head.as_ref().unwrap_or(&self.embedding), &[][..], c.vocab_size),
         };
         match &linear.matrices {
-            Matrices::Packed(parts) => {
-                let mut rows = vec![0.0; n * k];
-                let part = &parts[before.len()];
-                rows.par_chunks_exact_mut(k).enumerate().for_each(|(row, out)| part.row(row, out));
-                Ok(rows)
-            }
+            Matrices::Packed(parts) => Ok(parts[before.len()].rows()),
             Matrices::Tensor(t) => {
                 let first = before.iter().map(|&p| c.shape(p).0).sum();
                 Ok(t.narrow(0, first, n)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)

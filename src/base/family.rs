@@ -178,6 +178,11 @@ const GPT2: Names = Names {
 };
 
 impl Family {
+    /// What llama.cpp calls it: for it Mistral is a llama.
+    pub fn in_gguf(self) -> Self {
+        if self == Family::Mistral { Family::Llama } else { self }
+    }
+
     pub const ALL: [Family; 7] =
         [Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3, Family::Gemma2, Family::Phi3, Family::Gpt2];
 

@@ -84,15 +84,16 @@ fn wrong(what: impl std::fmt::Display) -> Error {
     Error::unprocessable(format!("GGUF: {what}"))
 }
 
-/// Most metadata values in one file, elements of lists counted. A value in memory is larger than in the file, so the
+/// Most metadata values, elements of lists counted, and tensors of a model's file. A value in memory is larger than in the file, so the
 /// file's size alone does not bound them; the largest vocabularies need a few million.
 const MAX_VALUES: u64 = 1 << 24;
 
 struct Reader<'a> {
     data: &'a [u8],
     at: usize,
-    /// Values that may still be read.
+    /// Values that may still be read, and how many could be at first.
     values: u64,
+    most: u64,
 }
 
 impl<'a> Reader<'a> {
@@ -113,6 +114,12 @@ impl<'a> Reader<'a> {
     }
     fn u64(&mut self) -> Result<u64> {
         Ok(u64::from_le_bytes(self.array()?))
+    }
+    fn count(&mut self, values: u64) -> Result<()> {
+        let left = self.values.checked_sub(values);
+        self.values = left
+            .ok_or_else(|| wrong(format!("with {values} more, its values and tensors are more than {}", self.most)))?;
+        Ok(())
     }
     fn text(&mut self) -> Result<String> {
         let n = self.u64()?;
@@ -136,9 +143,7 @@ impl<'a> Reader<'a> {
                 if count > (self.data.len() - self.at) as u64 {
                     return Err(wrong(format!("a list of {count} values does not fit the rest of the file")));
                 }
-                self.values = self.values.checked_sub(count).ok_or_else(|| {
-                    wrong(format!("a list of {count} values: with it the metadata exceeds {MAX_VALUES} values"))
-                })?;
+                self.count(count)?;
                 Meta::List((0..count).map(|_| self.value(kind, depth + 1)).collect::<Result<_>>()?)
             }
             10 => Meta::Unsigned(self.u64()?),
@@ -170,9 +175,14 @@ fn dtype(code: u32) -> Option<GgmlDType> {
 }
 
 impl Gguf {
-    /// Reads the header of a whole file.
+    /// Reads the header of a model's file, all of which is `data`.
     pub fn read(data: &[u8]) -> Result<Self> {
-        let mut r = Reader { data, at: 0, values: MAX_VALUES };
+        Self::read_up_to(data, MAX_VALUES)
+    }
+
+    /// The same of a file with at most so many values and tensors.
+    pub fn read_up_to(data: &[u8], most: u64) -> Result<Self> {
+        let mut r = Reader { data, at: 0, values: most, most };
         if r.take(4).ok() != Some(b"GGUF") {
             return Err(wrong("the file does not start with \"GGUF\""));
         }
@@ -181,6 +191,8 @@ impl Gguf {
             return Err(wrong(format!("version {version}; supported: 2 and 3, little-endian")));
         }
         let (tensors, entries) = (r.u64()?, r.u64()?);
+        r.count(tensors)?;
+        r.count(entries)?;
         let mut gguf = Gguf::default();
         for _ in 0..entries {
             let key = r.text()?;
@@ -262,6 +274,11 @@ impl Gguf {
     /// A number with a fraction.
     pub fn real(&self, key: &str) -> Result<f64> {
         self.get(key)?.as_f64().ok_or_else(|| wrong(format!("{key} is not a number")))
+    }
+
+    /// As [`Self::real`], `None` where the metadata lacks `key`.
+    pub fn optional_real(&self, key: &str) -> Result<Option<f64>> {
+        self.meta.contains_key(key).then(|| self.real(key)).transpose()
     }
 
     /// The id of a token, e.g. under `tokenizer.ggml.bos_token_id`.
@@ -399,7 +416,8 @@ pub(super) mod tests {
         file[at..at + 8].copy_from_slice(&count.to_le_bytes());
         file.resize(file.len() + count as usize, 1);
         let error = Gguf::read(&file).unwrap_err().message;
-        assert!(error.contains("exceeds"), "{error}");
+        assert!(error.contains("more than 16777216"), "{error}");
+        assert!(Gguf::read_up_to(&write(&[], &[("t", vec![2], vec![1.0; 2])]), 0).is_err());
     }
 
     #[test]

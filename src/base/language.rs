@@ -15,17 +15,29 @@ pub struct Language {
     pub eos_tokens: Vec<u32>,
 }
 
+impl Language {
+    /// Whether its chat template is the other's.
+    pub fn has_chat_of(&self, other: &Language) -> bool {
+        match (&self.chat, &other.chat) {
+            (Some(own), Some(other)) => Arc::ptr_eq(own, other),
+            (own, other) => own.is_none() && other.is_none(),
+        }
+    }
+}
+
 /// What an adapter's files say beside its weights.
 pub struct OwnLanguage {
-    tokenizer: Option<Tokenizer>,
+    /// `tokenizer.json`.
+    tokenizer: Option<Vec<u8>>,
+    /// `tokenizer_config.json`.
+    settings: Value,
     chat: Option<ChatTemplate>,
-    /// The text of the end token.
-    end: Option<String>,
-    /// The text of the token that begins a sequence.
-    begin: Option<String>,
     /// Size of the files.
     bytes: usize,
 }
+
+/// How many tokens an adapter may have beyond the base's: a step's logits are as wide as its widest adapter.
+pub const MAX_NEW_TOKENS: usize = 1 << 17;
 
 /// Of a token in `tokenizer_config.json`.
 pub(super) fn token_text<'a>(settings: &'a Value, key: &str) -> Option<&'a str> {
@@ -61,41 +73,38 @@ impl OwnLanguage {
             Some(text) => Some(std::str::from_utf8(text).map_err(|e| wrong("chat_template.jinja", &e))?.to_string()),
             None => None,
         };
-        let tokenizer = match tokenizer {
-            Some(json) => {
-                let tokenizer = Tokenizer::from_json(json).map_err(|e| wrong("tokenizer.json", &e))?;
-                Some(tokenizer.with_settings(&settings)?)
-            }
-            None => None,
-        };
         let [begin, end] = ["bos_token", "eos_token"].map(|key| token_text(&settings, key));
         let chat = template(chat, &settings).map(|text| ChatTemplate::new(&text, begin, end)).transpose()?;
-        let [begin, end] = [begin, end].map(|text| text.map(str::to_string));
-        Ok(Some(OwnLanguage { tokenizer, chat, end, begin, bytes }))
+        Ok(Some(OwnLanguage { tokenizer: tokenizer.map(<[u8]>::to_vec), settings, chat, bytes }))
     }
 
     /// Together with the base's, where it adds something to that, and what it takes in memory: a few times its files.
-    pub fn over(self, base: &Language) -> Option<(Language, usize)> {
-        let bos = |t: &Tokenizer| self.begin.as_ref().and_then(|text| t.token_id(text)).or(base.tokenizer.bos());
-        let tokenizer = self.tokenizer.map(|t| {
-            let bos = bos(&t);
-            t.with_bos(bos)
-        });
-        let tokenizer = tokenizer.filter(|t| !t.is_same(&base.tokenizer)).map(Arc::new);
+    pub fn over(self, base: &Language) -> Result<Option<(Language, usize)>> {
+        let token =
+            |tokenizer: &Tokenizer, key| token_text(&self.settings, key).and_then(|text| tokenizer.token_id(text));
+        let tokenizer = match &self.tokenizer {
+            None => None,
+            Some(json) => {
+                let most = base.tokenizer.vocab_size() + MAX_NEW_TOKENS;
+                let own = base.tokenizer.with_vocabulary(json, most)?.with_settings(&self.settings)?;
+                let bos = token(&own, "bos_token").or(base.tokenizer.bos());
+                Some(own.with_bos(bos)).filter(|own| !own.is_same(&base.tokenizer)).map(Arc::new)
+            }
+        };
         let chat = self.chat.map(|chat| chat.with_tokens_of(base.chat.as_deref()));
         let chat = chat.filter(|chat| base.chat.as_ref().is_none_or(|base| !chat.is_same(base))).map(Arc::new);
         let known = tokenizer.as_ref().unwrap_or(&base.tokenizer);
-        let end = self.end.and_then(|text| known.token_id(&text)).filter(|id| !base.eos_tokens.contains(id));
+        let end = token(known, "eos_token").filter(|id| !base.eos_tokens.contains(id));
         if tokenizer.is_none() && chat.is_none() && end.is_none() {
-            return None;
+            return Ok(None);
         }
-        let bytes = if tokenizer.is_some() { 4 * self.bytes } else { self.bytes };
+        let bytes = tokenizer.as_ref().map_or(self.bytes, |own| 4 * self.bytes + own.table_bytes());
         let language = Language {
             tokenizer: tokenizer.unwrap_or_else(|| base.tokenizer.clone()),
             chat: chat.or_else(|| base.chat.clone()),
             eos_tokens: base.eos_tokens.iter().copied().chain(end).collect(),
         };
-        Some((language, bytes))
+        Ok(Some((language, bytes)))
     }
 }
 
@@ -132,7 +141,7 @@ mod tests {
         let own = |tokenizer: &str, settings: Value, chat: Option<&str>| {
             let settings = settings.to_string();
             let files = (Some(tokenizer.as_bytes()), Some(settings.as_bytes()), chat.map(str::as_bytes));
-            OwnLanguage::read(files.0, files.1, files.2).unwrap().unwrap().over(&language)
+            OwnLanguage::read(files.0, files.1, files.2).unwrap().unwrap().over(&language).unwrap()
         };
         assert!(OwnLanguage::read(None, None, None).unwrap().is_none());
         assert!(own(&json, json!({}), None).is_none());
@@ -149,13 +158,40 @@ mod tests {
         assert_eq!(other.chat.unwrap().render(&[], true).unwrap(), "t7!");
     }
 
+    /// Its steps are the base's, so that no text grows in them; lies about ids and lengths are told.
+    #[test]
+    fn of_a_tokenizer_only_the_vocabulary_counts() {
+        let base = base();
+        let language = base.language();
+        let json: Value = serde_json::from_str(&base.tokenizer.to_json().unwrap()).unwrap();
+        let over = |json: &Value| {
+            let text = json.to_string();
+            OwnLanguage::read(Some(text.as_bytes()), None, None).unwrap().unwrap().over(&language)
+        };
+        let mut grows = json.clone();
+        let step = json!({ "type": "Replace", "pattern": { "String": "a" }, "content": "aaaaaaaaaa" });
+        grows["normalizer"] = json!({ "type": "Sequence", "normalizers": vec![step; 12] });
+        grows["post_processor"] = Value::Null;
+        assert!(over(&grows).unwrap().is_none());
+
+        let error = |json: &Value| over(json).err().unwrap().message;
+        let mut far = json.clone();
+        far["model"]["vocab"]["far"] = json!(4_000_000);
+        assert!(error(&far).contains("4000000"));
+        let mut long = json.clone();
+        long["model"]["vocab"]["x".repeat(5000)] = json!(5);
+        assert!(error(&long).contains("5000 bytes"));
+        let mut other = json.clone();
+        other["model"]["type"] = json!("Unigram");
+        assert!(error(&other).contains("Unigram"));
+        assert!(error(&json!({ "model": {} })).contains("tokenizer.json"));
+    }
+
     #[test]
     fn files_that_are_wrong_are_named() {
-        for (files, name) in [
-            ((Some("{"), None, None), "tokenizer.json"),
-            ((None, Some("["), None), "tokenizer_config.json"),
-            ((None, None, Some("{% for %}")), "chat template"),
-        ] {
+        for (files, name) in
+            [((None, Some("["), None), "tokenizer_config.json"), ((None, None, Some("{% for %}")), "chat template")]
+        {
             let (tokenizer, settings, chat): (Option<&str>, Option<&str>, Option<&str>) = files;
             let bytes = |text: Option<&'static str>| text.map(str::as_bytes);
             let error = OwnLanguage::read(bytes(tokenizer), bytes(settings), bytes(chat)).unwrap_err();

@@ -202,6 +202,24 @@ impl PackedMatrix {
         }
     }
 
+    /// All rows, `[n, k]`.
+    pub fn rows(&self) -> Vec<f32> {
+        let (mut out, group) = (vec![0.0; self.n * self.k], self.group_len());
+        out.par_chunks_mut((LANES * self.k).max(1)).enumerate().for_each(|(panel, rows)| {
+            let mut scratch = [0.0; GROUP * LANES];
+            for k0 in (0..self.k).step_by(group) {
+                let len = group.min(self.k - k0);
+                simd::unpack(Simd::detect(), self.group(panel, k0, len), &mut scratch);
+                for (lane, row) in rows.chunks_exact_mut(self.k).enumerate() {
+                    for (i, out) in row[k0..k0 + len].iter_mut().enumerate() {
+                        *out = scratch[i * LANES + lane];
+                    }
+                }
+            }
+        });
+        out
+    }
+
     /// Writes row `row` (`[k]`) to `out`: what an embedding looks up.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let (panel, lane) = (row / LANES, row % LANES);
@@ -486,6 +504,7 @@ mod tests {
     fn unpacked(matrix: &PackedMatrix) -> Vec<f32> {
         let mut rows = vec![0.0; matrix.n * matrix.k];
         rows.chunks_exact_mut(matrix.k).enumerate().for_each(|(i, row)| matrix.row(i, row));
+        assert_eq!(rows, matrix.rows());
         rows
     }
 

@@ -27,7 +27,7 @@ pub use family::{Activation, Architecture, Family, LM_HEAD, Module, Names, NormK
 pub use fetch::{fetch, packaged};
 pub(crate) use gguf::{Gguf, Meta};
 pub use kv::{BLOCK, KvCache};
-pub use language::{Language, OwnLanguage};
+pub use language::{Language, MAX_NEW_TOKENS, OwnLanguage};
 pub use rope::Rope;
 pub use source::{Base, DEFAULT_MODEL};
 pub use tokenizer::Tokenizer;

@@ -67,10 +67,9 @@ impl Base {
         let text = read("config.json")?.ok_or_else(|| Error::unprocessable("it has no config.json"))?;
         let mut config = ModelConfig::from_json(&text)?;
         let ends = &json("generation_config.json")?["eos_token_id"];
-        for end in ends.as_array().map_or(std::slice::from_ref(ends), Vec::as_slice).iter().filter_map(Value::as_u64) {
-            if !config.eos_tokens.contains(&(end as u32)) {
-                config.eos_tokens.push(end as u32);
-            }
+        for end in ends.as_array().map_or(std::slice::from_ref(ends), Vec::as_slice) {
+            let end = end.as_u64().and_then(|end| u32::try_from(end).ok());
+            config.eos_tokens.extend(end.filter(|end| !config.eos_tokens.contains(end)));
         }
         let settings = json("tokenizer_config.json")?;
         let tokenizer = Tokenizer::from_file(&directory.join("tokenizer.json"))?.with_settings(&settings)?;

@@ -9,6 +9,7 @@ use tokenizers::{
 };
 
 use super::gguf::{CONTROL, Gguf, NORMAL, UNKNOWN, USER_DEFINED};
+use super::language::token_text;
 use crate::{Error, Result};
 
 /// A tokenizer with the bytes of each token at hand.
@@ -19,6 +20,8 @@ pub struct Tokenizer {
     bos: Option<u32>,
     /// Whether it begins each text with a space of its own, as SentencePiece does.
     adds_space: bool,
+    /// Bytes of the longest token.
+    longest: usize,
 }
 
 /// Far more than any vocabulary has; keeps a lying id from asking for a table of billions.
@@ -124,9 +127,32 @@ impl Tokenizer {
             };
             (bytes.into_boxed_slice(), false)
         };
-        let tokens = (0..size).map(token).collect();
+        let tokens: Vec<(Box<[u8]>, bool)> = (0..size).map(token).collect();
+        let longest = tokens.iter().map(|(bytes, _)| bytes.len()).max().unwrap_or(0);
         let adds_space = spelling == Spelling::Words || adds_space(&inner)?;
-        Ok(Tokenizer { inner, tokens, bos: None, adds_space })
+        Ok(Tokenizer { inner, tokens, bos: None, adds_space, longest })
+    }
+
+    /// This one with the vocabulary, the merges and the added tokens of another's `tokenizer.json`, whose ids are less than
+    /// `most`. How texts are taken apart and put together stays: such steps are programs with costs of their own, and the
+    /// file may be anybody's.
+    pub(super) fn with_vocabulary(&self, json: &[u8], most: usize) -> Result<Self> {
+        let wrong = |what: String| Error::unprocessable(format!("tokenizer.json: {what}"));
+        let mut theirs: Value = serde_json::from_slice(json).map_err(|e| wrong(e.to_string()))?;
+        let mut ours: Value = serde_json::from_str(&self.to_json()?).map_err(Error::internal)?;
+        let (found, expected) = (&theirs["model"]["type"], &ours["model"]["type"]);
+        if !found.is_null() && found != expected {
+            return Err(wrong(format!("its model is {found}, the base's {expected}; expected the base's")));
+        }
+        for key in ["vocab", "merges", "unk_id"] {
+            if let Some(own) = theirs["model"].get_mut(key) {
+                ours["model"][key] = own.take();
+            }
+        }
+        ours["added_tokens"] = theirs["added_tokens"].take();
+        check_vocabulary(&ours, most).map_err(wrong)?;
+        let tokenizer = Self::from_json(ours.to_string().as_bytes()).map_err(|e| wrong(e.message))?;
+        Ok(tokenizer.with_bos(self.bos))
     }
 
     /// From GGUF metadata. `tokenizer.ggml.model` is `gpt2` for byte-level BPE and `llama` for SentencePiece.
@@ -209,7 +235,7 @@ impl Tokenizer {
             if !flag.unwrap_or(usually) {
                 return Ok(None);
             }
-            let text = settings[key].as_str().or(settings[key]["content"].as_str()).unwrap_or(usual);
+            let text = token_text(settings, key).unwrap_or(usual);
             match self.token_id(text) {
                 Some(id) => Ok(Some((text, id))),
                 // Nobody asked for it.
@@ -285,12 +311,40 @@ impl Tokenizer {
 
     /// Bytes of the longest token.
     pub fn longest_token(&self) -> usize {
-        self.tokens.iter().map(|(bytes, _)| bytes.len()).max().unwrap_or(0)
+        self.longest
+    }
+
+    /// Memory of the table of tokens.
+    pub(super) fn table_bytes(&self) -> usize {
+        self.tokens.len() * size_of::<(Box<[u8]>, bool)>()
     }
 
     pub fn vocab_size(&self) -> usize {
         self.tokens.len()
     }
+}
+
+/// Refuses tokens with ids of `most` or more, which would make a table of billions, and tokens longer than any has.
+fn check_vocabulary(tokenizer: &Value, most: usize) -> Result<(), String> {
+    let check = |text: &str, id: u64| match (text.len() <= MAX_PIECE, id < most as u64) {
+        (true, true) => Ok(()),
+        (false, _) => Err(format!("the token {id} has {} bytes; at most {MAX_PIECE} are accepted", text.len())),
+        (_, false) => Err(format!("it has the token id {id}; expected less than {most}")),
+    };
+    match &tokenizer["model"]["vocab"] {
+        Value::Object(vocabulary) => {
+            vocabulary.iter().try_for_each(|(text, id)| check(text, id.as_u64().unwrap_or(u64::MAX)))?;
+        }
+        // Pieces with their scores, by id.
+        Value::Array(pieces) => {
+            pieces.iter().enumerate().try_for_each(|(id, p)| check(p[0].as_str().unwrap_or_default(), id as u64))?;
+        }
+        _ => return Err("its model has no vocab".into()),
+    }
+    let added = tokenizer["added_tokens"].as_array().map_or(&[][..], Vec::as_slice);
+    added.iter().try_for_each(|token| {
+        check(token["content"].as_str().unwrap_or_default(), token["id"].as_u64().unwrap_or(u64::MAX))
+    })
 }
 
 type Vocabulary = serde_json::Map<String, Value>;

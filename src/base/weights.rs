@@ -28,6 +28,17 @@ pub enum Stored {
     Ggml(GgmlDType),
 }
 
+impl From<GgmlDType> for Stored {
+    fn from(dtype: GgmlDType) -> Self {
+        match dtype {
+            GgmlDType::F32 => Stored::F32,
+            GgmlDType::F16 => Stored::F16,
+            GgmlDType::BF16 => Stored::Bf16,
+            block => Stored::Ggml(block),
+        }
+    }
+}
+
 impl Stored {
     /// Bytes that a tensor of `shape` takes; `None` where its rows are not whole blocks, or for an absurd shape.
     fn bytes(self, shape: &[usize]) -> Option<usize> {
@@ -210,14 +221,12 @@ impl Weights {
                 Some(Projection::K) if config.family == Family::Llama => Layout::Interleaved(config.kv_heads),
                 _ => Layout::Same,
             };
-            let stored = match place.dtype {
-                GgmlDType::F32 => Stored::F32,
-                GgmlDType::F16 => Stored::F16,
-                GgmlDType::BF16 => Stored::Bf16,
-                block => Stored::Ggml(block),
-            };
             let (shape, bytes) = (place.shape.clone(), place.bytes.clone());
-            places.insert(name, Place { file: 0, shape, stored, bytes, layout });
+            let twice = Error::unprocessable(format!("GGUF: two tensors stand for {name}"));
+            let place = Place { file: 0, shape, stored: place.dtype.into(), bytes, layout };
+            if places.insert(name, place).is_some() {
+                return Err(twice);
+            }
         }
         Ok(Weights { files: vec![map], places, unreadable: HashMap::new() })
     }
@@ -280,9 +289,13 @@ impl Weights {
             Layout::Same => same,
             Layout::Interleaved(heads) => {
                 let rows = place.shape.first().copied().unwrap_or(0);
-                if place.shape.len() > 2 || rows == 0 || rows % (2 * heads) != 0 {
-                    let what =
-                        format!("base weights: {name} of shape {:?} is not {heads} heads of even width", place.shape);
+                // A row of a bias is a number, which in a block format has no bytes of its own.
+                let whole = rows != 0 && bytes.len().is_multiple_of(rows);
+                if place.shape.len() > 2 || !whole || rows % (2 * heads) != 0 {
+                    let what = format!(
+                        "base weights: {name} of shape {:?} ({stored:?}) is not {heads} heads of even width",
+                        place.shape
+                    );
                     return Err(Error::unprocessable(what));
                 }
                 RawTensor { bytes: Cow::Owned(split_halves(bytes, rows, heads)), ..same }
@@ -315,20 +328,12 @@ fn tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     if let Some(positions) = names.positions {
         add(positions, &[config.context, hidden], false);
     }
-    for layer in 0..config.layers {
-        let norms = [Some(names.attention_norm), names.attention_post_norm, Some(names.mlp_norm), names.mlp_post_norm];
-        for norm in norms.into_iter().flatten() {
-            add(&config.in_layer(layer, norm), &[hidden], norm_bias);
-        }
-        for norm in names.head_norms.into_iter().flatten() {
-            add(&config.in_layer(layer, norm), &[config.head_dim], norm_bias);
-        }
-        for (projection, path) in names.projections {
-            let (out_features, in_features) = config.shape(*projection);
-            add(&config.in_layer(layer, path), &[out_features, in_features], a.has_bias(*projection));
-        }
+    for (_, module, width) in config.norms() {
+        add(&module, &[width], norm_bias);
     }
-    add(names.norm, &[hidden], norm_bias);
+    for module in config.target_modules() {
+        add(&module.name, &[module.out_features, module.in_features], a.has_bias(module.projection));
+    }
     if !config.tie_word_embeddings {
         add(LM_HEAD, &[config.vocab_size, hidden], false);
     }
@@ -368,17 +373,19 @@ pub fn hugging_face_name(name: &str, family: Family) -> Result<Option<(String, O
     let unknown = || {
         Error::unprocessable(format!("GGUF: {name} belongs to no model of the architecture {family} that is supported"))
     };
-    let Some((module, kind)) = name.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias")) else {
+    // What becomes of rope, which is read with the configuration.
+    if matches!(name, "rope_freqs.weight" | "rope_factors_short.weight" | "rope_factors_long.weight") {
         return Ok(None);
-    };
+    }
+    let (module, kind) =
+        name.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias")).ok_or_else(unknown)?;
     let Some((layer, module)) = module.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
         let module = match module {
             "token_embd" => names.embedding,
             "position_embd" => names.positions.ok_or_else(unknown)?,
             "output_norm" => names.norm,
             "output" => LM_HEAD,
-            // `rope_freqs` and its like are read with the configuration.
-            _ => return Ok(None),
+            _ => return Err(unknown()),
         };
         return Ok(Some((format!("{module}.{kind}"), None)));
     };
@@ -431,6 +438,35 @@ mod tests {
                 rows[from * row..][..row].to_vec()
             })
             .collect()
+    }
+
+    #[test]
+    fn a_bias_in_blocks_is_an_error() {
+        for (dtype, size) in [(GgmlDType::Q4_0, 18), (GgmlDType::Q8_0, 34)] {
+            let mut file = tempfile::tempfile().unwrap();
+            std::io::Write::write_all(&mut file, &vec![0; size]).unwrap();
+            // SAFETY: nobody else has the file.
+            let map = unsafe { Mmap::map(&file) }.unwrap();
+            let place = Place {
+                file: 0,
+                shape: vec![32],
+                stored: dtype.into(),
+                bytes: 0..size,
+                layout: Layout::Interleaved(2),
+            };
+            let places = HashMap::from([("bias".to_string(), place)]);
+            let weights = Weights { files: vec![map], places, unreadable: HashMap::new() };
+            assert!(weights.get("bias").err().unwrap().message.contains("not 2 heads"), "{dtype:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_gguf_tensors_that_nobody_reads_are_refused() {
+        let named = |name| hugging_face_name(name, Family::Llama);
+        assert!(named("rope_freqs.weight").unwrap().is_none());
+        for name in ["blk.0.attn_q.scale", "cls.weight", "blk.0.attn_sinks.weight", "token_embd"] {
+            assert!(named(name).unwrap_err().message.contains(name));
+        }
     }
 
     #[test]

@@ -42,6 +42,7 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
         AdaptersCommand::Verify { directory, model } => {
             let base = Base::open(&model)?;
             print(&adapter::inspect(&directory, Some(&base.config))?)?;
+            adapter::language(&directory)?.map_or(Ok(None), |own| own.over(&base.language()))?;
             println!("{} fits {}", directory.display(), base.id);
             Ok(())
         }

@@ -112,6 +112,9 @@ pub struct ServeArgs {
     /// Let clients name directories of this machine in /v1/load_lora_adapter
     #[arg(long, env = "LORAMUX_ALLOW_LOCAL_PATHS")]
     pub allow_local_paths: bool,
+    /// Let uploads bring chat templates other than the base's: programs that can take any amount of memory
+    #[arg(long, env = "LORAMUX_ALLOW_UPLOADED_TEMPLATES")]
+    pub allow_uploaded_templates: bool,
     /// TOML file with these options by their long names; flags and environment go first
     #[arg(long, env = "LORAMUX_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,

@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use super::args::{Dtype, ModelArgs, Quantize};
 use crate::adapter::{Registry, RegistryOptions};
 use crate::base::matmul::Format;
-use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language, ModelConfig};
+use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language};
 use crate::engine::{Engine, EngineOptions, Runner};
 use crate::metrics::Metrics;
 use crate::{Error, Result};
@@ -20,12 +20,13 @@ pub struct Limits {
     pub max_batch_tokens: usize,
     pub max_queue: usize,
     pub max_upload: u64,
+    /// Whether uploads may bring chat templates.
+    pub uploaded_templates: bool,
 }
 
 /// Everything that answers requests.
 pub struct Host {
     pub base_id: String,
-    pub config: ModelConfig,
     pub language: Language,
     pub registry: Arc<Registry>,
     pub engine: Engine,
@@ -55,15 +56,17 @@ impl Host {
         let decoder = Arc::new(Decoder::load(&base.config, &base.weights, held)?);
         metrics.base_bytes.set(decoder.bytes() as i64);
         tracing::info!("weights take {:.1} MB", decoder.bytes() as f64 / 1e6);
+        let language = base.language();
         let registry = Registry::open(
             RegistryOptions {
                 decoder: decoder.clone(),
-                language: base.language(),
+                language: language.clone(),
                 base: base.id.clone(),
                 directories: args.adapters.clone(),
                 store: limits.store,
                 memory: args.adapter_memory.0 as usize,
                 max_upload: limits.max_upload,
+                uploaded_templates: limits.uploaded_templates,
             },
             metrics.clone(),
         )?;
@@ -79,19 +82,8 @@ impl Host {
             eos_tokens: base.config.eos_tokens.clone(),
         };
         let runner = Runner::new(decoder.clone(), args.kv_memory.0 as usize)?;
-        let language = base.language();
         let engine = Engine::start(Box::new(runner), base.tokenizer, options, metrics.clone())?;
-        Ok(Host {
-            base_id: base.id,
-            config: base.config,
-            language,
-            registry,
-            engine,
-            metrics,
-            dtype: described,
-            device_name,
-            decoder,
-        })
+        Ok(Host { base_id: base.id, language, registry, engine, metrics, dtype: described, device_name, decoder })
     }
 }
 

@@ -72,11 +72,12 @@ fn serve(args: ServeArgs) -> Result<()> {
         max_batch_tokens: args.max_batch_tokens,
         max_queue: args.max_queue,
         max_upload: args.max_upload.0,
+        uploaded_templates: args.allow_uploaded_templates,
     };
     let load = move || {
         let host = Host::start(&args.model, limits)?;
         Ok(server::State {
-            context: host.config.context,
+            context: host.decoder.config().context,
             device: host.device_name,
             engine: host.engine,
             registry: host.registry,

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::args::{ClassifyArgs, GenerateArgs, ModelArgs};
 use super::host::{Host, Limits};
+use crate::base::Language;
 use crate::engine::{Event, Generate, Request, Sampling, Task};
 use crate::lora::PackedAdapter;
 use crate::{Error, Result};
@@ -24,18 +25,25 @@ async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<
         max_batch_tokens: 512,
         max_queue: 1 << 20,
         max_upload: u64::MAX,
+        uploaded_templates: false,
     };
     let host = Host::start(args, limits)?;
     let Some(name) = adapter else { return Ok((host, None, store)) };
     let path = Path::new(name);
     let packed = if crate::adapter::is_adapter(path) {
-        let loaded = crate::adapter::load(path, &host.config, &host.base_id)?;
+        let loaded = crate::adapter::load(path, host.decoder.config(), &host.base_id)?;
         let packed = PackedAdapter::new(loaded.adapter, &host.decoder)?;
-        Arc::new(packed.with_language(loaded.language, &host.language))
+        Arc::new(packed.with_language(loaded.language, &host.language)?)
     } else {
         host.registry.acquire(name).await?
     };
     Ok((host, Some((name.into(), packed)), store))
+}
+
+/// The adapter's own, or the base's.
+fn language(host: &Host, adapter: &Option<NamedAdapter>) -> Language {
+    let own = adapter.as_ref().and_then(|(_, adapter)| adapter.language.clone());
+    own.unwrap_or_else(|| host.language.clone())
 }
 
 pub async fn generate(args: GenerateArgs) -> Result<()> {
@@ -45,8 +53,7 @@ pub async fn generate(args: GenerateArgs) -> Result<()> {
         text.clear();
         std::io::stdin().read_to_string(&mut text)?;
     }
-    let own = adapter.as_ref().and_then(|(_, adapter)| adapter.language.clone());
-    let language = own.unwrap_or_else(|| host.language.clone());
+    let language = language(&host, &adapter);
     let prompt = if args.chat {
         let chat = language.chat.as_ref().ok_or_else(|| Error::bad_request("the model has no chat template"))?;
         let text = chat.render(&[json!({ "role": "user", "content": text })], true)?;
@@ -99,8 +106,7 @@ pub async fn classify(args: ClassifyArgs) -> Result<()> {
         true => std::io::stdin().lock().lines().collect::<Result<_, _>>()?,
         false => args.inputs,
     };
-    let own = adapter.as_ref().and_then(|(_, adapter)| adapter.language.clone());
-    let language = own.unwrap_or_else(|| host.language.clone());
+    let language = language(&host, &adapter);
     let submit = |text: &String| {
         let prompt = language.tokenizer.encode_for_head(text)?;
         host.engine.submit(Request { adapter: adapter.clone(), prompt, task: Task::Classify })

@@ -106,8 +106,10 @@ impl Runner {
         let outputs = work.iter().zip(share.iter().zip(&places)).map(|(w, (share, place))| match w.output {
             Output::None => Ok(vec![]),
             Output::LastLogits | Output::Logits(_) => {
-                let own = logits[place * width..][..share.len() * width].chunks_exact(width.max(1));
-                Ok(own.flat_map(|row| &row[..vocab(w)]).copied().collect())
+                let rows = logits[place * width..][..share.len() * width].chunks_exact(width.max(1));
+                let mut own = Vec::with_capacity(share.len() * vocab(w));
+                rows.for_each(|row| own.extend_from_slice(&row[..vocab(w)]));
+                Ok(own)
             }
             Output::Head => {
                 let adapter = w.adapter.as_ref();

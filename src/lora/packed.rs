@@ -231,12 +231,13 @@ impl PackedAdapter {
     }
 
     /// The adapter with what lies beside its weights, as far as it is not the base's.
-    pub fn with_language(mut self, own: Option<OwnLanguage>, base: &Language) -> Self {
-        if let Some((language, bytes)) = own.and_then(|own| own.over(base)) {
+    pub fn with_language(mut self, own: Option<OwnLanguage>, base: &Language) -> Result<Self> {
+        let own = own.map_or(Ok(None), |own| own.over(base))?;
+        if let Some((language, bytes)) = own {
             self.language = Some(language);
             self.bytes += bytes;
         }
-        self
+        Ok(self)
     }
 
     pub fn has_head(&self) -> bool {

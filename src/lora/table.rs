@@ -123,12 +123,16 @@ pub(super) fn pack(
     let (width, options) = (base.config().hidden_size, base.options());
     let vector = |numbers: Option<Vec<f32>>| numbers.map(|v| Vector::new(v, options)).transpose();
 
-    let weights = Served::new(&embedding, Module::Embedding, base)?;
-    let own = embedding.rows.and_then(|rows| weights.differing(rows, width));
-    let gain = match &embedding.pair {
-        Some(pair) => dora::embedding_gains(&weights.changed(&own, vocab_size, width), pair)
-            .map_err(|e| e.context("model.embed_tokens"))?,
-        None => None,
+    // The base's tables are large: one is in memory at a time.
+    let (own, gain) = {
+        let weights = Served::new(&embedding, Module::Embedding, base)?;
+        let own = embedding.rows.and_then(|rows| weights.differing(rows, width));
+        let gain = match &embedding.pair {
+            Some(pair) => dora::embedding_gains(&weights.changed(&own, vocab_size, width), pair)
+                .map_err(|e| e.context("model.embed_tokens"))?,
+            None => None,
+        };
+        (own, gain)
     };
     let rows = own.as_ref().map(|own| Rows::new(own, width, options)).transpose()?;
     let pair = |LoraPair { rank, scale, a, b, .. }: LoraPair| -> Result<Pair> {
@@ -140,13 +144,16 @@ pub(super) fn pack(
     let pair = embedding.pair.map(pair).transpose()?;
     let embedding = (rows.is_some() || pair.is_some()).then_some(Embedding { rows, pair });
 
-    let weights = Served::new(&lm_head, Module::LmHead, base)?;
-    let own_head = lm_head.rows.and_then(|rows| weights.differing(rows, width));
-    let gain = match &lm_head.pair {
-        Some(pair) => {
-            dora::gains(&weights.changed(&own_head, vocab_size, width), pair).map_err(|e| e.context("lm_head"))?
-        }
-        None => None,
+    let (own_head, gain) = {
+        let weights = Served::new(&lm_head, Module::LmHead, base)?;
+        let own_head = lm_head.rows.and_then(|rows| weights.differing(rows, width));
+        let gain = match &lm_head.pair {
+            Some(pair) => {
+                dora::gains(&weights.changed(&own_head, vocab_size, width), pair).map_err(|e| e.context("lm_head"))?
+            }
+            None => None,
+        };
+        (own_head, gain)
     };
     let rows = match (&own_head, &embedding) {
         (Some(head), Some(Embedding { rows: Some(rows), .. })) if own.as_ref() == Some(head) => Some(rows.clone()),
@@ -190,8 +197,8 @@ impl Served {
     }
 
     /// All rows with the adapter's own in place.
-    fn changed(&self, own: &Option<OwnRows>, vocab_size: usize, width: usize) -> Vec<f32> {
-        let mut all = self.0.clone();
+    fn changed(self, own: &Option<OwnRows>, vocab_size: usize, width: usize) -> Vec<f32> {
+        let mut all = self.0;
         all.resize(vocab_size * width, 0.0);
         if let Some(own) = own {
             for (i, row) in own.rows.chunks_exact(width).enumerate() {

@@ -191,7 +191,7 @@ pub struct RunArgs {
     /// Tokens computed at a time; a step of more is done in parts that add up to the same
     #[arg(long, default_value_t = 2048)]
     pub max_batch_tokens: usize,
-    /// Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time
+    /// Keep only each layer's input for the backward pass and compute the rest again: less memory, more time
     #[arg(long)]
     pub checkpoint_activations: bool,
     /// [default: 5e-4; full and last-layers: 5e-5; head: 5e-3; pretrain: 1e-3]

@@ -4,54 +4,16 @@
 //! is copied or added twice, and how much is kept for the way back is ours to say. On other devices it is made of candle's
 //! operations.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, TensorId, Var};
-use rand::{RngCore, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
+use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 
-use super::ops::{self, Heads, Matrix, Rope, Target, multiply, norm, numbers, swiglu};
+use super::gradients::Gradients;
+use super::linear::{Linear, Noise, Weight};
+use super::ops::{self, Heads, Rope, norm, numbers, swiglu};
 use crate::Result;
 use crate::base::Projection;
-
-pub enum Weight {
-    Frozen(Tensor),
-    Trained(Var),
-}
-
-impl Weight {
-    pub fn tensor(&self) -> &Tensor {
-        match self {
-            Weight::Frozen(t) => t,
-            Weight::Trained(v) => v.as_tensor(),
-        }
-    }
-
-    fn trained(&self) -> Option<&Var> {
-        match self {
-            Weight::Frozen(_) => None,
-            Weight::Trained(v) => Some(v),
-        }
-    }
-}
-
-pub struct Lora {
-    /// `[rank, in]`.
-    pub a: Var,
-    /// `[out, rank]`.
-    pub b: Var,
-    pub scale: f64,
-    /// Share of the input that is left out at random.
-    pub dropout: f64,
-}
-
-pub struct Linear {
-    /// `[out, in]`.
-    pub weight: Weight,
-    pub lora: Option<Lora>,
-}
 
 pub struct Layer {
     pub input_norm: Weight,
@@ -66,35 +28,10 @@ pub struct Pass {
     /// Rows of each sequence.
     pub lengths: Vec<usize>,
     pub rope: Rope,
-    pub keep: Keep,
+    /// Whether a layer keeps only its input for the backward pass and computes the rest again (arXiv 1604.06174).
+    pub checkpointing: bool,
     /// Gradients of what the layers train; on a CPU candle's graph does not know it.
     pub gradients: Gradients,
-}
-
-/// What a layer keeps for the backward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Keep {
-    /// There is none.
-    Nothing,
-    /// Its input; the rest is computed again (arXiv 1604.06174).
-    Input,
-    /// All that the backward pass reads.
-    All,
-}
-
-/// Gradients by the variable they are of.
-#[derive(Default)]
-pub struct Gradients(Mutex<HashMap<TensorId, Vec<f32>>>);
-
-impl Gradients {
-    fn add(&self, var: &Var, numbers: Vec<f32>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(var.id(), numbers);
-    }
-
-    pub fn take(&self, var: &Var) -> Result<Option<Tensor>> {
-        let found = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&var.id());
-        Ok(found.map(|numbers| Tensor::from_vec(numbers, var.shape(), &Device::Cpu)).transpose()?)
-    }
 }
 
 impl Layer {
@@ -116,7 +53,8 @@ impl Layer {
     }
 
     fn plain(&self, x: &Tensor, pass: &Pass, noise: Option<u64>) -> Result<Tensor> {
-        let linear = |projection: Projection, x: &Tensor| self.projections[&projection].plain(x, noise, projection);
+        let linear =
+            |projection: Projection, x: &Tensor| self.projections[&projection].plain(x, noise_of(noise, projection));
         let h = norm::plain(x, self.input_norm.tensor(), self.eps)?;
         let q = ops::rope(&linear(Projection::Q, &h)?, &pass.rope)?;
         let k = ops::rope(&linear(Projection::K, &h)?, &pass.rope)?;
@@ -128,30 +66,9 @@ impl Layer {
     }
 }
 
-/// The factors of a dropout: 0 with probability `p`, else `1 / (1 - p)`, so that the mean stays. The same for the same seed.
-fn dropout(p: f64, seed: u64, projection: Projection, len: usize) -> Vec<f32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(projection as u64);
-    let (kept, threshold) = ((1.0 / (1.0 - p)) as f32, (p * 2f64.powi(32)) as u32);
-    (0..len).map(|_| if rng.next_u32() < threshold { 0.0 } else { kept }).collect()
-}
-
-impl Lora {
-    fn mask(&self, noise: Option<u64>, projection: Projection, len: usize) -> Option<Vec<f32>> {
-        noise.filter(|_| self.dropout > 0.0).map(|seed| dropout(self.dropout, seed, projection, len))
-    }
-}
-
-impl Linear {
-    fn plain(&self, x: &Tensor, noise: Option<u64>, projection: Projection) -> Result<Tensor> {
-        let y = x.matmul(&self.weight.tensor().t()?)?;
-        let Some(lora) = &self.lora else { return Ok(y) };
-        let dropped = match lora.mask(noise, projection, x.elem_count()) {
-            Some(mask) => (x * Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?)?,
-            None => x.clone(),
-        };
-        Ok((y + (dropped.matmul(&lora.a.t()?)? * lora.scale)?.matmul(&lora.b.t()?)?)?)
-    }
+/// Each projection's inputs are left out independently.
+fn noise_of(seed: Option<u64>, projection: Projection) -> Option<Noise> {
+    seed.map(|seed| Noise { seed, stream: projection as u64 })
 }
 
 /// A layer's pass over a batch, as a node of candle's graph.
@@ -185,74 +102,6 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn linear(&self, projection: Projection) -> candle_core::Result<(&Linear, usize, usize)> {
-        let linear = &self.layer.projections[&projection];
-        let (n, k) = linear.weight.tensor().dims2()?;
-        Ok((linear, n, k))
-    }
-
-    /// Adds `x Wᵀ + scale x Aᵀ Bᵀ` to `y`.
-    fn product(&self, projection: Projection, x: &[f32], y: &mut [f32]) -> candle_core::Result<()> {
-        let ((linear, n, k), m) = (self.linear(projection)?, self.rows);
-        let weight = numbers(linear.weight.tensor())?;
-        multiply((m, n, k), Matrix::rows(x, k), Matrix::columns(&weight, k), 1.0, Target::sum(y, n), true);
-        let Some(lora) = &linear.lora else { return Ok(()) };
-        let (a, b, r) = (numbers(&lora.a)?, numbers(&lora.b)?, lora.a.dim(0)?);
-        let mut t = vec![0.0; m * r];
-        let dropped = lora.mask(self.noise, projection, x.len()).map(|mask| times(mask, x));
-        let x = dropped.as_deref().unwrap_or(x);
-        multiply((m, r, k), Matrix::rows(x, k), Matrix::columns(&a, k), 1.0, Target::sum(&mut t, r), true);
-        multiply((m, n, r), Matrix::rows(&t, r), Matrix::columns(&b, r), lora.scale as f32, Target::sum(y, n), true);
-        Ok(())
-    }
-
-    /// Adds the gradient of the input to `dx`, where there is one, and notes those of what is trained. With `t = x Aᵀ` and
-    /// `dt = scale dy B`: `dB = scale dyᵀ t`, `dA = dtᵀ x`, `dx = dy W + dt A`; of a trained weight `dW = dyᵀ x`.
-    fn back(
-        &self,
-        projection: Projection,
-        x: &[f32],
-        dy: &[f32],
-        mut dx: Option<&mut [f32]>,
-    ) -> candle_core::Result<()> {
-        let ((linear, n, k), m) = (self.linear(projection)?, self.rows);
-        let weight = numbers(linear.weight.tensor())?;
-        if let Some(dx) = dx.as_deref_mut() {
-            multiply((m, k, n), Matrix::rows(dy, n), Matrix::rows(&weight, k), 1.0, Target::sum(dx, k), true);
-        }
-        if let Some(var) = linear.weight.trained() {
-            let mut dw = vec![0.0; n * k];
-            multiply((n, k, m), Matrix::columns(dy, n), Matrix::rows(x, k), 1.0, Target::sum(&mut dw, k), true);
-            self.pass.gradients.add(var, dw);
-        }
-        let Some(lora) = &linear.lora else { return Ok(()) };
-        let (a, b, r, scale) = (numbers(&lora.a)?, numbers(&lora.b)?, lora.a.dim(0)?, lora.scale as f32);
-        let mask = lora.mask(self.noise, projection, x.len());
-        let dropped = mask.clone().map(|mask| times(mask, x));
-        let x = dropped.as_deref().unwrap_or(x);
-        // `t` again: a thin product costs less than keeping it would.
-        let (mut t, mut dt) = (vec![0.0; m * r], vec![0.0; m * r]);
-        multiply((m, r, k), Matrix::rows(x, k), Matrix::columns(&a, k), 1.0, Target::sum(&mut t, r), true);
-        multiply((m, r, n), Matrix::rows(dy, n), Matrix::rows(&b, r), scale, Target::sum(&mut dt, r), true);
-        let (mut da, mut db) = (vec![0.0; r * k], vec![0.0; n * r]);
-        multiply((n, r, m), Matrix::columns(dy, n), Matrix::rows(&t, r), scale, Target::sum(&mut db, r), true);
-        multiply((r, k, m), Matrix::columns(&dt, r), Matrix::rows(x, k), 1.0, Target::sum(&mut da, k), true);
-        match (dx, mask) {
-            (None, _) => {}
-            (Some(dx), None) => {
-                multiply((m, k, r), Matrix::rows(&dt, r), Matrix::rows(&a, k), 1.0, Target::sum(dx, k), true);
-            }
-            (Some(dx), Some(mask)) => {
-                let mut masked = vec![0.0; m * k];
-                multiply((m, k, r), Matrix::rows(&dt, r), Matrix::rows(&a, k), 1.0, Target::sum(&mut masked, k), true);
-                dx.par_iter_mut().zip(times(mask, &masked)).for_each(|(dx, masked)| *dx += masked);
-            }
-        }
-        self.pass.gradients.add(&lora.a, da);
-        self.pass.gradients.add(&lora.b, db);
-        Ok(())
-    }
-
     /// The gradient of a trained norm's weight is noted; that of its input is added to `dx`, where there is one.
     fn back_norm(&self, weight: &Weight, x: &[f32], dy: &[f32], dx: Option<&mut [f32]>) -> candle_core::Result<()> {
         let (weights, eps) = (numbers(weight.tensor())?, self.layer.eps as f32);
@@ -269,40 +118,55 @@ impl Run<'_> {
         Ok(norm::forward(x, &numbers(weight.tensor())?, self.layer.eps as f32))
     }
 
-    fn heads<'b>(&self, pass: &'b Pass) -> candle_core::Result<Heads<'b>> {
-        let (q_width, kv_width) = (self.linear(Projection::Q)?.1, self.linear(Projection::K)?.1);
-        Ok(Heads { lengths: &pass.lengths, head_dim: self.layer.head_dim, q_width, kv_width })
+    fn heads(&self) -> candle_core::Result<Heads<'_>> {
+        let width = |projection| self.layer.projections[&projection].weight.tensor().dim(0);
+        let (q_width, kv_width) = (width(Projection::Q)?, width(Projection::K)?);
+        Ok(Heads { lengths: &self.pass.lengths, head_dim: self.layer.head_dim, q_width, kv_width })
+    }
+
+    fn product(&self, projection: Projection, x: &[f32]) -> candle_core::Result<Vec<f32>> {
+        let linear = &self.layer.projections[&projection];
+        let mut y = vec![0.0; self.rows * linear.weight.tensor().dim(0)?];
+        linear.forward(x, self.noise(projection), &mut y)?;
+        Ok(y)
+    }
+
+    fn add_product(&self, projection: Projection, x: &[f32], y: &mut [f32]) -> candle_core::Result<()> {
+        self.layer.projections[&projection].forward(x, self.noise(projection), y)
+    }
+
+    fn back(&self, projection: Projection, x: &[f32], dy: &[f32], dx: Option<&mut [f32]>) -> candle_core::Result<()> {
+        let linear = &self.layer.projections[&projection];
+        linear.backward(x, self.noise(projection), dy, dx, &self.pass.gradients)
+    }
+
+    fn noise(&self, projection: Projection) -> Option<Noise> {
+        noise_of(self.noise, projection)
     }
 
     fn activations(&self, x: &[f32]) -> candle_core::Result<Activations> {
-        let heads = self.heads(self.pass)?;
-        let wide = |width: usize| vec![0.0; self.rows * width];
+        let heads = self.heads()?;
         let h = self.normed(&self.layer.input_norm, x)?;
-        let (mut q, mut k, mut v) = (wide(heads.q_width), wide(heads.kv_width), wide(heads.kv_width));
-        self.product(Projection::Q, &h, &mut q)?;
-        self.product(Projection::K, &h, &mut k)?;
-        self.product(Projection::V, &h, &mut v)?;
+        let (mut q, mut k) = (self.product(Projection::Q, &h)?, self.product(Projection::K, &h)?);
+        let v = self.product(Projection::V, &h)?;
         self.pass.rope.turn(&mut q, heads.q_width, 1.0);
         self.pass.rope.turn(&mut k, heads.kv_width, 1.0);
         let attention = heads.forward(&q, &k, &v);
         let mut middle = x.to_vec();
-        self.product(Projection::O, &attention, &mut middle)?;
+        self.add_product(Projection::O, &attention, &mut middle)?;
         let h = self.normed(&self.layer.post_norm, &middle)?;
-        let width = self.linear(Projection::Gate)?.1;
-        let (mut gate, mut up) = (wide(width), wide(width));
-        self.product(Projection::Gate, &h, &mut gate)?;
-        self.product(Projection::Up, &h, &mut up)?;
+        let (gate, up) = (self.product(Projection::Gate, &h)?, self.product(Projection::Up, &h)?);
         Ok(Activations { q, k, v, attention, middle, gate, up })
     }
 
     fn output(&self, a: &Activations) -> candle_core::Result<Vec<f32>> {
         let mut y = a.middle.clone();
-        self.product(Projection::Down, &swiglu::forward(&a.gate, &a.up), &mut y)?;
+        self.add_product(Projection::Down, &swiglu::forward(&a.gate, &a.up), &mut y)?;
         Ok(y)
     }
 
     fn backward(&self, x: &[f32], a: Activations, dy: &[f32], input: bool) -> candle_core::Result<Option<Vec<f32>>> {
-        let (layer, heads) = (self.layer, self.heads(self.pass)?);
+        let (layer, heads) = (self.layer, self.heads()?);
         let mut ds = vec![0.0; a.gate.len()];
         self.back(Projection::Down, &swiglu::forward(&a.gate, &a.up), dy, Some(&mut ds))?;
         let [dgate, dup] = swiglu::backward(&a.gate, &a.up, &ds);
@@ -329,11 +193,6 @@ impl Run<'_> {
     }
 }
 
-fn times(mut factors: Vec<f32>, x: &[f32]) -> Vec<f32> {
-    factors.par_iter_mut().zip(x).for_each(|(f, x)| *f *= x);
-    factors
-}
-
 impl Operation {
     fn run(&self, x: &[f32], width: usize) -> Run<'_> {
         Run { layer: &self.layer, pass: &self.pass, noise: self.noise, rows: x.len() / width }
@@ -350,7 +209,7 @@ impl CustomOp1 for Operation {
         let run = self.run(x, layout.dims()[1]);
         let activations = run.activations(x)?;
         let y = run.output(&activations)?;
-        if self.pass.keep == Keep::All {
+        if !self.pass.checkpointing {
             *self.activations.lock().unwrap_or_else(PoisonError::into_inner) = Some(activations);
         }
         Ok((CpuStorage::F32(y), layout.shape().clone()))
@@ -372,6 +231,9 @@ impl CustomOp1 for Operation {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{Device, Var};
+
+    use super::super::linear::Lora;
     use super::super::ops::testing::var;
     use super::*;
 
@@ -405,18 +267,18 @@ mod tests {
     /// The operation's output and gradients are those of candle's operations, whatever is kept, with dropout too.
     #[test]
     fn equals_the_plain_layer() {
-        for (keep, dropout) in [(Keep::All, 0.0), (Keep::Input, 0.0), (Keep::All, 0.4), (Keep::Input, 0.4)] {
+        for (checkpointing, dropout) in [(false, 0.0), (true, 0.0), (false, 0.4), (true, 0.4)] {
             let (layer, vars) = layer(dropout);
             let (layer, x, t) = (Arc::new(layer), var(77, &[5, 6]), var(78, &[5, 6]));
             let (lengths, rope) = (vec![2, 3], Rope::new(&[2, 3], &[1.0]));
-            let pass = Arc::new(Pass { lengths, rope, keep, gradients: Gradients::default() });
+            let pass = Arc::new(Pass { lengths, rope, checkpointing, gradients: Gradients::default() });
             let got = layer.forward(&x, &pass, Some(9), true).unwrap();
             let want = layer.plain(&x, &pass, Some(9)).unwrap();
             let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let close = |got: &Tensor, want: &Tensor, what: &str| {
                 let largest = flat(want).iter().fold(0.0f32, |m, w| m.max(w.abs()));
                 for (g, w) in flat(got).iter().zip(flat(want)) {
-                    assert!((g - w).abs() <= 1e-4 * largest, "{keep:?}, {dropout}, {what}: {g}, not {w}");
+                    assert!((g - w).abs() <= 1e-4 * largest, "{checkpointing}, {dropout}, {what}: {g}, not {w}");
                 }
             };
             close(&got, &want, "output");
@@ -441,7 +303,7 @@ mod tests {
         };
         let pass = || {
             let (lengths, rope) = (vec![2, 3], Rope::new(&[2, 3], &[1.0]));
-            Arc::new(Pass { lengths, rope, keep: Keep::All, gradients: Gradients::default() })
+            Arc::new(Pass { lengths, rope, checkpointing: false, gradients: Gradients::default() })
         };
         let first = pass();
         let by_candle = value(&first).backward().unwrap();

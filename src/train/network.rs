@@ -8,7 +8,9 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
-use super::layer::{Gradients, Keep, Layer, Linear, Lora, Pass, Weight};
+use super::gradients::Gradients;
+use super::layer::{Layer, Pass};
+use super::linear::{Linear, Lora, Weight};
 use super::ops::{self, Rope, Targets};
 use crate::adapter::{Adapter, LoraPair};
 use crate::base::{Architecture, Base, Family, ModelConfig, Projection, Weights};
@@ -337,17 +339,9 @@ impl Network {
     /// Final hidden states, one row a token: `[rows, hidden]`.
     fn hidden(&self, batch: &Batch, mut purpose: Purpose) -> Result<Passed> {
         let c = &self.config;
-        let keep = match (&purpose, self.checkpointing) {
-            (Purpose::Evaluate, _) => Keep::Nothing,
-            (_, true) => Keep::Input,
-            (_, false) => Keep::All,
-        };
         let rope = Rope::new(&batch.lengths, c.rope.as_ref().map_or(&[][..], |rope| &rope.frequencies));
-        let pass = |keep| {
-            let (lengths, rope) = (batch.lengths.clone(), rope.clone());
-            Arc::new(Pass { lengths, rope, keep, gradients: Gradients::default() })
-        };
-        let (frozen, trained) = (pass(Keep::Nothing), pass(keep));
+        let (lengths, checkpointing) = (batch.lengths.clone(), self.checkpointing);
+        let pass = Arc::new(Pass { lengths, rope, checkpointing, gradients: Gradients::default() });
         let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), &self.device)?;
         let mut x = self.embedding.tensor().index_select(&tokens, 0)?;
         if let Purpose::Evaluate = purpose {
@@ -355,25 +349,21 @@ impl Network {
         }
         for (l, layer) in self.layers.iter().enumerate() {
             let noise = match &mut purpose {
-                Purpose::Train(rng) if l >= self.first_trained => Some(rng.random()),
-                _ => None,
+                Purpose::Evaluate => None,
+                Purpose::Train(rng) => Some(rng.random()),
             };
-            let Some(noise) = noise else {
-                x = layer.forward(&x, &frozen, None, false)?;
-                continue;
-            };
+            let input_gradient = x.track_op();
             // candle's graph begins at a variable; layers hold theirs for themselves.
-            let before = x.track_op();
-            if !before {
+            if noise.is_some() && l >= self.first_trained && !input_gradient {
                 x = Var::from_tensor(&x)?.into_inner();
             }
-            x = layer.forward(&x, &trained, Some(noise), before)?;
+            x = layer.forward(&x, &pass, noise, input_gradient)?;
         }
         let mut output = ops::rms_norm(&x, self.norm.tensor(), c.norm_eps)?;
         if let Purpose::Evaluate = purpose {
             output = output.detach();
         }
-        Ok(Passed { output, layers: Some(trained) })
+        Ok(Passed { output, layers: Some(pass) })
     }
 
     /// The final hidden state of each sequence's last token: `[sequences, hidden]`.

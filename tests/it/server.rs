@@ -207,7 +207,7 @@ async fn a_client_that_hangs_up_is_counted() {
 /// An adapter that knows four more tokens, with a tokenizer that spells them, a chat template and an end token.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_adapter_with_a_language_of_its_own() {
-    let server = Server::start(&tiny(), &[]).await;
+    let server = Server::start(&tiny(), &["--allow-uploaded-templates"]).await;
     let folder = fixtures().join("tiny/variants/llama");
     let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
     let prompts: Value =
@@ -224,7 +224,7 @@ async fn an_adapter_with_a_language_of_its_own() {
     for id in 256..260 {
         tokenizer["model"]["vocab"][format!("t{id}")] = json!(id);
     }
-    let upload = async |name: &str, end: Option<u64>| {
+    let upload = async |server: &Server, name: &str, end: Option<u64>| {
         let mut settings = json!({ "chat_template": "{{ messages[0].content }}" });
         if let Some(end) = end {
             settings["eos_token"] = json!(format!("t{end}"));
@@ -241,12 +241,15 @@ async fn an_adapter_with_a_language_of_its_own() {
         ] {
             form = form.part("file", reqwest::multipart::Part::bytes(bytes).file_name(name));
         }
-        let (status, body) =
-            answer(server.http.put(server.at(&format!("/v1/adapters/{name}"))).multipart(form)).await.unwrap();
-        assert_eq!(status, 201, "{body}");
+        answer(server.http.put(server.at(&format!("/v1/adapters/{name}"))).multipart(form)).await.unwrap()
     };
-    upload("more", None).await;
-    upload("ends", Some(greedy[2])).await;
+    for (name, end) in [("more", None), ("ends", Some(greedy[2]))] {
+        let (status, body) = upload(&server, name, end).await;
+        assert_eq!(status, 201, "{body}");
+    }
+    let (status, body) = upload(&Server::start(&tiny(), &[]).await, "more", None).await;
+    assert_eq!(status, 422);
+    assert!(body["error"]["message"].as_str().unwrap().contains("--allow-uploaded-templates"), "{body}");
 
     let (_, body) = server.post("/tokenize", json!({ "model": "more", "prompt": prompt })).await;
     assert_eq!(body["tokens"], json!(ids), "{body}");

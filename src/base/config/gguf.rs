@@ -1,6 +1,6 @@
 //! Metadata of GGUF files.
 
-use super::{MAX_LAYERS, ModelConfig, check_size, longrope_context};
+use super::{ModelConfig, check_layers, check_size, longrope_context};
 use crate::base::gguf::{CONTROL, Gguf};
 use crate::base::rope::{Rope, Yarn};
 use crate::base::{Architecture, Family};
@@ -28,9 +28,8 @@ impl ModelConfig {
     pub(in crate::base) fn from_gguf(gguf: &Gguf, data: &[u8]) -> Result<Self> {
         let unsupported = |what: String| Err(Error::unprocessable(format!("GGUF: {what}")));
         let name = gguf.text("general.architecture")?;
-        // Mistral's files call themselves llama.
-        let Some(family) = Family::from_name(name).filter(|f| *f != Family::Mistral) else {
-            let known = Family::ALL.into_iter().filter(|f| *f != Family::Mistral).map(Family::name);
+        let Some(family) = Family::from_name(name).filter(|f| f.in_gguf() == *f) else {
+            let known = Family::ALL.into_iter().filter(|f| f.in_gguf() == *f).map(Family::name);
             let known = known.collect::<Vec<_>>().join(", ");
             return unsupported(format!("general.architecture is {name:?}; supported: {known}"));
         };
@@ -51,6 +50,7 @@ impl ModelConfig {
             ));
         }
         let (layers, context) = (number("block_count")?, number("context_length")?);
+        check_layers(layers)?;
         let mut architecture = Architecture::of(family);
         // The files do not say which layers have biases, other than by having them.
         let has_bias = |parts: &[&str]| parts.iter().any(|p| gguf.tensors.contains_key(&format!("blk.0.{p}.bias")));
@@ -66,20 +66,19 @@ impl ModelConfig {
                     return unsupported(format!("gemma2.attention.sliding_window_pattern is {pattern}; {what}"));
                 }
                 let window = window.unwrap_or(4096);
-                windows = (0..layers.min(MAX_LAYERS)).map(|layer| (layer % 2 == 0).then_some(window)).collect();
+                windows = (0..layers).map(|layer| (layer % 2 == 0).then_some(window)).collect();
                 // As llama.cpp has it: only the model of 46 layers scales by another width than its heads'.
                 architecture.attention_scale = (layers == 46).then(|| ((hidden_size / heads.max(1)) as f64).powf(-0.5));
                 for (key, cap) in [
                     ("attn_logit_softcapping", &mut architecture.attention_softcap),
                     ("final_logit_softcapping", &mut architecture.logit_softcap),
                 ] {
-                    let key = format!("{family}.{key}");
-                    if gguf.meta.contains_key(&key) {
-                        *cap = Some(gguf.real(&key)?).filter(|&cap| cap != 0.0);
+                    if let Some(found) = gguf.optional_real(&format!("{family}.{key}"))? {
+                        *cap = Some(found).filter(|&cap| cap != 0.0);
                     }
                 }
             }
-            Family::Phi3 => windows = vec![window; layers.min(MAX_LAYERS)],
+            Family::Phi3 => windows = vec![window; layers],
             _ => {}
         }
         let (rope, context) = match family {
@@ -128,12 +127,10 @@ fn rope_from_gguf(gguf: &Gguf, data: &[u8], family: Family, head_dim: usize, con
     check_size("head_dim", head_dim)?;
     let unsupported = |what: String| Err(Error::unprocessable(format!("GGUF: {what}")));
     let present = |key: &str| gguf.meta.get(&format!("{family}.{key}"));
-    let real = |key: &str, absent: f64| match present(key) {
-        Some(_) => gguf.real(&format!("{family}.{key}")),
-        None => Ok(absent),
-    };
+    let real =
+        |key: &str, absent: f64| Ok::<_, Error>(gguf.optional_real(&format!("{family}.{key}"))?.unwrap_or(absent));
     let rotated = gguf.optional_number(&format!("{family}.rope.dimension_count"))?.unwrap_or(head_dim);
-    let possible = rotated == head_dim || family == Family::Phi3 && rotated < head_dim;
+    let possible = rotated == head_dim || family == Family::Phi3 && (1..head_dim).contains(&rotated);
     if !possible || !rotated.is_multiple_of(2) {
         return unsupported(format!(
             "{family}.rope.dimension_count is {rotated}, of {head_dim} numbers of a head; supported: all"

@@ -4,7 +4,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::{MAX_LAYERS, ModelConfig, check_size, longrope_context};
+use super::{ModelConfig, check_layers, check_size, longrope_context};
 use crate::base::rope::{Llama3, Rope, Yarn};
 use crate::base::{Activation, Architecture, Family};
 use crate::{Error, Result};
@@ -73,8 +73,9 @@ impl<'a> Fields<'a> {
 }
 
 impl ModelConfig {
-    /// Reads Hugging Face's `config.json`; where a field is absent, transformers' default for the family counts. A family or
-    /// an option that the decoder does not compute is refused by name.
+    /// Reads Hugging Face's `config.json`; where a field is absent, transformers' default for the family counts, but for the
+    /// tokens that begin and end a text, which are none then. A family or an option that the decoder does not compute is
+    /// refused by name.
     pub fn from_json(text: &str) -> Result<Self> {
         let map: Map<String, Value> = serde_json::from_str(text).map_err(bad_json)?;
         let name: String = Fields { map: &map, at: "", renamed: &[] }.need("model_type")?;
@@ -119,6 +120,7 @@ impl ModelConfig {
         };
         let (layers, context) =
             (fields.need("num_hidden_layers")?, fields.get_or("max_position_embeddings", context, 0)?);
+        check_layers(layers)?;
         let (rope, context) = match family {
             Family::Gpt2 => (None, context),
             _ => {
@@ -137,7 +139,7 @@ impl ModelConfig {
             head_dim,
             norm_eps: fields.get(eps_name)?.unwrap_or(eps),
             rope,
-            windows: windows_from_json(&fields, family, layers.min(MAX_LAYERS))?,
+            windows: windows_from_json(&fields, family, layers)?,
             architecture: architecture_from_json(&fields, family)?,
             context,
             tie_word_embeddings: fields.get("tie_word_embeddings")?.unwrap_or(tied),
@@ -286,12 +288,13 @@ fn rope_from_json(fields: &Fields, family: Family, head_dim: usize, context: usi
         return Err(bad_json(format!("head_dim is {head_dim}, of which rope turns {rotated}; {what}")));
     }
     let plain = Rope::plain(theta, rotated);
+    let key_of_original = "original_max_position_embeddings";
+    // Only Phi-3 has it beside the scaling, always; transformers reads it there for longrope alone.
+    let own = if family == Family::Phi3 { Some(4096.0) } else { None };
+    let outside = if kind == "longrope" { fields.get::<f64>(key_of_original)?.or(own) } else { None };
     let original = || -> Result<f64> {
-        // A model that keeps it beside the scaling means that one.
-        let own = if family == Family::Phi3 { Some(4096.0) } else { None };
-        let outside: Option<f64> = fields.get("original_max_position_embeddings")?;
-        let inside: Option<f64> = scaling.get("original_max_position_embeddings")?;
-        let original = outside.or(own).or(inside).unwrap_or(context as f64);
+        let inside: Option<f64> = scaling.get(key_of_original)?;
+        let original = outside.or(inside).unwrap_or(context as f64);
         match original > 0.0 {
             true => Ok(original),
             false => Err(bad_json(format!("original_max_position_embeddings is {original}; expected more than 0"))),
@@ -337,7 +340,13 @@ fn rope_from_json(fields: &Fields, family: Family, head_dim: usize, context: usi
             let stretched = scaling.has("original_max_position_embeddings").then_some(factor * original_context);
             return Ok((rope, context.max(stretched.unwrap_or(0.0) as usize)));
         }
-        "longrope" => return longrope_from_json(&scaling, plain, original()?, context),
+        "longrope" => {
+            let original = original()?;
+            // An original context beside the scaling says by itself how far it is stretched.
+            let told = if outside.is_some() { None } else { scaling.get("factor")? };
+            let factor = told.unwrap_or(context as f64 / original);
+            return longrope_from_json(&scaling, plain, original, factor, context);
+        }
         other => {
             let known = "default, linear, dynamic, yarn, longrope, llama3";
             return Err(bad_json(format!("{key} has the type {other:?}; supported: {known}")));
@@ -346,20 +355,27 @@ fn rope_from_json(fields: &Fields, family: Family, head_dim: usize, context: usi
     Ok((rope, context))
 }
 
-fn longrope_from_json(scaling: &Fields, plain: Rope, original: f64, context: usize) -> Result<(Rope, usize)> {
-    for key in ["short_factor", "long_factor"] {
+/// `factor` is how far the original context is stretched.
+fn longrope_from_json(
+    scaling: &Fields,
+    plain: Rope,
+    original: f64,
+    factor: f64,
+    context: usize,
+) -> Result<(Rope, usize)> {
+    let divisors = |key| -> Result<Vec<f32>> {
         let divisors: Vec<f32> = scaling.need(key)?;
-        if divisors.len() != plain.frequencies.len() {
-            let (found, expected) = (divisors.len(), plain.frequencies.len());
-            return Err(bad_json(format!("{}{key} has {found} numbers; expected {expected}", scaling.at)));
+        let (found, expected) = (divisors.len(), plain.frequencies.len());
+        match found == expected {
+            true => Ok(divisors),
+            false => Err(bad_json(format!("{}{key} has {found} numbers; expected {expected}", scaling.at))),
         }
-    }
-    let factor = scaling.get("factor")?.unwrap_or(context as f64 / original);
+    };
+    let (short, _long) = (divisors("short_factor")?, divisors("long_factor")?);
     let attention_factor = match scaling.get("attention_factor")? {
         Some(factor) => factor,
         None => Rope::longrope_attention_factor(factor, original),
     };
-    let short: Vec<f32> = scaling.need("short_factor")?;
     Ok((plain.divided(&short, attention_factor), longrope_context(original as usize, context)))
 }
 

@@ -71,11 +71,9 @@ impl ModelConfig {
             ("head_dim", self.head_dim),
         ];
         positive.into_iter().try_for_each(|(name, value)| check_size(name, value))?;
-        if self.layers > MAX_LAYERS {
-            return bad(format!("num_hidden_layers is {}; at most {MAX_LAYERS} are possible", self.layers));
-        }
+        check_layers(self.layers)?;
         if !(self.norm_eps.is_finite() && self.norm_eps >= 0.0) {
-            return bad(format!("the epsilon of the norms is {}, not finite and positive", self.norm_eps));
+            return bad(format!("the epsilon of the norms is {}; expected 0 or more", self.norm_eps));
         }
         if let Some(rope) = &self.rope {
             if !(rope.theta.is_finite() && rope.theta > 0.0) {
@@ -161,6 +159,16 @@ impl ModelConfig {
             })
         };
         (0..self.layers).flat_map(modules).collect()
+    }
+}
+
+/// Refuses a number of layers that no model has, before anything is made for each.
+fn check_layers(layers: usize) -> Result<()> {
+    match layers <= MAX_LAYERS {
+        true => Ok(()),
+        false => Err(Error::unprocessable(format!(
+            "model config: num_hidden_layers is {layers}; at most {MAX_LAYERS} are possible"
+        ))),
     }
 }
 

@@ -114,24 +114,10 @@ impl CustomOp2 for LinearCrossEntropy {
             loss += losses.iter().sum::<f64>();
             if self.track_x {
                 let dx = &mut dx[first * k..][..m * k];
-                multiply(
-                    (m, k, n),
-                    Matrix::rows(logits, n),
-                    Matrix::rows(w, k),
-                    1.0,
-                    Target { data: dx, stride: k, add: false },
-                    true,
-                );
+                multiply((m, k, n), Matrix::rows(logits, n), Matrix::rows(w, k), 1.0, Target::sum(dx, k), true);
             }
             if self.track_weight {
-                multiply(
-                    (n, k, m),
-                    Matrix::columns(logits, n),
-                    Matrix::rows(x, k),
-                    1.0,
-                    Target { data: &mut dw, stride: k, add: true },
-                    true,
-                );
+                multiply((n, k, m), Matrix::columns(logits, n), Matrix::rows(x, k), 1.0, Target::sum(&mut dw, k), true);
             }
         }
         *self.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some(Gradients { x: dx, weight: dw });

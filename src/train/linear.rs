@@ -1,0 +1,149 @@
+//! A linear layer, with its low-rank pair.
+
+use candle_core::{Tensor, Var};
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use super::gradients::Gradients;
+use super::ops::{Matrix, Target, multiply, numbers};
+use crate::Result;
+
+pub enum Weight {
+    Frozen(Tensor),
+    Trained(Var),
+}
+
+impl Weight {
+    pub fn tensor(&self) -> &Tensor {
+        match self {
+            Weight::Frozen(t) => t,
+            Weight::Trained(v) => v.as_tensor(),
+        }
+    }
+
+    pub fn trained(&self) -> Option<&Var> {
+        match self {
+            Weight::Frozen(_) => None,
+            Weight::Trained(v) => Some(v),
+        }
+    }
+}
+
+pub struct Lora {
+    /// `[rank, in]`.
+    pub a: Var,
+    /// `[out, rank]`.
+    pub b: Var,
+    pub scale: f64,
+    /// Share of the input that is left out at random.
+    pub dropout: f64,
+}
+
+pub struct Linear {
+    /// `[out, in]`.
+    pub weight: Weight,
+    pub lora: Option<Lora>,
+}
+
+/// Which random numbers a dropout takes.
+#[derive(Clone, Copy)]
+pub struct Noise {
+    pub seed: u64,
+    pub stream: u64,
+}
+
+/// The factors of a dropout: 0 with probability `p`, else `1 / (1 - p)`, so that the mean stays. The same for the same noise.
+fn dropout(p: f64, noise: Noise, len: usize) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(noise.seed);
+    rng.set_stream(noise.stream);
+    let (kept, threshold) = ((1.0 / (1.0 - p)) as f32, (p * 2f64.powi(32)) as u32);
+    (0..len).map(|_| if rng.next_u32() < threshold { 0.0 } else { kept }).collect()
+}
+
+impl Lora {
+    fn mask(&self, noise: Option<Noise>, len: usize) -> Option<Vec<f32>> {
+        noise.filter(|_| self.dropout > 0.0).map(|noise| dropout(self.dropout, noise, len))
+    }
+}
+
+impl Linear {
+    /// The layer made of candle's operations.
+    pub fn plain(&self, x: &Tensor, noise: Option<Noise>) -> Result<Tensor> {
+        let y = x.matmul(&self.weight.tensor().t()?)?;
+        let Some(lora) = &self.lora else { return Ok(y) };
+        let dropped = match lora.mask(noise, x.elem_count()) {
+            Some(mask) => (x * Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?)?,
+            None => x.clone(),
+        };
+        Ok((y + (dropped.matmul(&lora.a.t()?)? * lora.scale)?.matmul(&lora.b.t()?)?)?)
+    }
+
+    /// Adds `x Wᵀ + scale x Aᵀ Bᵀ` to `y`, for `x` `[rows, in]`.
+    pub fn forward(&self, x: &[f32], noise: Option<Noise>, y: &mut [f32]) -> candle_core::Result<()> {
+        let (n, k) = self.weight.tensor().dims2()?;
+        let (weight, m) = (numbers(self.weight.tensor())?, x.len() / k);
+        multiply((m, n, k), Matrix::rows(x, k), Matrix::columns(&weight, k), 1.0, Target::sum(y, n), true);
+        let Some(lora) = &self.lora else { return Ok(()) };
+        let (a, b, r) = (numbers(&lora.a)?, numbers(&lora.b)?, lora.a.dim(0)?);
+        let mut t = vec![0.0; m * r];
+        let dropped = lora.mask(noise, x.len()).map(|mask| times(mask, x));
+        let x = dropped.as_deref().unwrap_or(x);
+        multiply((m, r, k), Matrix::rows(x, k), Matrix::columns(&a, k), 1.0, Target::sum(&mut t, r), true);
+        multiply((m, n, r), Matrix::rows(&t, r), Matrix::columns(&b, r), lora.scale as f32, Target::sum(y, n), true);
+        Ok(())
+    }
+
+    /// Adds the gradient of the input to `dx`, where there is one, and notes those of what is trained. With `t = x Aᵀ` and
+    /// `dt = scale dy B`: `dB = scale dyᵀ t`, `dA = dtᵀ x`, `dx = dy W + dt A`; of a trained weight `dW = dyᵀ x`.
+    pub fn backward(
+        &self,
+        x: &[f32],
+        noise: Option<Noise>,
+        dy: &[f32],
+        mut dx: Option<&mut [f32]>,
+        gradients: &Gradients,
+    ) -> candle_core::Result<()> {
+        let (n, k) = self.weight.tensor().dims2()?;
+        let (weight, m) = (numbers(self.weight.tensor())?, x.len() / k);
+        if let Some(dx) = dx.as_deref_mut() {
+            multiply((m, k, n), Matrix::rows(dy, n), Matrix::rows(&weight, k), 1.0, Target::sum(dx, k), true);
+        }
+        if let Some(var) = self.weight.trained() {
+            let mut dw = vec![0.0; n * k];
+            multiply((n, k, m), Matrix::columns(dy, n), Matrix::rows(x, k), 1.0, Target::sum(&mut dw, k), true);
+            gradients.add(var, dw);
+        }
+        let Some(lora) = &self.lora else { return Ok(()) };
+        let (a, b, r, scale) = (numbers(&lora.a)?, numbers(&lora.b)?, lora.a.dim(0)?, lora.scale as f32);
+        let mask = lora.mask(noise, x.len());
+        let dropped = mask.clone().map(|mask| times(mask, x));
+        let x = dropped.as_deref().unwrap_or(x);
+        // `t` again: a thin product costs less than keeping it would.
+        let (mut t, mut dt) = (vec![0.0; m * r], vec![0.0; m * r]);
+        multiply((m, r, k), Matrix::rows(x, k), Matrix::columns(&a, k), 1.0, Target::sum(&mut t, r), true);
+        multiply((m, r, n), Matrix::rows(dy, n), Matrix::rows(&b, r), scale, Target::sum(&mut dt, r), true);
+        let (mut da, mut db) = (vec![0.0; r * k], vec![0.0; n * r]);
+        multiply((n, r, m), Matrix::columns(dy, n), Matrix::rows(&t, r), scale, Target::sum(&mut db, r), true);
+        multiply((r, k, m), Matrix::columns(&dt, r), Matrix::rows(x, k), 1.0, Target::sum(&mut da, k), true);
+        match (dx, mask) {
+            (None, _) => {}
+            (Some(dx), None) => {
+                multiply((m, k, r), Matrix::rows(&dt, r), Matrix::rows(&a, k), 1.0, Target::sum(dx, k), true);
+            }
+            (Some(dx), Some(mask)) => {
+                let mut masked = vec![0.0; m * k];
+                multiply((m, k, r), Matrix::rows(&dt, r), Matrix::rows(&a, k), 1.0, Target::sum(&mut masked, k), true);
+                dx.par_iter_mut().zip(times(mask, &masked)).for_each(|(dx, masked)| *dx += masked);
+            }
+        }
+        gradients.add(&lora.a, da);
+        gradients.add(&lora.b, db);
+        Ok(())
+    }
+}
+
+fn times(mut factors: Vec<f32>, x: &[f32]) -> Vec<f32> {
+    factors.par_iter_mut().zip(x).for_each(|(f, x)| *f *= x);
+    factors
+}
