@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use candle_core::{DType, Device};
 use clap::Parser;
@@ -15,6 +16,7 @@ use super::args::{self, Cli, Command, LoraArgs, ShapeArgs, Task, TrainArgs};
 use super::card::{self, Card};
 use super::examples::{self, Columns, Example, Goal};
 use super::export::{Export, taken};
+use super::memory;
 use super::network::{LoraOptions, Method, Network};
 use super::optimizer::AdamWOptions;
 use super::pretrain;
@@ -30,8 +32,12 @@ const MAX_RANK: usize = 4096;
 /// Most epochs, and most examples of a step; keeps their products in range.
 const MAX_COUNT: usize = 1 << 20;
 
+/// Time between lines on how far a run is, where no bar can be drawn.
+const TELL: Duration = Duration::from_secs(60);
+
 /// Parses the command line and runs it. The result goes to stdout, everything else to stderr.
 pub fn run() -> Result<()> {
+    memory::keep();
     crate::cli::log_to_stderr();
     match Cli::parse().command {
         Command::Lora(args) => {
@@ -380,6 +386,7 @@ fn watched(trainer: &mut Trainer) -> Result<Ended> {
     bar.set_position(trainer.history().step as u64);
     bar.reset_eta();
     let (mut mean, mut tokens, start) = (None::<f32>, 0, std::time::Instant::now());
+    let mut told = start;
     let ended = trainer.run(&stop, &mut |event| match event {
         Event::Step { step, loss, tokens: more } => {
             // A running mean, since single losses jump.
@@ -387,7 +394,12 @@ fn watched(trainer: &mut Trainer) -> Result<Ended> {
             mean = Some(smooth);
             tokens += more;
             bar.set_position(step as u64);
-            bar.set_message(format!("loss {smooth:.4}, {:.0} tokens/s", tokens as f64 / start.elapsed().as_secs_f64()));
+            let message = format!("loss {smooth:.4}, {:.0} tokens/s", tokens as f64 / start.elapsed().as_secs_f64());
+            if bar.is_hidden() && told.elapsed() >= TELL {
+                tracing::info!("step {step} of {}: {message}", bar.length().unwrap_or(0));
+                told = std::time::Instant::now();
+            }
+            bar.set_message(message);
         }
         Event::Evaluated(evaluation) => {
             bar.suspend(|| tracing::info!("step {}: {}", evaluation.step, card::describe(evaluation)));

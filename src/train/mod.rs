@@ -2,8 +2,10 @@
 //!
 //! - [`table`], [`examples`]: files to records to sequences with what is to be learned from them
 //! - [`pretrain`]: a new base with a tokenizer made from the data
-//! - [`network`]: the base with what is trained in it, made of [`layer`]s of the differentiable operations in [`ops`]
+//! - [`network`]: the base with what is trained in it, made of a [`stack`] of [`layer`]s of the differentiable
+//!   operations in [`ops`]
 //! - [`trainer`]: the loop, with [`optimizer`], [`schedule`], [`metrics`] and [`checkpoint`]
+//! - [`memory`]: what the loop frees is kept for its next step
 //! - [`export`]: a trained network to a directory that PEFT or transformers opens
 //! - [`push`]: a finished adapter to a running server
 //! - [`command`]: the `loramux-train` program
@@ -17,6 +19,7 @@ mod export;
 mod gradients;
 mod layer;
 mod linear;
+mod memory;
 mod metrics;
 mod network;
 mod ops;
@@ -25,6 +28,7 @@ mod parquet;
 mod pretrain;
 mod push;
 mod schedule;
+mod stack;
 mod table;
 mod trainer;
 

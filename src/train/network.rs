@@ -12,6 +12,7 @@ use super::gradients::Gradients;
 use super::layer::{Layer, Pass};
 use super::linear::{Linear, Lora, Weight};
 use super::ops::{self, Rope, Targets};
+use super::stack::{self, Aim};
 use crate::adapter::{Adapter, LoraPair};
 use crate::base::{Architecture, Base, Family, ModelConfig, Projection, Weights};
 use crate::{Error, Result};
@@ -278,6 +279,12 @@ impl Network {
         all
     }
 
+    /// Whether whole weights are trained, not only what was added to them.
+    pub fn trains_weights(&self) -> bool {
+        let added = |name: &str| name.contains(".lora_") || name == "score.weight";
+        self.trained().iter().any(|(name, _)| !added(name))
+    }
+
     /// Numbers of the base and of what was added to it.
     pub fn parameters(&self) -> usize {
         let added = self.trained().into_iter().filter(|(name, _)| name.contains(".lora_")).map(|(_, v)| v.elem_count());
@@ -337,32 +344,33 @@ impl Network {
     }
 
     /// Final hidden states, one row a token: `[rows, hidden]`.
-    fn hidden(&self, batch: &Batch, mut purpose: Purpose) -> Result<Passed> {
+    fn hidden(&self, batch: &Batch, purpose: Purpose) -> Result<Passed> {
         let c = &self.config;
         let rope = Rope::new(&batch.lengths, c.rope.as_ref().map_or(&[][..], |rope| &rope.frequencies));
         let (lengths, checkpointing) = (batch.lengths.clone(), self.checkpointing);
         let pass = Arc::new(Pass { lengths, rope, checkpointing, gradients: Gradients::default() });
         let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), &self.device)?;
         let mut x = self.embedding.tensor().index_select(&tokens, 0)?;
-        if let Purpose::Evaluate = purpose {
+        let evaluated = matches!(purpose, Purpose::Evaluate);
+        if evaluated {
             x = x.detach();
         }
-        for (l, layer) in self.layers.iter().enumerate() {
-            let noise = match &mut purpose {
-                Purpose::Evaluate => None,
-                Purpose::Train(rng) => Some(rng.random()),
-            };
-            let input_gradient = x.track_op();
-            // candle's graph begins at a variable; layers hold theirs for themselves.
-            if noise.is_some() && l >= self.first_trained && !input_gradient {
-                x = Var::from_tensor(&x)?.into_inner();
+        let (frozen, trained) = self.layers.split_at(self.first_trained);
+        x = stack::forward(frozen, &x, &pass, Aim::Output)?;
+        let aim = match purpose {
+            Purpose::Evaluate => Aim::Output,
+            Purpose::Train(rng) => {
+                let (noise, input) = (trained.iter().map(|_| rng.random()).collect(), x.track_op());
+                if !input {
+                    // candle's graph begins at a variable; layers hold theirs for themselves.
+                    x = Var::from_tensor(&x)?.into_inner();
+                }
+                Aim::Gradients { noise, input }
             }
-            x = layer.forward(&x, &pass, noise, input_gradient)?;
-        }
-        let mut output = ops::rms_norm(&x, self.norm.tensor(), c.norm_eps)?;
-        if let Purpose::Evaluate = purpose {
-            output = output.detach();
-        }
+        };
+        x = stack::forward(trained, &x, &pass, aim)?;
+        let output = ops::rms_norm(&x, self.norm.tensor(), c.norm_eps)?;
+        let output = if evaluated { output.detach() } else { output };
         Ok(Passed { output, layers: Some(pass) })
     }
 
@@ -393,11 +401,11 @@ impl Network {
         hidden.then(|x| Ok(ops::linear_cross_entropy(&x.index_select(&rows, 0)?, &head, targets)?))
     }
 
-    /// The gradients of a loss, one a variable of [`Network::trained`]; `None` where it does not depend on the variable.
+    /// The gradients of a loss, contiguous, one a variable of [`Network::trained`]; `None` where it does not depend on the variable.
     pub fn gradients(&self, loss: &Passed) -> Result<Vec<Option<Tensor>>> {
         let mut found = loss.output.backward()?;
         let one = |(_, var): (String, &Var)| match found.remove(var) {
-            Some(gradient) => Ok(Some(gradient)),
+            Some(gradient) => Ok(Some(gradient.contiguous()?)),
             None => loss.layers.as_ref().map_or(Ok(None), |pass| pass.gradients.take(var)),
         };
         self.trained().into_iter().map(one).collect()

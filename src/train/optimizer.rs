@@ -2,9 +2,10 @@
 
 use std::sync::Mutex;
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, Var, bail};
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, Var};
 use rayon::prelude::*;
 
+use super::ops::{self, numbers};
 use crate::Result;
 
 /// Numbers that one task updates.
@@ -62,10 +63,7 @@ impl InplaceOp2 for Update<'_> {
         gradient: &CpuStorage,
         gl: &Layout,
     ) -> candle_core::Result<()> {
-        let (CpuStorage::F32(w), CpuStorage::F32(g)) = (weights, gradient) else { bail!("AdamW updates f32") };
-        let (Some((w0, w1)), Some((g0, g1))) = (wl.contiguous_offsets(), gl.contiguous_offsets()) else {
-            bail!("AdamW needs contiguous numbers")
-        };
+        let (w, g) = (ops::slice_mut(weights, wl)?, ops::slice(gradient, gl)?);
         let o = self.options;
         let (b1, b2) = (o.beta1 as f32, o.beta2 as f32);
         let correction1 = 1.0 - o.beta1.powi(self.step);
@@ -76,7 +74,7 @@ impl InplaceOp2 for Update<'_> {
         let mut moments = self.moments.lock().unwrap_or_else(|e| e.into_inner());
         let Moments { first, second } = &mut *moments;
         let state = first.par_chunks_mut(CHUNK).zip(second.par_chunks_mut(CHUNK));
-        let numbers = w[w0..w1].par_chunks_mut(CHUNK).zip(g[g0..g1].par_chunks(CHUNK));
+        let numbers = w.par_chunks_mut(CHUNK).zip(g.par_chunks(CHUNK));
         numbers.zip(state).for_each(|((w, g), (m, v))| {
             for (((w, g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
                 let g = g * self.scale;
@@ -89,9 +87,24 @@ impl InplaceOp2 for Update<'_> {
     }
 }
 
+/// The sum of the squares.
+fn square(t: &Tensor) -> Result<f64> {
+    if !t.device().is_cpu() {
+        return Ok(t.sqr()?.sum_all()?.to_scalar::<f32>()? as f64);
+    }
+    let t = t.contiguous()?;
+    let of = |chunk: &[f32]| chunk.iter().map(|x| x * x).sum::<f32>() as f64;
+    Ok(numbers(&t)?.par_chunks(CHUNK).map(of).collect::<Vec<_>>().iter().sum())
+}
+
 impl AdamW {
     pub fn new(variables: Vec<Var>, options: AdamWOptions) -> Self {
-        let zeros = |v: &Var| vec![0.0; v.elem_count()];
+        // Written rather than asked of the system, whose zeros would be copied page by page in the first step.
+        let zeros = |v: &Var| {
+            let mut zeros = Vec::with_capacity(v.elem_count());
+            zeros.resize(v.elem_count(), 0.0);
+            zeros
+        };
         let moments = variables.iter().map(|v| Mutex::new(Moments { first: zeros(v), second: zeros(v) })).collect();
         AdamW { options, variables, moments, step: 0 }
     }
@@ -101,7 +114,7 @@ impl AdamW {
     pub fn step(&mut self, gradients: &[Option<Tensor>], rate: f64, max_norm: f64) -> Result<f64> {
         let mut squares = 0.0;
         for gradient in gradients.iter().flatten() {
-            squares += gradient.sqr()?.sum_all()?.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
+            squares += square(gradient)?;
         }
         let norm = squares.sqrt();
         let scale = if max_norm > 0.0 && norm > max_norm { (max_norm / (norm + 1e-6)) as f32 } else { 1.0 };

@@ -6,10 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{Tensor, Var};
 use clap::ValueEnum;
 use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Checkpoint;
 use super::examples::{Example, Goal};
+use super::gradients;
 use super::metrics::Confusion;
 use super::network::{Batch, Network, Passed, Purpose};
 use super::ops::Targets;
@@ -17,6 +21,9 @@ use super::optimizer::{AdamW, AdamWOptions};
 use super::random;
 use super::schedule::{Decay, factor};
 use crate::{Error, Result};
+
+/// Tokens that are worth a pass of their own through the network.
+const SHARE: usize = 256;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -281,21 +288,38 @@ impl<'a> Trainer<'a> {
         let mut noise = random(self.options.seed, "noise", step);
         for part in parts(chosen, self.train, self.options.max_batch_tokens) {
             tokens += part.iter().map(|&i| self.train[i].tokens.len()).sum::<usize>();
-            let pooled = self.pooled.as_ref().map(|(train, _)| train);
-            let value = self.loss(self.train, part, total, pooled, Purpose::Train(&mut noise))?;
-            loss += value.output.to_scalar::<f32>()?;
-            for (sum, gradient) in gradients.iter_mut().zip(self.network.gradients(&value)?) {
-                let Some(gradient) = gradient else { continue };
-                *sum = Some(match sum.take() {
-                    None => gradient,
-                    Some(before) => (before + gradient)?,
-                });
+            let shares: Vec<(Vec<usize>, u64)> = self.shares(part).into_iter().map(|s| (s, noise.random())).collect();
+            let one = |(share, seed): &(Vec<usize>, u64)| -> Result<_> {
+                let pooled = self.pooled.as_ref().map(|(train, _)| train);
+                let purpose = Purpose::Train(&mut ChaCha8Rng::seed_from_u64(*seed));
+                let value = self.loss(self.train, share, total, pooled, purpose)?;
+                Ok((value.output.to_scalar::<f32>()?, self.network.gradients(&value)?))
+            };
+            for result in shares.par_iter().map(one).collect::<Vec<_>>() {
+                let (share, of_share) = result?;
+                loss += share;
+                for (sum, gradient) in gradients.iter_mut().zip(of_share) {
+                    match (sum.as_ref(), gradient) {
+                        (_, None) => {}
+                        (None, gradient) => *sum = gradient,
+                        (Some(sum), Some(gradient)) => gradients::add(sum, &gradient)?,
+                    }
+                }
             }
         }
         let warmup = (steps as f64 * self.options.warmup).round() as usize;
         let rate = self.options.learning_rate * factor(self.options.decay, step, steps, warmup);
         self.optimizer.step(&gradients, rate, self.options.max_norm)?;
         Ok((loss, tokens))
+    }
+
+    /// Shares of a part for passes of their own, at the same time. A thread that goes through the whole network by itself
+    /// waits for no other after each product; but each pass has gradients of its own, so those of whole weights are
+    /// computed in one.
+    fn shares(&self, part: &[usize]) -> Vec<Vec<usize>> {
+        let tokens: usize = part.iter().map(|&i| self.train[i].tokens.len()).sum();
+        let alone = self.pooled.is_some() || self.network.trains_weights() || !self.network.device().is_cpu();
+        deal(part, self.train, if alone { 1 } else { tokens.div_ceil(SHARE) })
     }
 
     fn weight(&self, class: u32) -> f32 {
@@ -408,6 +432,22 @@ fn parts<'b>(chosen: &'b [usize], examples: &[Example], max_tokens: usize) -> Ve
     parts
 }
 
+/// Deals examples out to `count` shares of about as many tokens, or to as many as there are examples. It does not depend on
+/// the number of threads, so that sums over the shares repeat to the last bit.
+fn deal(chosen: &[usize], examples: &[Example], count: usize) -> Vec<Vec<usize>> {
+    let tokens = |i: usize| examples[i].tokens.len();
+    let count = count.clamp(1, chosen.len().max(1));
+    let (mut shares, mut sums) = (vec![vec![]; count], vec![0; count]);
+    let mut longest_first = chosen.to_vec();
+    longest_first.sort_by_key(|&i| std::cmp::Reverse(tokens(i)));
+    for i in longest_first {
+        let least = (0..count).min_by_key(|&s| sums[s]).unwrap_or(0);
+        shares[least].push(i);
+        sums[least] += tokens(i);
+    }
+    shares
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -457,5 +497,13 @@ mod tests {
         assert_eq!(parts(&[0, 1, 2, 3], &examples, 7), [&[0, 1][..], &[2], &[3]]);
         assert_eq!(parts(&[3, 0], &examples, 1), [&[3][..], &[0]]);
         assert!(parts(&[], &examples, 1).is_empty());
+    }
+    #[test]
+    fn shares_are_about_as_long() {
+        let examples: Vec<Example> =
+            [3, 4, 9, 1, 5].map(|n| Example { tokens: vec![0; n], goal: Goal::Class(0) }).into();
+        assert_eq!(deal(&[0, 1, 2, 3, 4], &examples, 2), [vec![2, 3], vec![4, 1, 0]]);
+        assert_eq!(deal(&[3, 0], &examples, 5), [[0], [3]]);
+        assert_eq!(deal(&[1, 2], &examples, 0), [[2, 1]]);
     }
 }

@@ -28,6 +28,15 @@ pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> 
     }
 }
 
+/// The numbers of a contiguous f32 tensor in memory, to be changed.
+pub fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(data), Some((start, end))) => Ok(&mut data[start..end]),
+        (CpuStorage::F32(_), None) => bail!("a contiguous tensor was expected"),
+        _ => bail!("an f32 tensor was expected"),
+    }
+}
+
 /// The numbers of a contiguous f32 tensor in memory, borrowed.
 pub fn numbers(tensor: &Tensor) -> Result<impl Deref<Target = [f32]>> {
     let (storage, layout) = tensor.storage_and_layout();

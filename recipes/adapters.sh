@@ -1,0 +1,40 @@
+#!/bin/sh
+# Trains the shipped adapters: adapters.sh TRAINER DATA OUT [NAME...], with the data that data.py made. Replaces what is there.
+set -eu
+trainer=$1 data=$2 out=$3
+shift 3
+[ $# -gt 0 ] || set -- movie-reviews book-reviews news-topics fairy-tales
+
+train() {
+    name=$1
+    shift
+    "$trainer" lora --out "$out/$name" --overwrite "$@"
+}
+
+for name; do
+    case $name in
+    movie-reviews)
+        train "$name" --task classify --data "$data/movie-reviews/train.csv" --eval "$data/movie-reviews/test.csv" \
+            --rank 16 --target-modules all-linear --dropout 0.05 --learning-rate 3e-4 --schedule cosine --epochs 2 \
+            --eval-every 235
+        ;;
+    book-reviews)
+        # What movie-reviews has learned from sentences, and then how longer reviews come to their verdict.
+        train "$name" --task classify --data "$data/book-reviews/train.csv" --init-adapter "$out/movie-reviews" \
+            --rank 16 --target-modules all-linear --dropout 0.05 --learning-rate 2e-4 --schedule cosine --epochs 1 \
+            --eval-every 60
+        ;;
+    news-topics)
+        train "$name" --task classify --data "$data/news-topics/train.csv" --eval "$data/news-topics/test.csv" \
+            --max-length 128 --epochs 1 --eval-every 56
+        ;;
+    fairy-tales)
+        train "$name" --task generate --data "$data/fairy-tales/train.jsonl" --eval "$data/fairy-tales/test.jsonl" \
+            --target-modules all-linear --dropout 0.05 --schedule cosine --epochs 2
+        ;;
+    *)
+        echo "adapters.sh: no recipe for $name" >&2
+        exit 2
+        ;;
+    esac
+done
