@@ -7,6 +7,7 @@
 #[allow(clippy::module_inception)]
 mod adapter;
 mod archive;
+mod blend;
 mod cache;
 mod config;
 mod files;
@@ -23,6 +24,7 @@ pub mod testing;
 mod upload;
 
 pub use adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows, TableChange};
+pub use blend::{Blend, Merge};
 pub use config::Modules;
 pub use files::{adapter_files, is_adapter, kept_name};
 pub use generation::generation_of;

@@ -18,7 +18,7 @@ use crate::adapter::files::{adapter_files, is_adapter, is_weights};
 use crate::adapter::name::check_name;
 use crate::adapter::peft::{self, Loaded, Summary};
 use crate::adapter::store::{Lease, Store};
-use crate::adapter::{Adapter, Generation, Upload};
+use crate::adapter::{Adapter, Blend, Generation, Upload};
 use crate::base::{Decoder, Language, ModelConfig, OwnLanguage};
 use crate::lora::PackedAdapter;
 use crate::metrics::Metrics;
@@ -275,6 +275,34 @@ impl Registry {
         )))
     }
 
+    /// The blend of the generations that its names stand for now, computed if it is not in memory. It is kept there as
+    /// adapters are, and goes when others need its room.
+    pub async fn acquire_blend(&self, blend: &Blend) -> Result<Arc<PackedAdapter>> {
+        let entries = || blend.names().map(|name| self.inner.entry(name)).collect::<Result<Vec<_>>>();
+        let mut parts = entries()?;
+        for _ in 0..MAX_CHASES {
+            let generation = blend.generation(parts.iter().map(|entry| &entry.generation))?;
+            let outcome = match self.inner.cache.get(&generation, Path::new("")) {
+                Lookup::Ready(adapter) => return Ok(adapter),
+                Lookup::Wait(waiter) => waiter.wait().await,
+                Lookup::Load(flight, waiter) => {
+                    tokio::spawn(self.inner.clone().compute(blend.clone(), parts.clone(), generation, flight));
+                    waiter.wait().await
+                }
+            };
+            // As in `acquire`: files that could not be read may be those of a name that stands for others by now.
+            let now = entries()?;
+            match outcome {
+                Err(e) if now.iter().zip(&parts).all(|(now, before)| Arc::ptr_eq(now, before)) => return Err(e),
+                Err(_) => parts = now,
+                ready => return ready,
+            }
+        }
+        Err(Error::unavailable(format!(
+            "adapters of {blend} changed {MAX_CHASES} times while they were read; try again"
+        )))
+    }
+
     pub fn upload(&self) -> Result<Upload> {
         Ok(Upload::new(self.inner.store.incoming()?, self.inner.options.max_upload))
     }
@@ -397,13 +425,67 @@ impl Inner {
         }
     }
 
+    /// Ends the flight of a blend.
+    async fn compute(
+        self: Arc<Self>,
+        blend: Blend,
+        parts: Vec<Arc<Entry>>,
+        generation: Generation,
+        flight: Flight<PackedAdapter>,
+    ) {
+        let room = self.room(parts.iter().map(|entry| entry.summary.bytes).sum()).await;
+        let work = tokio::task::spawn_blocking(move || {
+            let stored = parts.iter().filter(|entry| entry.source == Source::Store);
+            let leases: Vec<Lease> = stored.map(|entry| self.store.lease(&entry.generation)).collect();
+            let start = Instant::now();
+            let outcome = self.blend(&blend, &parts, generation.clone()).map(|packed| {
+                let bytes = packed.bytes;
+                (generation, Arc::new(packed), bytes)
+            });
+            self.metrics.adapter_load_seconds.with_label_values(&["disk"]).observe(start.elapsed().as_secs_f64());
+            if let Err(e) = &outcome {
+                tracing::warn!("{blend} could not be computed: {e}");
+            }
+            // No name stands for a blend; it stays as long as it is used.
+            let settled = flight.settle(outcome, |_| true);
+            drop((room, leases, self));
+            settled.announce();
+        });
+        if let Err(e) = work.await {
+            tracing::error!("the computation of a blend panicked: {e}");
+        }
+    }
+
+    fn blend(&self, blend: &Blend, parts: &[Arc<Entry>], generation: Generation) -> Result<PackedAdapter> {
+        let (mut adapters, mut language) = (Vec::with_capacity(parts.len()), None);
+        for (name, entry) in blend.names().zip(parts) {
+            let named = |e: Error| e.context(format!("adapter {name:?}"));
+            let Loaded { adapter, language: own, summary } = self.read(&entry.path).map_err(named)?;
+            if adapter.generation != entry.generation {
+                self.follow_change(entry, &adapter.generation, summary).map_err(named)?;
+                return Err(named(Error::unavailable("its files changed while they were read; try again")));
+            }
+            adapters.push(adapter);
+            let own = own.map_or(Ok(None), |own| own.over(&self.options.language)).map_err(named)?;
+            if let (Some(_), Some(_)) = (&language, &own) {
+                let what = "has a tokenizer or chat template of its own, as another one of the blend has; one can";
+                return Err(named(Error::unprocessable(what)));
+            }
+            language = language.or(own);
+        }
+        let blend = blend.of(adapters, generation)?;
+        let packed = self.packing.install(|| PackedAdapter::new(blend, &self.options.decoder))?;
+        Ok(packed.with_language(language))
+    }
+
     fn read(&self, directory: &Path) -> Result<Loaded> {
         peft::load(directory, self.options.config(), &self.options.base)
     }
 
     fn pack(&self, adapter: Adapter, language: Option<OwnLanguage>) -> Result<PackedAdapter> {
         let packed = self.packing.install(|| PackedAdapter::new(adapter, &self.options.decoder))?;
-        packed.with_language(language, &self.options.language)
+        let own = language.map_or(Ok(None), |own| own.over(&self.options.language))?;
+        Ok(packed.with_language(own))
     }
 
     /// The files of an entry are not what they were. In a read-only folder somebody has replaced them: the names that

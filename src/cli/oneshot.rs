@@ -33,7 +33,8 @@ async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<
     let packed = if crate::adapter::is_adapter(path) {
         let loaded = crate::adapter::load(path, host.decoder.config(), &host.base_id)?;
         let packed = PackedAdapter::new(loaded.adapter, &host.decoder)?;
-        Arc::new(packed.with_language(loaded.language, &host.language)?)
+        let own = loaded.language.map_or(Ok(None), |own| own.over(&host.language))?;
+        Arc::new(packed.with_language(own))
     } else {
         host.registry.acquire(name).await?
     };

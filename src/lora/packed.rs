@@ -9,7 +9,7 @@ use super::dora;
 use super::table::{Embedding, LmHead};
 use crate::adapter::{Adapter, Generation, Head, OwnNorm};
 use crate::base::matmul::PackedMatrix;
-use crate::base::{Decoder, DecoderOptions, Kernels, Language, Module, Norm, NormSite, OwnLanguage, Site};
+use crate::base::{Decoder, DecoderOptions, Kernels, Language, Module, Norm, NormSite, Site};
 use crate::{Error, Result};
 
 /// What is changed of one fused linear layer.
@@ -230,14 +230,13 @@ impl PackedAdapter {
         })
     }
 
-    /// The adapter with what lies beside its weights, as far as it is not the base's.
-    pub fn with_language(mut self, own: Option<OwnLanguage>, base: &Language) -> Result<Self> {
-        let own = own.map_or(Ok(None), |own| own.over(base))?;
+    /// The adapter with a language of its own, and what that takes in memory.
+    pub fn with_language(mut self, own: Option<(Language, usize)>) -> Self {
         if let Some((language, bytes)) = own {
             self.language = Some(language);
             self.bytes += bytes;
         }
-        Ok(self)
+        self
     }
 
     pub fn has_head(&self) -> bool {

@@ -16,8 +16,7 @@ use crate::engine::{Detokenizer, Event, FinishReason, Generate, Task, TokenLogpr
 
 /// New tokens where the request does not say; LoRAX's number.
 const MAX_NEW_TOKENS: usize = 20;
-const REFUSED: [&str; 9] = [
-    "merged_adapters",
+const REFUSED: [&str; 8] = [
     "typical_p",
     "watermark",
     "schema",
@@ -81,7 +80,7 @@ async fn read(state: &Shared, http: &HttpRequest, f: &Fields) -> Result<Asked> {
     };
     state.check_size(1, &task)?;
     let adapter = p.text("adapter_id")?.filter(|id| !id.is_empty() && id != BASE_ADAPTER);
-    let target = state.target(http, adapter.as_deref()).await?;
+    let target = state.target(http, &p, adapter.as_deref()).await?;
     let mut prompt = state.encode(&target, text.clone(), run::prompt).await?;
     if let Some(keep) = p.count("truncate")? {
         prompt.drain(..prompt.len().saturating_sub(keep));

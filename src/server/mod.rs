@@ -1,6 +1,7 @@
 //! HTTP: several dialects into one internal request, events back out. No tensor in here.
 
 mod adapters;
+mod blend;
 mod body;
 mod error;
 mod fields;

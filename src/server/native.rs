@@ -43,7 +43,7 @@ pub async fn generate(
         return Err(f.wrong("n", format!("is {}; this route gives 1", task.n)).into());
     }
     state.check_size(1, &task)?;
-    let target = state.target(&http, name.as_deref()).await?;
+    let target = state.target(&http, &f, name.as_deref()).await?;
     let prompt = match (f.text("prompt")?, f.list("messages")?) {
         (Some(prompt), None) => state.encode(&target, prompt, run::prompt).await?,
         (None, Some(_)) => state.chat_prompt(&target, &f, true).await?,
@@ -130,7 +130,7 @@ pub async fn classify(
         return Err(f.wrong("top_k", "is 0; expected 1 or more").into());
     }
     let asked = f.texts("labels")?;
-    let target = state.target(&http, name.as_deref()).await?;
+    let target = state.target(&http, &f, name.as_deref()).await?;
     let named = target.clone();
     let head = target.adapter.as_ref().and_then(|(_, a)| a.labels.clone());
     let mut usage = Usage::default();

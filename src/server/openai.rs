@@ -96,7 +96,7 @@ fn unknown_model(e: Error) -> ApiError {
 /// The model's name in the answer, and what it stands for; the base where the request names none.
 async fn target(state: &State, http: &HttpRequest, f: &Fields) -> Result<(String, Target), ApiError> {
     let name = f.text("model")?.unwrap_or_else(|| state.base_id.clone());
-    let target = state.target(http, Some(&name)).await.map_err(unknown_model)?;
+    let target = state.target(http, f, Some(&name)).await.map_err(unknown_model)?;
     Ok((name, target))
 }
 

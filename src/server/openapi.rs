@@ -40,17 +40,36 @@ pub fn document() -> Value {
         ("stream", flag.clone()),
     ];
     let adapter = ("adapter", text());
+    let part = object(&[("name", text()), ("weight", number.clone())], &["name"]);
+    let parts = ("adapters", json!({ "type": "array", "items": part }));
+    let merged = object(
+        &[
+            ("ids", json!({ "type": "array", "items": text() })),
+            ("weights", json!({ "type": "array", "items": number.clone() })),
+            (
+                "merge_strategy",
+                json!({ "enum": ["cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"] }),
+            ),
+            ("density", number.clone()),
+            ("majority_sign_method", json!({ "enum": ["total", "frequency"] })),
+        ],
+        &["ids"],
+    );
+    let blend = [parts, ("merged_adapters", merged)];
     let generate = object(
         &with(
-            &sampling,
+            &with(&sampling, &blend),
             &[adapter.clone(), ("prompt", text()), ("messages", messages.clone()), ("logprobs", whole.clone())],
         ),
         &[],
     );
     let labels = ("labels", json!({ "type": "array", "items": text() }));
-    let classify = object(&[adapter, ("input", one_or_more), ("top_k", whole.clone()), labels], &["input"]);
-    let openai =
-        with(&sampling, &[("model", text()), ("n", whole.clone()), ("stream_options", json!({ "type": "object" }))]);
+    let classify =
+        object(&with(&blend, &[adapter, ("input", one_or_more), ("top_k", whole.clone()), labels]), &["input"]);
+    let openai = with(
+        &with(&sampling, &blend),
+        &[("model", text()), ("n", whole.clone()), ("stream_options", json!({ "type": "object" }))],
+    );
     let completion = object(
         &with(
             &openai,
@@ -77,23 +96,26 @@ pub fn document() -> Value {
         &["messages"],
     );
     let parameters = object(
-        &[
-            ("adapter_id", text()),
-            ("max_new_tokens", whole.clone()),
-            ("do_sample", flag.clone()),
-            ("temperature", number.clone()),
-            ("top_p", number.clone()),
-            ("top_k", whole.clone()),
-            ("repetition_penalty", number.clone()),
-            ("frequency_penalty", number.clone()),
-            ("seed", whole.clone()),
-            ("stop", json!({ "type": "array", "items": text() })),
-            ("truncate", whole.clone()),
-            ("ignore_eos_token", flag.clone()),
-            ("return_full_text", flag.clone()),
-            ("details", flag.clone()),
-            ("decoder_input_details", flag.clone()),
-        ],
+        &with(
+            &blend,
+            &[
+                ("adapter_id", text()),
+                ("max_new_tokens", whole.clone()),
+                ("do_sample", flag.clone()),
+                ("temperature", number.clone()),
+                ("top_p", number.clone()),
+                ("top_k", whole.clone()),
+                ("repetition_penalty", number.clone()),
+                ("frequency_penalty", number.clone()),
+                ("seed", whole.clone()),
+                ("stop", json!({ "type": "array", "items": text() })),
+                ("truncate", whole.clone()),
+                ("ignore_eos_token", flag.clone()),
+                ("return_full_text", flag.clone()),
+                ("details", flag.clone()),
+                ("decoder_input_details", flag.clone()),
+            ],
+        ),
         &[],
     );
     let lorax = object(&[("inputs", text()), ("parameters", parameters), ("stream", flag.clone())], &["inputs"]);

@@ -10,6 +10,7 @@ use futures::StreamExt;
 use futures::stream::{LocalBoxStream, SelectAll, poll_fn};
 use serde_json::{Value, json};
 
+use super::blend;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::observe::Counted;
@@ -27,20 +28,25 @@ const LONG_TEXT: usize = 8 << 10;
 const MAX_ANSWER: usize = 128 << 20;
 const TOKEN_BYTES: usize = 8;
 const LOGPROB_BYTES: usize = 128;
+/// What metrics call all blends: one with each weight would be without end. No adapter can have the name.
+const BLEND: &str = "(blend)";
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
 /// The adapter that a request runs on; `None` is the base.
 #[derive(Clone)]
 pub struct Target {
+    /// With the name that metrics know it by.
     pub adapter: Option<(Arc<str>, Arc<PackedAdapter>)>,
+    /// What a blend is of.
+    pub blend: Option<Arc<str>>,
     /// Its own, or the base's.
     pub language: Language,
 }
 
 impl Target {
-    /// The adapter's name, for answers; `None` for the base.
+    /// The adapter's name, or what a blend is of, for answers; `None` for the base.
     pub fn name(&self) -> Option<&str> {
-        self.adapter.as_ref().map(|(name, _)| &**name)
+        self.blend.as_deref().or(self.adapter.as_ref().map(|(name, _)| &**name))
     }
 
     pub fn generation(&self) -> Option<&str> {
@@ -65,29 +71,46 @@ impl State {
         }
     }
 
-    /// The adapter called `name`, pinned; the base for none, `base` or the base's own id.
-    pub async fn target(&self, http: &HttpRequest, name: Option<&str>) -> Result<Target> {
-        let count = |name| http.extensions().get::<Counted>().map(|counted| counted.set(name));
+    /// What the request runs on: the blend that its `adapters` or `merged_adapters` name, else the adapter called `name`, or
+    /// the base for none, `base` or the base's own id. Adapters are pinned.
+    pub async fn target(&self, http: &HttpRequest, f: &Fields, name: Option<&str>) -> Result<Target> {
         let name = name.filter(|n| *n != "base" && *n != self.base_id);
-        let Some(name) = name else {
-            count(None);
-            return Ok(Target { adapter: None, language: self.language.clone() });
-        };
-        let packed = {
-            let acquire = self.registry.acquire(name);
-            tokio::pin!(acquire);
-            // Ready at the first look where the adapter is in memory; else the request is counted as waiting.
-            match futures::poll!(&mut acquire) {
-                Poll::Ready(packed) => packed?,
-                Poll::Pending => {
-                    let _cold = self.metrics.cold(name);
-                    acquire.await?
-                }
+        let count = |name| http.extensions().get::<Counted>().map(|counted| counted.set(name));
+        let (blend, name, packed) = match (blend::read(f)?, name) {
+            (None, None) => {
+                count(None);
+                return Ok(Target { adapter: None, blend: None, language: self.language.clone() });
+            }
+            (None, Some(name)) => (None, name, self.warm(name, self.registry.acquire(name)).await?),
+            (Some(blend), None) => {
+                let packed = self.warm(BLEND, self.registry.acquire_blend(&blend)).await?;
+                (Some(blend.to_string().into()), BLEND, packed)
+            }
+            (Some(_), Some(name)) => {
+                return Err(Error::bad_request(format!(
+                    "adapter {name:?} and a blend of adapters exclude each other; name it among those of the blend"
+                )));
             }
         };
         count(Some(name));
         let language = packed.language.clone().unwrap_or_else(|| self.language.clone());
-        Ok(Target { adapter: Some((name.into(), packed)), language })
+        Ok(Target { adapter: Some((name.into(), packed)), blend, language })
+    }
+
+    async fn warm(
+        &self,
+        name: &str,
+        acquire: impl Future<Output = Result<Arc<PackedAdapter>>>,
+    ) -> Result<Arc<PackedAdapter>> {
+        tokio::pin!(acquire);
+        // Ready at the first look where the adapter is in memory; else the request is counted as waiting.
+        match futures::poll!(&mut acquire) {
+            Poll::Ready(packed) => packed,
+            Poll::Pending => {
+                let _cold = self.metrics.cold(name);
+                acquire.await
+            }
+        }
     }
 
     /// Refuses what would take more memory than one request may: `prompts` continuations as `task` asks for.

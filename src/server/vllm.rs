@@ -48,7 +48,7 @@ pub async fn unload(state: Shared, payload: web::Payload) -> Result<HttpResponse
 
 pub async fn tokenize(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
-    let target = state.target(&http, f.text("model")?.as_deref()).await?;
+    let target = state.target(&http, &f, f.text("model")?.as_deref()).await?;
     let tokens = match (f.text("prompt")?, f.list("messages")?) {
         (Some(prompt), None) => {
             let special = f.flag("add_special_tokens")?.unwrap_or(true);
@@ -66,7 +66,7 @@ pub async fn tokenize(state: Shared, http: HttpRequest, payload: web::Payload) -
 
 pub async fn detokenize(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
-    let target = state.target(&http, f.text("model")?.as_deref()).await?;
+    let target = state.target(&http, &f, f.text("model")?.as_deref()).await?;
     let tokens = f.tokens("tokens")?.ok_or_else(|| f.wrong("tokens", "is needed"))?;
     Ok(HttpResponse::Ok().json(json!({ "prompt": target.language.tokenizer.decode(&tokens, false) })))
 }

@@ -4,6 +4,7 @@ import sys
 
 from lorax import Client
 from lorax.errors import NotFoundError
+from lorax.types import MergedAdapters
 
 URL, ADAPTER = sys.argv[1:3]
 client = Client(URL, timeout=120)
@@ -36,6 +37,14 @@ assert full.generated_text.startswith(prompt)
 stop = base.generated_text[3:6]
 stopped = client.generate(prompt, max_new_tokens=12, stop_sequences=[stop])
 assert stopped.details.finish_reason == "stop_sequence", stopped
+
+# Several adapters as one. With a weight of nearly nothing the base is left.
+whole = MergedAdapters(ids=[ADAPTER], weights=[1.0], density=0.0)
+merged = client.generate(prompt, merged_adapters=whole, max_new_tokens=12)
+assert merged.generated_text == adapted.generated_text, merged
+ties = MergedAdapters(ids=[ADAPTER, ADAPTER], weights=[1e-6, 1e-6], merge_strategy="ties", density=0.5)
+merged = client.generate(prompt, merged_adapters=ties, max_new_tokens=12)
+assert merged.generated_text == base.generated_text, merged
 
 try:
     client.generate(prompt, adapter_id="no-such")

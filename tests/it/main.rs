@@ -1,6 +1,7 @@
 //! Tests against reference outputs, real weights and real clients. One program, so that it links once.
 
 mod bad_input;
+mod blends;
 mod churn;
 mod cli;
 mod clients;
