@@ -87,3 +87,11 @@ impl From<std::io::Error> for Error {
         Error::internal(e)
     }
 }
+
+/// Keeps messages readable whatever a file holds: at most `length` characters.
+pub(crate) fn shorten(text: &str, length: usize) -> String {
+    match text.char_indices().nth(length) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_string(),
+    }
+}

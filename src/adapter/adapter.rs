@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::base::{NormSite, Projection};
+use crate::base::{Head, NormSite, Projection};
 
 /// Identity of an adapter's content: the SHA-256 of its files, in hex. Equal content, equal generation.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -80,17 +80,6 @@ pub struct OwnRows {
 pub struct OwnNorm {
     pub weight: Option<Vec<f32>>,
     pub bias: Option<Vec<f32>>,
-}
-
-/// A trained classification head over the last token's hidden state.
-#[derive(Debug, Clone)]
-pub struct Head {
-    /// `[labels, hidden_size]`, row-major.
-    pub weight: Vec<f32>,
-    /// `[labels]`.
-    pub bias: Option<Vec<f32>>,
-    /// One name a row of `weight`.
-    pub labels: Vec<String>,
 }
 
 /// An adapter whose every tensor has been checked against the base's shapes.

@@ -14,7 +14,8 @@ use flate2::read::MultiGzDecoder;
 use zip::read::{ArchiveOffset, Config};
 use zip::unstable::read::ZipIterable;
 
-use crate::adapter::files::{CONFIG, FILES, GGUF, PICKLE, WEIGHTS, is_shard, kept_name, pickle_error, shorten};
+use crate::adapter::files::{CONFIG, FILES, GGUF, PICKLE, WEIGHTS, is_shard, kept_name, pickle_error};
+use crate::error::shorten;
 use crate::{Error, Result};
 
 /// Most entries of an archive, skipped ones included.

@@ -10,9 +10,10 @@ use fancy_regex::{Regex, RegexBuilder};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::adapter::files::{CONFIG, shorten};
-use crate::adapter::labels;
+use crate::adapter::files::CONFIG;
+use crate::base::labels;
 use crate::base::{LM_HEAD, ModelConfig, Module};
+use crate::error::shorten;
 use crate::{Error, Result};
 
 /// Largest rank accepted; published adapters stay far below.

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::adapter::labels::{LABELS_JSON, LABELS_TEXT};
+use crate::base::labels::{LABELS_JSON, LABELS_TEXT};
 use crate::{Error, Result};
 
 pub(super) const CONFIG: &str = "adapter_config.json";
@@ -184,14 +184,6 @@ pub(super) fn read_optional(directory: &Path, name: &str) -> Result<Option<Vec<u
         )));
     }
     Ok(Some(bytes))
-}
-
-/// Keeps messages readable whatever a file holds: at most `length` characters.
-pub(super) fn shorten(text: &str, length: usize) -> String {
-    match text.char_indices().nth(length) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_string(),
-    }
 }
 
 #[cfg(test)]

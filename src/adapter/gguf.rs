@@ -7,10 +7,11 @@ use std::io::Read;
 use std::path::Path;
 
 use crate::adapter::config::MAX_RANK;
-use crate::adapter::files::{GGUF, adapter_files, open_at, shorten};
+use crate::adapter::files::{GGUF, adapter_files, open_at};
 use crate::adapter::generation::GenerationHasher;
 use crate::adapter::tensors::{PREFIX, TensorInfo, check_finite};
 use crate::base::{Family, Gguf, Meta, Projection, RawTensor, Stored, hugging_face_name, split_halves};
+use crate::error::shorten;
 use crate::{Error, Result};
 
 /// Most metadata values and tensors of a file: more than two a linear layer of the largest models.

@@ -13,7 +13,6 @@ mod config;
 mod files;
 mod generation;
 mod gguf;
-mod labels;
 mod name;
 mod peft;
 mod registry;
@@ -23,7 +22,7 @@ mod tensors;
 pub mod testing;
 mod upload;
 
-pub use adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows, TableChange};
+pub use adapter::{Adapter, Generation, LoraPair, OwnNorm, OwnRows, TableChange};
 pub use blend::{Blend, Merge};
 pub use config::Modules;
 pub use files::{adapter_files, is_adapter, kept_name};

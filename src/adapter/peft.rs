@@ -8,17 +8,18 @@ use serde::Serialize;
 
 use crate::adapter::config::{Bias, HEADS, LoraConfig, Modules, Target};
 use crate::adapter::files::{
-    CHAT_TEMPLATE, CONFIG, GGUF, INDEX, PICKLE, TOKENIZER, TOKENIZER_CONFIG, adapter_files, read_optional, shorten,
-    steady,
+    CHAT_TEMPLATE, CONFIG, GGUF, INDEX, PICKLE, TOKENIZER, TOKENIZER_CONFIG, adapter_files, read_optional, steady,
 };
 use crate::adapter::generation::GenerationHasher;
 use crate::adapter::gguf::GgufFile;
-use crate::adapter::labels::{self, LABELS_JSON, LABELS_TEXT};
 use crate::adapter::tensors::{PREFIX, TensorFiles, TensorInfo};
-use crate::adapter::{Adapter, Generation, Head, LoraPair, OwnNorm, OwnRows};
+use crate::adapter::{Adapter, Generation, LoraPair, OwnNorm, OwnRows};
+use crate::base::Head;
+use crate::base::labels::{self, LABELS_JSON, LABELS_TEXT};
 use crate::base::{
     LM_HEAD, MAX_NEW_TOKENS, ModelConfig, Module, NormKind, NormSite, OwnLanguage, Projection, TargetModule,
 };
+use crate::error::shorten;
 use crate::{Error, Result};
 
 /// Most classes of a head.

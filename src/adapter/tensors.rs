@@ -12,10 +12,9 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
-use crate::adapter::files::{
-    INDEX, PICKLE, WEIGHTS, adapter_files, is_shard, open_at, pickle_error, read_optional, shorten,
-};
+use crate::adapter::files::{INDEX, PICKLE, WEIGHTS, adapter_files, is_shard, open_at, pickle_error, read_optional};
 use crate::adapter::generation::GenerationHasher;
+use crate::error::shorten;
 use crate::{Error, Result};
 
 /// What PEFT puts in front of every module's path.

@@ -27,6 +27,7 @@ pub fn tiny() -> ModelConfig {
         architecture: Architecture::of(Family::Llama),
         context: 64,
         tie_word_embeddings: true,
+        predicts: true,
         bos_token: None,
         eos_tokens: vec![],
     }

@@ -319,7 +319,7 @@ impl Decoder {
         let positions = names.positions.map(|module| table(module, config.context)).transpose()?;
         let layers = (0..config.layers).map(|l| loader.layer(l)).collect::<Result<_>>()?;
         let norm = loader.norm(names.norm, hidden)?;
-        let lm_head = match config.tie_word_embeddings {
+        let lm_head = match config.tie_word_embeddings || !config.predicts {
             true => None,
             false => Some(table(LM_HEAD, config.vocab_size)?),
         };

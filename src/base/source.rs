@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::gguf::Gguf;
 use super::language::{Language, template, token_text};
 use super::weights::map;
-use crate::base::{ChatTemplate, ModelConfig, Tokenizer, Weights, fetch};
+use crate::base::{ChatTemplate, Head, ModelConfig, Tokenizer, Weights, fetch};
 use crate::{Error, Result};
 
 /// A base model's parts, read but not yet on a device.
@@ -20,6 +20,8 @@ pub struct Base {
     pub weights: Weights,
     pub tokenizer: Arc<Tokenizer>,
     pub chat: Option<Arc<ChatTemplate>>,
+    /// Of a model that is itself a classification.
+    pub head: Option<Arc<Head>>,
 }
 
 /// The base model that `make serve` uses.
@@ -81,8 +83,11 @@ impl Base {
         let template = template(read("chat_template.jinja")?, &settings);
         let chat = template.map(|t| ChatTemplate::new(&t, token("bos_token"), token("eos_token"))).transpose()?;
         let weights = Weights::open_directory(directory, config.family)?;
+        let id2label = serde_json::from_str::<Value>(&text).map_or(Value::Null, |mut c| c["id2label"].take());
+        let head = Head::of_base(&weights, config.hidden_size, &id2label)?.map(Arc::new);
+        config.predicts = head.is_none() || config.tie_word_embeddings || weights.find("lm_head.weight")?.is_some();
         weights.check(&config)?;
-        Ok(Base { id: id.into(), config, weights, tokenizer: Arc::new(tokenizer), chat: chat.map(Arc::new) })
+        Ok(Base { id: id.into(), config, weights, tokenizer: Arc::new(tokenizer), chat: chat.map(Arc::new), head })
     }
 
     fn open_gguf(path: &Path, id: &str) -> Result<Self> {
@@ -97,7 +102,8 @@ impl Base {
         let chat = template.map(|t| ChatTemplate::new(t, bos.as_deref(), eos.as_deref())).transpose()?;
         let weights = Weights::from_gguf(map, &gguf, &config)?;
         weights.check(&config)?;
-        Ok(Base { id: id.into(), config, weights, tokenizer: Arc::new(tokenizer), chat: chat.map(Arc::new) })
+        let (tokenizer, chat) = (Arc::new(tokenizer), chat.map(Arc::new));
+        Ok(Base { id: id.into(), config, weights, tokenizer, chat, head: None })
     }
 }
 
@@ -189,6 +195,52 @@ mod tests {
         let raw = base.weights.get(name).unwrap();
         assert_eq!(raw.shape, [192, 576]);
         assert!(raw.to_f32().unwrap().iter().all(|x| x.is_finite()));
+    }
+
+    #[test]
+    fn a_classification_brings_its_head() {
+        let folder = copy();
+        let path = folder.path().join("model.safetensors");
+        let plain = fs::read(&path).unwrap();
+        let write = |rows: usize, columns: usize, last: f32| {
+            let mut tensors = candle_core::safetensors::load(&path, &candle_core::Device::Cpu).unwrap();
+            let mut numbers = vec![0.5f32; rows * columns];
+            *numbers.last_mut().unwrap() = last;
+            let score = candle_core::Tensor::from_vec(numbers, (rows, columns), &candle_core::Device::Cpu).unwrap();
+            tensors.insert("score.weight".into(), score);
+            candle_core::safetensors::save(&tensors, &path).unwrap();
+        };
+        let config = fs::read_to_string(folder.path().join("config.json")).unwrap();
+        let configure = |changes: Value| {
+            let mut all: Value = serde_json::from_str(&config).unwrap();
+            all.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            fs::write(folder.path().join("config.json"), all.to_string()).unwrap();
+        };
+        assert!(open(folder.path()).unwrap().head.is_none());
+        write(3, 64, 1.5);
+        let base = open(folder.path()).unwrap();
+        let head = base.head.unwrap();
+        assert!(base.config.predicts);
+        assert_eq!(head.labels, ["LABEL_0", "LABEL_1", "LABEL_2"]);
+        assert_eq!(head.logits(&[2.0; 64]), [64.0, 64.0, 66.0]);
+
+        configure(json!({ "id2label": { "0": "no", "1": "yes", "2": "perhaps" } }));
+        assert_eq!(open(folder.path()).unwrap().head.unwrap().labels, ["no", "yes", "perhaps"]);
+        // Its output layer is gone, and not the embedding.
+        configure(json!({ "tie_word_embeddings": false }));
+        assert!(!open(folder.path()).unwrap().config.predicts);
+
+        let error = || open(folder.path()).err().unwrap().message;
+        configure(json!({ "id2label": { "0": "no", "1": "yes" } }));
+        assert!(error().contains("3 rows, and id2label of config.json 2 names"));
+        configure(json!({}));
+        write(3, 32, 1.0);
+        assert!(error().contains("[3, 32]; expected [labels, 64]"));
+        write(3, 64, f32::NAN);
+        assert!(error().contains("NaN"));
+        fs::write(&path, plain).unwrap();
+        configure(json!({ "tie_word_embeddings": false }));
+        assert!(error().contains("no tensor lm_head.weight"));
     }
 
     /// A whole GGUF model of one layer, and where its tensors' bytes begin.

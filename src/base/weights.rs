@@ -279,6 +279,14 @@ impl Weights {
         })
     }
 
+    /// A tensor that may not be there.
+    pub fn find(&self, name: &str) -> Result<Option<RawTensor<'_>>> {
+        match self.places.contains_key(name) || self.unreadable.contains_key(name) {
+            true => self.get(name).map(Some),
+            false => Ok(None),
+        }
+    }
+
     /// Errors name the tensor.
     pub fn get(&self, name: &str) -> Result<RawTensor<'_>> {
         let place = self.places.get(name).ok_or_else(|| self.missing(name))?;
@@ -334,7 +342,7 @@ fn tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     for module in config.target_modules() {
         add(&module.name, &[module.out_features, module.in_features], a.has_bias(module.projection));
     }
-    if !config.tie_word_embeddings {
+    if config.predicts && !config.tie_word_embeddings {
         add(LM_HEAD, &[config.vocab_size, hidden], false);
     }
     tensors

@@ -152,9 +152,10 @@ pub struct GenerateArgs {
 pub struct ClassifyArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Name of an adapter in --adapters, or the path of an adapter directory, with a classification head
+    /// Name of an adapter in --adapters, or the path of an adapter directory, with a classification head; not needed where the
+    /// base has one
     #[arg(long)]
-    pub adapter: String,
+    pub adapter: Option<String>,
     /// Texts; none reads one a line from standard input. One JSON object a line is printed
     pub inputs: Vec<String>,
 }

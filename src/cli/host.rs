@@ -37,6 +37,8 @@ pub struct Host {
     pub device_name: &'static str,
     /// The base; an adapter is packed to match it.
     pub decoder: Arc<Decoder>,
+    /// Classes of the base's own head.
+    pub labels: Option<Vec<String>>,
 }
 
 impl Host {
@@ -81,9 +83,20 @@ impl Host {
             max_queue: limits.max_queue,
             eos_tokens: base.config.eos_tokens.clone(),
         };
-        let runner = Runner::new(decoder.clone(), args.kv_memory.0 as usize)?;
+        let labels = base.head.as_ref().map(|head| head.labels.clone());
+        let runner = Runner::new(decoder.clone(), args.kv_memory.0 as usize)?.with_head(base.head);
         let engine = Engine::start(Box::new(runner), base.tokenizer, options, metrics.clone())?;
-        Ok(Host { base_id: base.id, language, registry, engine, metrics, dtype: described, device_name, decoder })
+        Ok(Host {
+            base_id: base.id,
+            language,
+            registry,
+            engine,
+            metrics,
+            dtype: described,
+            device_name,
+            decoder,
+            labels,
+        })
     }
 }
 

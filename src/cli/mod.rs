@@ -84,6 +84,7 @@ fn serve(args: ServeArgs) -> Result<()> {
             language: host.language,
             metrics: host.metrics,
             base_id: host.base_id,
+            labels: host.labels,
             dtype: host.dtype,
             allow_local_paths: args.allow_local_paths,
             draining: false.into(),

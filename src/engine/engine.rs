@@ -146,6 +146,8 @@ impl Engine {
         }
         let limits = Limits {
             vocab_size: model.vocab_size(),
+            classifies: model.classes() > 0,
+            predicts: model.predicts(),
             context: model.context(),
             cache: model.blocks().saturating_mul(model.block_size()),
         };

@@ -15,6 +15,10 @@ const MAX_STOP_TOKENS: usize = 1024;
 pub struct Limits {
     /// Tokens of the base, and of adapters that bring none of their own.
     pub vocab_size: usize,
+    /// Whether the base has a classification head of its own.
+    pub classifies: bool,
+    /// Whether the base predicts tokens.
+    pub predicts: bool,
     /// Longest sequence that the model computes.
     pub context: usize,
     /// Tokens that the whole KV cache holds.
@@ -30,10 +34,16 @@ impl Limits {
     /// Errors: `BadRequest` naming the field, what it is and what it may be.
     pub fn check(&self, request: &Request) -> Result<()> {
         self.check_prompt(request)?;
+        if !self.predicts && request.task != Task::Classify {
+            return Err(Error::bad_request(
+                "the base model is a classification without an output layer: it classifies only",
+            ));
+        }
         match &request.task {
             Task::Generate(generate) => self.check_generate(generate, self.vocab_size(request)),
             Task::Classify => match &request.adapter {
-                Some((_, adapter)) if adapter.has_head() => Ok(()),
+                _ if self.classifies => Ok(()),
+                Some((_, adapter)) if adapter.head().is_some() => Ok(()),
                 Some((name, _)) => Err(Error::bad_request(format!("adapter {name:?} has no classification head"))),
                 None => {
                     Err(Error::bad_request("the base model has no classification head; name an adapter that has one"))
@@ -137,7 +147,7 @@ fn within(name: &str, value: usize, min: usize, max: usize) -> Result<()> {
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits { vocab_size: 10, context: 8, cache: 6 };
+    const LIMITS: Limits = Limits { vocab_size: 10, classifies: false, predicts: true, context: 8, cache: 6 };
 
     fn generate() -> Generate {
         Generate {
@@ -154,6 +164,17 @@ mod tests {
 
     fn check(prompt: &[u32], task: Task) -> Result<()> {
         LIMITS.check(&Request { adapter: None, prompt: prompt.to_vec(), task })
+    }
+
+    #[test]
+    fn a_classification_classifies_only() {
+        let request = |task| Request { adapter: None, prompt: vec![1], task };
+        let limits = Limits { classifies: true, predicts: false, ..LIMITS };
+        assert!(limits.check(&request(Task::Classify)).is_ok());
+        for task in [Task::Generate(generate()), Task::Score { from: 1 }] {
+            assert!(limits.check(&request(task)).unwrap_err().message.contains("classifies only"));
+        }
+        assert!(LIMITS.check(&request(Task::Classify)).unwrap_err().message.contains("no classification head"));
     }
 
     #[test]

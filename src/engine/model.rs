@@ -38,6 +38,10 @@ pub struct Work {
 pub trait Model: Send {
     /// Tokens of the base, and of adapters that bring none of their own.
     fn vocab_size(&self) -> usize;
+    /// Classes of the base's own head; 0 where it has none.
+    fn classes(&self) -> usize;
+    /// Whether the base predicts tokens.
+    fn predicts(&self) -> bool;
     /// Longest sequence in tokens.
     fn context(&self) -> usize;
     /// Tokens a block of the KV cache holds.

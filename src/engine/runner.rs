@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::base::simd::Simd;
-use crate::base::{BLOCK, Decoder, Kernels, KvCache, SequenceRows};
+use crate::base::{BLOCK, Decoder, Head, Kernels, KvCache, SequenceRows};
 use crate::engine::{Model, Output, Work};
 use crate::lora::{BatchDelta, Segment};
 use crate::{Error, Result};
@@ -14,6 +14,8 @@ pub struct Runner {
     decoder: Arc<Decoder>,
     cache: KvCache,
     simd: Simd,
+    /// The base's own.
+    head: Option<Arc<Head>>,
 }
 
 impl Runner {
@@ -25,13 +27,26 @@ impl Runner {
             Kernels::Packed(simd) => simd,
             Kernels::Tensor => Simd::detect(),
         };
-        Ok(Runner { decoder, cache, simd })
+        Ok(Runner { decoder, cache, simd, head: None })
+    }
+
+    /// With the head of a base that is itself a classification.
+    pub fn with_head(self, head: Option<Arc<Head>>) -> Self {
+        Runner { head, ..self }
     }
 }
 
 impl Model for Runner {
     fn vocab_size(&self) -> usize {
         self.decoder.config().vocab_size
+    }
+
+    fn classes(&self) -> usize {
+        self.head.as_ref().map_or(0, |head| head.labels.len())
+    }
+
+    fn predicts(&self) -> bool {
+        self.decoder.config().predicts
     }
 
     fn context(&self) -> usize {
@@ -112,9 +127,9 @@ impl Runner {
                 Ok(own)
             }
             Output::Head => {
-                let adapter = w.adapter.as_ref();
-                let head = adapter.and_then(|a| a.classify(state(share.start)));
-                head.ok_or_else(|| Error::internal("classification without a head"))
+                let head = w.adapter.as_ref().and_then(|a| a.head()).or(self.head.as_deref());
+                let head = head.ok_or_else(|| Error::internal("classification without a head"))?;
+                Ok(head.logits(state(share.start)))
             }
         });
         outputs.collect()

@@ -274,7 +274,7 @@ impl Stepper {
     /// Turns what the model computed into tokens, text and scores; each sequence by itself, on all cores.
     fn digest(&mut self, step: &[Part], results: Vec<Vec<f32>>) -> Vec<(Order, usize, Outcome)> {
         let now = Instant::now();
-        let vocab_size = self.model.vocab_size();
+        let (vocab_size, classes) = (self.model.vocab_size(), self.model.classes());
         let (vocabulary, eos_tokens, max_tokens) = (&*self.vocabulary, &self.options.eos_tokens, self.max_tokens);
         let mut parts = step.iter().zip(results).peekable();
         let mut items = Vec::with_capacity(step.len());
@@ -290,7 +290,7 @@ impl Stepper {
                 Some(own) => (&*own.tokenizer as &dyn Vocabulary, &own.eos_tokens),
                 None => (vocabulary, eos_tokens),
             };
-            let outcome = check_length(sequence, output, &result, vocab_size).and_then(|()| match output {
+            let outcome = check_length(sequence, output, &result, vocab_size, classes).and_then(|()| match output {
                 Output::None => Ok(Outcome::Nothing),
                 _ => sequence.digest(result, vocab_size, max_tokens, vocabulary, eos_tokens, now),
             });
@@ -427,12 +427,19 @@ impl Job {
     }
 }
 
-fn check_length(sequence: &Sequence<Job>, output: Output, result: &[f32], vocab_size: usize) -> Result<()> {
+/// `classes` are those of the base's own head.
+fn check_length(
+    sequence: &Sequence<Job>,
+    output: Output,
+    result: &[f32],
+    vocab_size: usize,
+    classes: usize,
+) -> Result<()> {
     let expected = match output {
         Output::None => return Ok(()),
         Output::LastLogits => vocab_size,
         Output::Logits(rows) => rows * vocab_size,
-        Output::Head => sequence.adapter.as_ref().and_then(|a| a.labels.as_ref()).map_or(0, Vec::len),
+        Output::Head => sequence.adapter.as_ref().and_then(|a| a.labels.as_ref()).map_or(classes, Vec::len),
     };
     if result.len() == expected {
         return Ok(());

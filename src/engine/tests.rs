@@ -12,7 +12,8 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::continuation::Continuation;
 use super::*;
-use crate::adapter::{Adapter, Generation, Head};
+use crate::adapter::{Adapter, Generation};
+use crate::base::Head;
 use crate::base::testing::{decoder, options};
 use crate::base::{Architecture, Decoder, Family, Kernels, ModelConfig, Rope};
 use crate::lora::PackedAdapter;
@@ -38,6 +39,7 @@ fn config() -> ModelConfig {
         architecture: Architecture::of(Family::Llama),
         context: 256,
         tie_word_embeddings: true,
+        predicts: true,
         bos_token: None,
         eos_tokens: vec![EOS],
     }
@@ -108,6 +110,12 @@ struct Fake {
 impl Model for Fake {
     fn vocab_size(&self) -> usize {
         VOCAB
+    }
+    fn classes(&self) -> usize {
+        0
+    }
+    fn predicts(&self) -> bool {
+        true
     }
     fn context(&self) -> usize {
         256

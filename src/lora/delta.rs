@@ -176,6 +176,7 @@ mod tests {
             architecture: Architecture { qkv_bias: true, mlp_bias: true, ..Architecture::of(Family::Llama) },
             context: 8,
             tie_word_embeddings: true,
+            predicts: true,
             bos_token: None,
             eos_tokens: vec![],
         }

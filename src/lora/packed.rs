@@ -7,9 +7,9 @@ use candle_core::{Device, Tensor};
 
 use super::dora;
 use super::table::{Embedding, LmHead};
-use crate::adapter::{Adapter, Generation, Head, OwnNorm};
+use crate::adapter::{Adapter, Generation, OwnNorm};
 use crate::base::matmul::PackedMatrix;
-use crate::base::{Decoder, DecoderOptions, Kernels, Language, Module, Norm, NormSite, Site};
+use crate::base::{Decoder, DecoderOptions, Head, Kernels, Language, Module, Norm, NormSite, Site};
 use crate::{Error, Result};
 
 /// What is changed of one fused linear layer.
@@ -239,18 +239,7 @@ impl PackedAdapter {
         self
     }
 
-    pub fn has_head(&self) -> bool {
-        self.head.is_some()
-    }
-
-    /// Logits `[labels]` of the classification head for a final hidden state `[hidden_size]`; `None` without a head.
-    pub fn classify(&self, hidden: &[f32]) -> Option<Vec<f32>> {
-        let head = self.head.as_ref()?;
-        let dot = |row: &[f32]| row.iter().zip(hidden).map(|(w, x)| w * x).sum::<f32>();
-        let logits = head.weight.chunks_exact(hidden.len()).map(dot);
-        Some(match &head.bias {
-            None => logits.collect(),
-            Some(bias) => logits.zip(bias).map(|(l, b)| l + b).collect(),
-        })
+    pub fn head(&self) -> Option<&Head> {
+        self.head.as_ref()
     }
 }

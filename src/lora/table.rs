@@ -354,6 +354,7 @@ mod tests {
             vocab_size,
             hidden_size,
             tie_word_embeddings: tied,
+            predicts: true,
             layers: 1,
             heads: 1,
             kv_heads: 1,

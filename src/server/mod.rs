@@ -48,6 +48,8 @@ pub struct State {
     pub metrics: Arc<Metrics>,
     /// What clients call the base model.
     pub base_id: String,
+    /// Classes of the base's own head.
+    pub labels: Option<Vec<String>>,
     /// Longest sequence in tokens.
     pub context: usize,
     /// How the weights are held, for people.

@@ -132,13 +132,13 @@ pub async fn classify(
     let asked = f.texts("labels")?;
     let target = state.target(&http, &f, name.as_deref()).await?;
     let named = target.clone();
-    let head = target.adapter.as_ref().and_then(|(_, a)| a.labels.clone());
+    let head = target.adapter.as_ref().and_then(|(_, a)| a.labels.clone()).or(state.labels.clone());
     let mut usage = Usage::default();
     let count = inputs.len();
     let results: Vec<Value> = match (head, asked) {
         (Some(_), Some(_)) => {
             return Err(f
-                .wrong("labels", "is for adapters without a classification head; this one's head has its own")
+                .wrong("labels", "is for models without a classification head; this one's head has its own")
                 .into());
         }
         (Some(labels), None) => {

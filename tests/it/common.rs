@@ -55,6 +55,12 @@ impl Model for SharedRunner {
     fn vocab_size(&self) -> usize {
         self.0.lock().unwrap().vocab_size()
     }
+    fn classes(&self) -> usize {
+        self.0.lock().unwrap().classes()
+    }
+    fn predicts(&self) -> bool {
+        self.0.lock().unwrap().predicts()
+    }
     fn context(&self) -> usize {
         self.0.lock().unwrap().context()
     }

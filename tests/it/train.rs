@@ -370,3 +370,43 @@ fn bad_data_is_told_with_file_and_row() {
     let output = folder.run(&LORA, &data, "out", &["--epochs", "1", "--max-length", "64"]);
     assert!(String::from_utf8_lossy(&output.stderr).contains("1 texts were cut to 64 tokens"));
 }
+
+/// A fully fine-tuned classification is served as one; adapters without a head use its own, those with one theirs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_classification_is_served() {
+    let folder = Folder::new();
+    let data = folder.classified(48);
+    let more = ["--task", "classify", "--eval", data.to_str().unwrap()];
+    folder.run(&["full", "--learning-rate", "0.003"], &data, "full", &more);
+    let model = folder.path("full");
+    let adapters = fixtures().join("tiny/llama");
+    let server = Server::start(model.to_str().unwrap(), &["--adapters", adapters.to_str().unwrap()]).await;
+    let rows = std::fs::read_to_string(&data).unwrap();
+    let (texts, classes): (Vec<&str>, Vec<&str>) = rows.lines().skip(1).map(|l| l.split_once(',').unwrap()).unzip();
+    let (status, answer) = server.post("/v1/classify", serde_json::json!({ "input": texts })).await;
+    assert_eq!(status, 200, "{answer}");
+    let results = answer["results"].as_array().unwrap();
+    let right = results.iter().zip(&classes).filter(|(result, class)| result["label"] == **class).count();
+    // What the trainer found on the same texts.
+    let history = history(&model);
+    let best = &history["evaluations"][history["best"].as_u64().unwrap() as usize];
+    let confusion: Vec<Vec<usize>> = serde_json::from_value(best["confusion"].clone()).unwrap();
+    assert_eq!(right, confusion[0][0] + confusion[1][1]);
+    assert!(right > 40, "{right} of 48");
+
+    for (adapter, labels) in [("adapter_qv_r4", ["high", "low"].as_slice()), ("adapter_seqcls", &[])] {
+        let ask = serde_json::json!({ "input": texts[0], "adapter": adapter });
+        let (status, answer) = server.post("/v1/classify", ask).await;
+        assert_eq!(status, 200, "{answer}");
+        let scores = answer["results"][0]["scores"].as_object().unwrap();
+        assert!(labels.iter().all(|label| scores.contains_key(*label)));
+        assert_eq!(scores.contains_key("high"), !labels.is_empty());
+        assert_ne!(answer["results"][0]["scores"], results[0]["scores"]);
+    }
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_loramux"))
+        .args(["classify", "--model", model.to_str().unwrap(), texts[0]])
+        .output()
+        .unwrap();
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(told["label"], results[0]["label"]);
+}

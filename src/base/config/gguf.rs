@@ -115,6 +115,7 @@ impl ModelConfig {
             architecture,
             context,
             tie_word_embeddings: !gguf.tensors.contains_key("output.weight"),
+            predicts: true,
             bos_token: token("bos_token_id")?,
             eos_tokens,
         }

@@ -143,6 +143,7 @@ impl ModelConfig {
             architecture: architecture_from_json(&fields, family)?,
             context,
             tie_word_embeddings: fields.get("tie_word_embeddings")?.unwrap_or(tied),
+            predicts: true,
             bos_token: fields.get("bos_token_id")?,
             eos_tokens: match fields.get("eos_token_id")? {
                 None => vec![],

@@ -40,6 +40,8 @@ pub struct ModelConfig {
     /// Longest sequence, in tokens.
     pub context: usize,
     pub tie_word_embeddings: bool,
+    /// Whether it predicts tokens. A classification with an output layer of its own has left it behind.
+    pub predicts: bool,
     pub bos_token: Option<u32>,
     /// Tokens that end a generation.
     pub eos_tokens: Vec<u32>,

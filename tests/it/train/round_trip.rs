@@ -17,7 +17,7 @@ fn served(model: &Path, adapter_folder: Option<&Path>, prompts: &[Vec<u32>], hea
     let base = Base::open(model.to_str().unwrap()).unwrap();
     let kernels = Kernels::Packed(Simd::detect());
     let adapter = adapter_folder.map(|folder| adapter(&base, folder, kernels));
-    let mut runner = Runner::new(decoder(&base, kernels, None), 4 << 20).unwrap();
+    let mut runner = Runner::new(decoder(&base, kernels, None), 4 << 20).unwrap().with_head(base.head);
     let want = |prompt: &Vec<u32>| if head { Want::Head } else { Want::Logits(prompt.len()) };
     let all: Vec<_> = prompts.iter().map(|p| (p.as_slice(), adapter.clone(), want(p))).collect();
     logits(&mut runner, &all)
@@ -66,11 +66,9 @@ fn peft_and_transformers_give_the_same_numbers() {
         let more = ["--task", task, "--dtype", "f32", "--eval", data.to_str().unwrap()];
         folder.run(method, &data, name, &more);
         let adapter = ["lora", "head"].contains(&method[0]);
-        // loramux serves no base with a head: there the evaluation alone must do.
-        let logits = match (adapter, classify) {
-            (true, _) => Some(served(&base_folder, Some(&out), sequences, classify)),
-            (false, false) => Some(served(&out, None, sequences, false)),
-            (false, true) => None,
+        let logits = match adapter {
+            true => served(&base_folder, Some(&out), sequences, classify),
+            false => served(&out, None, sequences, classify),
         };
         let history = history(&out);
         let best = &history["evaluations"][history["best"].as_u64().unwrap() as usize];

@@ -4,18 +4,18 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use crate::adapter::files::shorten;
+use crate::error::shorten;
 use crate::{Error, Result};
 
 /// Longest name, in bytes.
 const MAX_LENGTH: usize = 1000;
 
-pub(super) const LABELS_JSON: &str = "labels.json";
-pub(super) const LABELS_TEXT: &str = "labels.txt";
+pub(crate) const LABELS_JSON: &str = "labels.json";
+pub(crate) const LABELS_TEXT: &str = "labels.txt";
 
 /// Reads `labels.json`: a list of names, an object `{"0": "name", …}`, or a model's `config.json` with such an
 /// object as `id2label`.
-pub(super) fn from_json_file(bytes: &[u8]) -> Result<Vec<String>> {
+pub(crate) fn from_json_file(bytes: &[u8]) -> Result<Vec<String>> {
     let value: Value = serde_json::from_slice(without_bom(bytes))
         .map_err(|e| Error::unprocessable(format!("{LABELS_JSON} is not JSON: {e}")))?;
     let value = value.get("id2label").unwrap_or(&value);
@@ -23,7 +23,7 @@ pub(super) fn from_json_file(bytes: &[u8]) -> Result<Vec<String>> {
 }
 
 /// Reads `labels.txt`: one name a line; empty lines at the end do not count.
-pub(super) fn from_text_file(bytes: &[u8]) -> Result<Vec<String>> {
+pub(crate) fn from_text_file(bytes: &[u8]) -> Result<Vec<String>> {
     let text = std::str::from_utf8(without_bom(bytes))
         .map_err(|e| Error::unprocessable(format!("{LABELS_TEXT} is not UTF-8 at byte {}", e.valid_up_to())))?;
     let names = text.trim_end().lines().map(|line| line.trim().to_string()).collect();
@@ -36,7 +36,7 @@ fn without_bom(bytes: &[u8]) -> &[u8] {
 }
 
 /// A list of names, or an object whose keys are the class numbers, as in Hugging Face's `id2label`.
-pub(super) fn from_json(value: &Value) -> Result<Vec<String>> {
+pub(crate) fn from_json(value: &Value) -> Result<Vec<String>> {
     let name = |class: usize, value: &Value| match value {
         Value::String(name) => Ok(name.clone()),
         other => {
@@ -62,7 +62,7 @@ pub(super) fn from_json(value: &Value) -> Result<Vec<String>> {
 }
 
 /// PEFT's own default where nothing names the classes.
-pub(super) fn default_names(count: usize) -> Vec<String> {
+pub(crate) fn default_names(count: usize) -> Vec<String> {
     (0..count).map(|i| format!("LABEL_{i}")).collect()
 }
 
