@@ -5,11 +5,20 @@ use std::sync::Arc;
 use loramux::base::matmul::Format;
 use loramux::base::simd::Simd;
 use loramux::base::{Base, Kernels};
-use loramux::engine::Task;
+use loramux::engine::{Output, Runner, Task};
 use loramux::lora::PackedAdapter;
 use serde_json::Value;
 
 use crate::common::*;
+
+/// Of a format of the weights: the least share of positions with the same likeliest token, and the largest mean KL.
+const BUDGETS: [(Format, f64, f64); 4] = [
+    (Format::F16, 0.99, 2e-5),
+    (Format::Bf16, 0.99, 2e-4),
+    (Format::Q8, 0.96, 3e-3),
+    // The file's layers have 4 bits already; its embedding, which is the output layer too, has 8.
+    (Format::Q4, 0.75, 0.1),
+];
 
 struct Case {
     name: String,
@@ -151,5 +160,52 @@ async fn a_request_does_not_see_the_others() {
     assert!(together.iter().any(|answer| answer.cached > 0), "none shared a prefix");
     for (i, (request, together)) in requests.into_iter().zip(&together).enumerate() {
         assert_eq!(answer_alone(&base, &runner, request).await.content(), together.content(), "request {i}");
+    }
+}
+
+/// Rows of logits as log-probabilities.
+fn log_softmax(row: &[f32]) -> Vec<f64> {
+    let max = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x)) as f64;
+    let sum: f64 = row.iter().map(|&x| (x as f64 - max).exp()).sum();
+    row.iter().map(|&x| x as f64 - max - sum.ln()).collect()
+}
+
+fn best(row: &[f32]) -> usize {
+    (0..row.len()).fold(0, |b, i| if row[i] > row[b] { i } else { b })
+}
+
+/// What coarser weights cost, over every position of reviews, half of them with an adapter: the share of positions with the
+/// likeliest token of f32, and the mean of KL(f32 ‖ coarser) in nats. README states these budgets.
+#[test]
+fn coarser_weights_stay_in_their_budgets() {
+    let base = Base::open(&packaged()).unwrap();
+    let kernels = Kernels::Packed(Simd::detect());
+    let adapter = adapter(&base, &fixtures().join("smollm2/adapter_causal_r16"), kernels);
+    let reviews = concat!(env!("CARGO_MANIFEST_DIR"), "/recipes/book-reviews-test.csv");
+    let rows: Vec<_> = csv::Reader::from_path(reviews).unwrap().into_records().take(10).map(Result::unwrap).collect();
+    let prompts: Vec<Vec<u32>> = rows.iter().map(|row| base.tokenizer.encode(&row[0], true).unwrap()).collect();
+    let all = |format: Option<Format>| {
+        let mut runner = Runner::new(decoder(&base, kernels, format), 64 << 20).unwrap();
+        let mut found: Vec<Vec<f32>> = vec![];
+        for (i, prompt) in prompts.iter().enumerate() {
+            let adapter = (i % 2 == 1).then(|| adapter.clone());
+            let flat = logits(&mut runner, &[(prompt, adapter, Output::Logits(prompt.len()))]).remove(0);
+            found.extend(flat.chunks_exact(base.config.vocab_size).map(<[f32]>::to_vec));
+        }
+        found
+    };
+    let exact = all(Some(Format::F32));
+    assert!(exact.len() > 500);
+    for (format, agreement, divergence) in BUDGETS {
+        let (mut same, mut sum) = (0, 0.0);
+        for (exact, coarse) in exact.iter().zip(all(Some(format))) {
+            same += usize::from(best(exact) == best(&coarse));
+            let (p, q) = (log_softmax(exact), log_softmax(&coarse));
+            sum += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+        }
+        let (same, mean) = (same as f64 / exact.len() as f64, sum / exact.len() as f64);
+        println!("{format:?}: the same token at {:.2} %, KL {mean:.6} nats", 100.0 * same);
+        assert!(same >= agreement, "{format:?}: the same token at {same} of the positions; the budget is {agreement}");
+        assert!(mean <= divergence, "{format:?}: KL {mean}; the budget is {divergence}");
     }
 }
