@@ -18,7 +18,8 @@ pub struct Upload {
 }
 
 impl Upload {
-    pub(super) fn new(folder: TempDir, limit: u64) -> Self {
+    /// Into `folder`, of at most `limit` bytes, also after unpacking.
+    pub fn new(folder: TempDir, limit: u64) -> Self {
         Upload { folder, limit }
     }
 

@@ -215,6 +215,11 @@ impl<'a> Trainer<'a> {
         let (steps, per_epoch) = (self.steps(), self.train.len().div_ceil(self.options.batch_size));
         let every = if self.options.eval_every > 0 { self.options.eval_every } else { per_epoch };
         let mut order: (usize, Vec<usize>) = (usize::MAX, vec![]);
+        let texts = matches!(self.eval.first(), Some(Example { goal: Goal::Tokens(_), .. }));
+        if texts && self.history.step == 0 {
+            // What the base says of texts is what training is measured by; of classes it knows nothing.
+            self.evaluated(watch)?;
+        }
         while self.history.step < steps {
             let step = self.history.step;
             if order.0 != step / per_epoch {

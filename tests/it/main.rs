@@ -6,6 +6,7 @@ mod churn;
 mod cli;
 mod clients;
 mod common;
+mod fuzz;
 mod gguf;
 mod host;
 mod lora_gguf;
