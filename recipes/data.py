@@ -23,6 +23,8 @@ PACKAGES = {
 
 # Reviews of films of at most so many characters read like reviews of books by readers; longer ones retell the plot.
 SHORT = 600
+# Of these, how many are trained on again beside the hard reviews.
+KEPT = 200
 
 
 def package(folder, name):
@@ -63,7 +65,11 @@ def reviews(folder, out):
     write_csv(out / "movie-reviews/train.csv", sentences[1000:])
     short = sorted({pair for pair in pairs["imdb"] if len(pair[0]) <= SHORT})
     random.Random(0).shuffle(short)
-    write_csv(out / "book-reviews/train.csv", short)
+    write_csv(out / "book-reviews/short.csv", short)
+    # Ironic, mixed and negated reviews of books, written for this project, and film reviews so that these are not forgotten.
+    with Path(__file__).with_name("book-reviews-train.csv").open(newline="", encoding="utf-8") as file:
+        books = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    write_csv(out / "book-reviews/hard.csv", books + short[:KEPT])
 
 
 def news(folder, out):

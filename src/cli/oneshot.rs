@@ -101,8 +101,8 @@ pub async fn generate(args: GenerateArgs) -> Result<()> {
 pub async fn classify(args: ClassifyArgs) -> Result<()> {
     let (host, adapter, _store) = start(&args.model, args.adapter.as_deref()).await?;
     let labels = adapter.as_ref().and_then(|(_, a)| a.labels.clone()).or(host.labels.clone());
-    let labels =
-        labels.ok_or_else(|| Error::bad_request("neither the adapter nor the base has a classification head"))?;
+    let labels = labels
+        .ok_or_else(|| Error::bad_request("there is no classification head, neither the adapter's nor the base's"))?;
     let inputs = match args.inputs.is_empty() {
         true => std::io::stdin().lock().lines().collect::<Result<_, _>>()?,
         false => args.inputs,

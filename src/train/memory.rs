@@ -1,7 +1,7 @@
 //! How memory is had from the system.
 
 /// Keeps what is freed for the next step, which needs just as much: the GNU allocator would return the larger blocks to
-/// the system and take them again, cleared, page by page. A fifth of the time of a full fine-tune went there.
+/// the system and take them again, cleared, page by page. A tenth of the time of a full fine-tune went there.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 pub fn keep() {
     /// The largest threshold that it takes.
