@@ -76,8 +76,9 @@ impl GgufFile {
             return Err(bad("adapter.alora.invocation_tokens is set: activated LoRA is not supported"));
         }
         let name = text("general.architecture").unwrap_or_default();
-        let known = || Family::ALL.map(Family::name).join(", ");
-        let architecture = Family::from_name(name)
+        let known = || Family::all_in_gguf().map(Family::name).collect::<Vec<_>>().join(", ");
+        let architecture = Family::all_in_gguf()
+            .find(|family| family.name() == name)
             .ok_or_else(|| bad(format!("general.architecture is {:?}; supported: {}", shorten(name, 100), known())))?;
         if architecture.transposes_linear() {
             // Its matrices lie the other way round, and the converter turns the pairs with them.
@@ -143,7 +144,7 @@ impl GgufFile {
 
     /// Whether an adapter for this architecture is one for a base of `family`.
     pub fn is_for(&self, family: Family) -> bool {
-        self.architecture.in_gguf() == family.in_gguf()
+        family.in_gguf() == Some(self.architecture)
     }
 
     /// Hands every tensor's numbers to `each`, in PEFT's order, and the file's bytes to `hasher`. `heads` are those of q

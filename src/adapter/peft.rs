@@ -415,13 +415,15 @@ enum Kind {
     /// Of the base's module, as it was saved beside what changes it.
     BaseWeight,
     BaseBias,
+    /// `Bias` again: with `bias: "all"`, PEFT writes that of a saved module twice.
+    BiasCopy,
     /// Rows of the tokens in `trainable_token_indices`.
     Tokens,
 }
 
 /// How the end of a tensor's name says so. PEFT leaves out the adapter's name, `default`; exports of a raw state dict keep
 /// it.
-const ENDINGS: [(&str, Kind); 24] = [
+const ENDINGS: [(&str, Kind); 25] = [
     ("lora_A.weight", Kind::A),
     ("lora_A.default.weight", Kind::A),
     ("lora_B.weight", Kind::B),
@@ -437,6 +439,7 @@ const ENDINGS: [(&str, Kind); 24] = [
     ("lora_embedding_B.default", Kind::EmbeddingB),
     ("modules_to_save.default.weight", Kind::Weight),
     ("modules_to_save.default.bias", Kind::Bias),
+    ("modules_to_save.bias", Kind::BiasCopy),
     ("token_adapter.trainable_tokens_delta", Kind::Tokens),
     ("token_adapter.trainable_tokens_delta.default", Kind::Tokens),
     ("token_adapter.base_layer.weight", Kind::BaseWeight),
@@ -530,6 +533,11 @@ impl Taken<'_, '_> {
         check_shape(name, &info.shape, shape, because)?;
         self.parts.insert(name.to_string(), (module.to_string(), kind));
         Ok(true)
+    }
+
+    /// Takes the copy of a bias if both are there.
+    fn may_again(&mut self, module: &str, shape: &[usize], because: &str) -> Result<bool> {
+        Ok(self.places.get(module, Kind::Bias).is_some() && self.may(module, Kind::BiasCopy, shape, because)?)
     }
 
     fn need(&mut self, module: &str, kind: Kind, shape: &[usize], because: &str) -> Result<()> {
@@ -632,6 +640,7 @@ impl<'a> Places<'a> {
                 for kind in [Kind::Bias, Kind::BaseBias] {
                     changed |= taken.may(&name, kind, &[width], "the norm's width")?;
                 }
+                taken.may_again(&name, &[width], "the norm's width")?;
             }
             if changed {
                 norms.push((site, name));
@@ -656,6 +665,11 @@ impl<'a> Places<'a> {
             let because = "classes × the base's hidden size";
             taken.need(head, Kind::Weight, &[rows, base.hidden_size], because)?;
             taken.may(head, Kind::Bias, &[rows], "one a class")?;
+            if config.bias == Bias::All {
+                taken.may_again(head, &[rows], "one a class")?;
+                // The head of the model that was trained, which the adapter's takes the place of.
+                taken.may(head, Kind::BaseBias, &[rows], "one a class")?;
+            }
             for (module, _) in taken.parts.values_mut().filter(|(module, _)| module == head) {
                 *module = HEAD.into();
             }

@@ -1,4 +1,4 @@
-//! Causal attention with grouped queries over the paged KV cache.
+//! Attention with grouped queries over the paged KV cache: causal, or an encoder's.
 
 use std::ops::Range;
 
@@ -23,6 +23,11 @@ pub struct SequenceRows<'a> {
 }
 
 impl SequenceRows<'_> {
+    /// Positions that the token at `position` sees, from 0 on.
+    fn seen(&self, config: &ModelConfig, position: usize) -> usize {
+        if config.family.is_encoder() { self.start + self.rows.len() } else { position + 1 }
+    }
+
     fn slot(&self, position: usize) -> usize {
         self.blocks[position / BLOCK] as usize * BLOCK + position % BLOCK
     }
@@ -126,7 +131,7 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
     let attend = |(scores, sums): &mut (Vec<f32>, Vec<f32>), task: usize, out: &mut [f32]| {
         let (row, head) = (task / kv_heads, task % kv_heads);
         let s = of_row(row);
-        let end = s.start + row - s.rows.start + 1;
+        let end = s.seen(config, s.start + row - s.rows.start);
         let first = end.saturating_sub(window);
         let blocks = &s.blocks[first / BLOCK..end.div_ceil(BLOCK)];
         // Positions that are seen, counted from the start of the first block.
@@ -237,7 +242,7 @@ pub(super) fn tensors(attention: &Attention, qkv: &Tensor, cache: &mut LayerCach
         if let Some(cap) = config.architecture.attention_softcap {
             scores = softcap(&scores, cap)?;
         }
-        let seen = |i: usize, p: usize| p <= s.start + i && s.start + i - p < window;
+        let seen = |i: usize, p: usize| p < s.seen(config, s.start + i) && (s.start + i).saturating_sub(p) < window;
         let mask: Vec<f32> =
             (0..m).flat_map(|i| (first..end).map(move |p| if seen(i, p) { 0.0 } else { f32::NEG_INFINITY })).collect();
         let mask = Tensor::from_vec(mask, (1, 1, m, length), device)?;

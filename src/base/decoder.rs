@@ -1,4 +1,4 @@
-//! The decoder: token ids in, hidden states and logits out, for any mix of sequences.
+//! The decoder, which is an encoder as well: token ids in, hidden states and logits out, for any mix of sequences.
 
 use std::ops::Range;
 
@@ -133,6 +133,7 @@ pub struct Decoder {
     norm: Norm,
     /// `None` where it is the embedding.
     lm_head: Option<Linear>,
+    pooler: Option<Linear>,
 }
 
 impl Vector {
@@ -273,34 +274,70 @@ impl Loader<'_> {
     fn site(&self, layer: usize, site: Site) -> Result<Linear> {
         let c = self.config;
         let projections = site.projections(c.family);
-        let module = |&p| (c.in_layer(layer, c.family.path(p)), c.shape(p));
+        let module = |&p| (c.module(layer, p), c.shape(p));
         let modules: Vec<_> = projections.iter().map(module).collect();
         self.linear(&modules, c.architecture.has_bias(projections[0]))
     }
 
-    fn norm(&self, module: &str, width: usize) -> Result<Norm> {
+    /// Learned positions. What every token's type adds is a part of them.
+    fn positions(&self, module: &str) -> Result<Linear> {
+        let c = self.config;
+        let Some(types) = c.family.names().token_types else {
+            return self.table(module, c.context);
+        };
+        let name = format!("{module}.weight");
+        let mut rows = self.get(&name, &[c.context, c.hidden_size])?.to_f32().map_err(|e| e.context(name))?;
+        let name = format!("{types}.weight");
+        let types = self.weights.get(&name)?;
+        if types.shape.len() != 2 || types.shape[0] == 0 || types.shape[1] != c.hidden_size {
+            let (found, expected) = (types.shape, c.hidden_size);
+            return Err(Error::unprocessable(format!(
+                "base weights: {name} has shape {found:?}; expected [types, {expected}]"
+            )));
+        }
+        let types = types.to_f32().map_err(|e| e.context(name))?;
+        rows.chunks_exact_mut(c.hidden_size).for_each(|row| row.iter_mut().zip(&types).for_each(|(x, t)| *x += t));
+        let matrices = match self.options.kernels {
+            Kernels::Packed(_) => Matrices::Packed(vec![PackedMatrix::pack_exactly(&rows, c.context, c.hidden_size)]),
+            Kernels::Tensor => {
+                let t = Tensor::from_vec(rows, (c.context, c.hidden_size), &Device::Cpu)?;
+                Matrices::Tensor(t.to_dtype(self.options.dtype)?.to_device(&self.options.device)?)
+            }
+        };
+        Ok(Linear { matrices, bias: None })
+    }
+
+    /// A matrix with a row a token, or a position.
+    fn table(&self, module: &str, rows: usize) -> Result<Linear> {
+        self.linear(&[(module.into(), (rows, self.config.hidden_size))], false)
+    }
+
+    /// `None` where the model has no such norm.
+    fn norm(&self, site: NormSite) -> Result<Option<Norm>> {
+        let Some((module, width)) = self.config.norm(site) else { return Ok(None) };
         let kind = self.config.architecture.norm;
         let dtype = norm_dtype(self.config, self.options);
         let read = |part: &str| self.vector(self.get(&format!("{module}.{part}"), &[width])?.to_f32()?, dtype);
         let bias = (kind == NormKind::Layer).then(|| read("bias")).transpose()?;
-        Ok(Norm { kind, eps: self.config.norm_eps as f32, weight: read("weight")?, bias })
+        Ok(Some(Norm { kind, eps: self.config.norm_eps as f32, weight: read("weight")?, bias }))
+    }
+
+    /// A norm that every model has.
+    fn usual_norm(&self, site: NormSite) -> Result<Norm> {
+        self.norm(site)?.ok_or_else(|| Error::internal(format!("the family has no norm {site:?}")))
     }
 
     fn layer(&self, layer: usize) -> Result<Layer> {
-        let (names, c) = (self.config.family.names(), self.config);
-        let norm = |name: &str| self.norm(&c.in_layer(layer, name), c.hidden_size);
-        let head_norm = |name: &str| self.norm(&c.in_layer(layer, name), c.head_dim);
-        let head_norms = names.head_norms.map(|[q, k]| Ok::<_, Error>([head_norm(q)?, head_norm(k)?]));
         Ok(Layer {
-            attention_norm: norm(names.attention_norm)?,
-            head_norms: head_norms.transpose()?,
+            attention_norm: self.usual_norm(NormSite::Attention(layer))?,
+            head_norms: self.norm(NormSite::Query(layer))?.zip(self.norm(NormSite::Key(layer))?).map(Into::into),
             qkv: self.site(layer, Site::Qkv)?,
             o: self.site(layer, Site::O)?,
-            attention_post_norm: names.attention_post_norm.map(norm).transpose()?,
-            mlp_norm: norm(names.mlp_norm)?,
+            attention_post_norm: self.norm(NormSite::AttentionPost(layer))?,
+            mlp_norm: self.usual_norm(NormSite::Mlp(layer))?,
             gate_up: self.site(layer, Site::GateUp)?,
             down: self.site(layer, Site::Down)?,
-            mlp_post_norm: names.mlp_post_norm.map(norm).transpose()?,
+            mlp_post_norm: self.norm(NormSite::MlpPost(layer))?,
         })
     }
 }
@@ -313,17 +350,17 @@ fn norm_dtype(config: &ModelConfig, options: &DecoderOptions) -> DType {
 impl Decoder {
     pub fn load(config: &ModelConfig, weights: &Weights, options: DecoderOptions) -> Result<Self> {
         let loader = Loader { config, weights, options: &options };
-        let (names, hidden) = (config.family.names(), config.hidden_size);
-        let table = |module: &str, rows: usize| loader.linear(&[(module.into(), (rows, hidden))], false);
-        let embedding = table(names.embedding, config.vocab_size)?;
-        let positions = names.positions.map(|module| table(module, config.context)).transpose()?;
+        let names = config.family.names();
+        let embedding = loader.table(names.embedding, config.vocab_size)?;
+        let positions = names.positions.map(|module| loader.positions(module)).transpose()?;
         let layers = (0..config.layers).map(|l| loader.layer(l)).collect::<Result<_>>()?;
-        let norm = loader.norm(names.norm, hidden)?;
+        let norm = loader.usual_norm(NormSite::Final)?;
         let lm_head = match config.tie_word_embeddings || !config.predicts {
             true => None,
-            false => Some(table(LM_HEAD, config.vocab_size)?),
+            false => Some(loader.table(LM_HEAD, config.vocab_size)?),
         };
-        Ok(Decoder { config: config.clone(), embedding, positions, layers, norm, lm_head, options })
+        let pooler = names.pooler.map(|_| loader.site(0, Site::Pooler)).transpose()?;
+        Ok(Decoder { config: config.clone(), embedding, positions, layers, norm, lm_head, pooler, options })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -335,7 +372,7 @@ impl Decoder {
     }
 
     fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let tables = [&self.embedding].into_iter().chain(&self.positions).chain(&self.lm_head);
+        let tables = [&self.embedding].into_iter().chain(&self.positions).chain(&self.lm_head).chain(&self.pooler);
         self.layers.iter().flat_map(Layer::linears).chain(tables)
     }
 
@@ -382,6 +419,7 @@ impl Decoder {
             Site::O => &layer.o,
             Site::GateUp => &layer.gate_up,
             Site::Down => &layer.down,
+            Site::Pooler => self.pooler.as_ref().expect("the projections of a family are there"),
         };
         let parts = site.projections(self.config.family);
         (linear, &parts[..parts.iter().take_while(|&&p| p != projection).count()])
@@ -444,6 +482,7 @@ impl Decoder {
 
     /// Computes one step and returns the final hidden states of the rows in `wanted`: `[wanted, hidden_size]`.
     ///
+    /// An encoder's sequences are there as a whole, from position 0 on.
     /// `tokens` holds one id per row; `sequences` cover all rows; the keys and values of each sequence's earlier
     /// positions are in `cache` already, those of its rows are written to it. `wanted` is in ascending order.
     pub fn forward(
@@ -460,6 +499,9 @@ impl Decoder {
         for (l, layer) in self.layers.iter().enumerate() {
             let h = self.norm(&x, &norm(&layer.attention_norm, NormSite::Attention(l)))?;
             let qkv = self.linear(&layer.qkv, l, Site::Qkv, &h, delta)?;
+            if self.config.family.norms_stream() {
+                x = h;
+            }
             let head_norms = layer.head_norms.as_ref();
             let head_norms = head_norms.map(|[q, k]| [norm(q, NormSite::Query(l)), norm(k, NormSite::Key(l))]);
             let config = &self.config;
@@ -477,8 +519,11 @@ impl Decoder {
             let post = layer.attention_post_norm.as_ref().map(|base| norm(base, NormSite::AttentionPost(l)));
             add(&mut x, self.post_norm(h, post)?)?;
             let h = self.norm(&x, &norm(&layer.mlp_norm, NormSite::Mlp(l)))?;
-            let h = self.activate(self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?)?;
-            let h = self.linear(&layer.down, l, Site::Down, &h, delta)?;
+            let up = self.activate(self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?)?;
+            if self.config.family.norms_stream() {
+                x = h;
+            }
+            let h = self.linear(&layer.down, l, Site::Down, &up, delta)?;
             let post = layer.mlp_post_norm.as_ref().map(|base| norm(base, NormSite::MlpPost(l)));
             add(&mut x, self.post_norm(h, post)?)?;
         }
@@ -489,6 +534,23 @@ impl Decoder {
         let place = |row: usize| wanted.partition_point(|&w| w < row);
         last.own.iter_mut().for_each(|(rows, _)| *rows = place(rows.start)..place(rows.end));
         self.norm(&select(x, wanted)?, &last)?.into_f32()
+    }
+
+    /// What a classification head reads of final hidden states `[rows, hidden_size]`, in the same shape: they themselves, or
+    /// what the pooler makes of them.
+    pub fn pooled(&self, states: Vec<f32>, delta: &dyn Delta) -> Result<Vec<f32>> {
+        let Some(pooler) = &self.pooler else { return Ok(states) };
+        let width = self.config.hidden_size;
+        let x = match self.options.kernels {
+            Kernels::Packed(_) => Rows::Host { data: states, width },
+            Kernels::Tensor => {
+                let x = Tensor::from_slice(&states, (states.len() / width, width), &self.options.device)?;
+                Rows::Device(x.to_dtype(self.options.dtype)?)
+            }
+        };
+        let mut y = self.linear(pooler, 0, Site::Pooler, &x, delta)?.into_f32()?;
+        y.iter_mut().for_each(|y| *y = y.tanh());
+        Ok(y)
     }
 
     /// Logits `[rows, width]` of final hidden states `[rows, hidden_size]`, `width` being the largest vocabulary among

@@ -1,8 +1,8 @@
-//! The families of decoders: what their modules are called and how their layers differ.
+//! The families of models: what their modules are called and how their layers differ.
 
 use std::fmt;
 
-/// The linear layers of a decoder block. LoRA adapters target these.
+/// The linear layers of a block, and the pooler after the blocks. LoRA adapters target these.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Projection {
     Q,
@@ -16,9 +16,11 @@ pub enum Projection {
     /// Gate and up in one matrix, their outputs in this order.
     GateUp,
     Down,
+    /// What an encoder's classification head reads goes through it. It is one, and counts as layer 0's.
+    Pooler,
 }
 
-/// The linear layers of a block after fusion. An adapter's delta is added at each.
+/// The linear layers of a block after fusion, and the pooler. An adapter's delta is added at each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Site {
     Qkv,
@@ -26,6 +28,7 @@ pub enum Site {
     /// Up alone where the family has no gate.
     GateUp,
     Down,
+    Pooler,
 }
 
 impl Site {
@@ -37,10 +40,11 @@ impl Site {
             O => Site::O,
             Gate | Up | GateUp => Site::GateUp,
             Down => Site::Down,
+            Pooler => Site::Pooler,
         }
     }
 
-    pub const ALL: [Site; 4] = [Site::Qkv, Site::O, Site::GateUp, Site::Down];
+    pub const ALL: [Site; 5] = [Site::Qkv, Site::O, Site::GateUp, Site::Down, Site::Pooler];
 
     /// The projections whose outputs lie side by side in this layer's output.
     pub fn projections(self, family: Family) -> &'static [Projection] {
@@ -54,11 +58,13 @@ impl Site {
             Site::GateUp if family.is_gated() => &[Gate, Up],
             Site::GateUp => &[Up],
             Site::Down => &[Down],
+            Site::Pooler if family.names().pooler.is_some() => &[Pooler],
+            Site::Pooler => &[],
         }
     }
 }
 
-/// The norms of a decoder, those of a layer with its number. An adapter may bring its own weights for them.
+/// The norms of a model, those of a layer with its number. An adapter may bring its own weights for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum NormSite {
     Attention(usize),
@@ -80,7 +86,7 @@ pub enum Module {
     LmHead,
 }
 
-/// An architecture of decoders, by Hugging Face's `model_type`.
+/// An architecture, by Hugging Face's `model_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Family {
     Llama,
@@ -90,6 +96,7 @@ pub enum Family {
     Gemma2,
     Phi3,
     Gpt2,
+    Bert,
 }
 
 /// Modules as Hugging Face's implementation of a family names them. Those of a layer are relative to it.
@@ -100,8 +107,10 @@ pub struct Names {
     pub embedding: &'static str,
     /// Learned positions.
     pub positions: Option<&'static str>,
+    /// What tells the texts of a pair apart. All tokens are of the first.
+    pub token_types: Option<&'static str>,
     pub layers: &'static str,
-    /// Before attention.
+    /// Before attention; where [`Family::norms_stream`], after the MLP of the layer before.
     pub attention_norm: &'static str,
     /// After attention, before its result is added.
     pub attention_post_norm: Option<&'static str>,
@@ -112,8 +121,11 @@ pub struct Names {
     /// After the MLP, before its result is added.
     pub mlp_post_norm: Option<&'static str>,
     pub projections: &'static [(Projection, &'static str)],
-    /// Before the output layer.
+    /// Before the output layer; where [`Family::norms_stream`], before the first layer.
     pub norm: &'static str,
+    pub pooler: Option<&'static str>,
+    /// The classification head of a model that is one.
+    pub head: &'static str,
 }
 
 /// The output layer, in every family.
@@ -123,6 +135,7 @@ const LLAMA: Names = Names {
     root: "model",
     embedding: "model.embed_tokens",
     positions: None,
+    token_types: None,
     layers: "model.layers",
     attention_norm: "input_layernorm",
     attention_post_norm: None,
@@ -139,6 +152,8 @@ const LLAMA: Names = Names {
         (Projection::Down, "mlp.down_proj"),
     ],
     norm: "model.norm",
+    pooler: None,
+    head: "score",
 };
 
 const QWEN3: Names = Names { head_norms: Some(["self_attn.q_norm", "self_attn.k_norm"]), ..LLAMA };
@@ -177,14 +192,53 @@ const GPT2: Names = Names {
     ..LLAMA
 };
 
+const BERT: Names = Names {
+    root: "bert",
+    embedding: "bert.embeddings.word_embeddings",
+    positions: Some("bert.embeddings.position_embeddings"),
+    token_types: Some("bert.embeddings.token_type_embeddings"),
+    layers: "bert.encoder.layer",
+    attention_norm: "output.LayerNorm",
+    mlp_norm: "attention.output.LayerNorm",
+    projections: &[
+        (Projection::Q, "attention.self.query"),
+        (Projection::K, "attention.self.key"),
+        (Projection::V, "attention.self.value"),
+        (Projection::O, "attention.output.dense"),
+        (Projection::Up, "intermediate.dense"),
+        (Projection::Down, "output.dense"),
+    ],
+    norm: "bert.embeddings.LayerNorm",
+    pooler: Some("bert.pooler.dense"),
+    head: "classifier",
+    ..LLAMA
+};
+
 impl Family {
-    /// What llama.cpp calls it: for it Mistral is a llama.
-    pub fn in_gguf(self) -> Self {
-        if self == Family::Mistral { Family::Llama } else { self }
+    pub const ALL: [Family; 8] = [
+        Family::Llama,
+        Family::Mistral,
+        Family::Qwen2,
+        Family::Qwen3,
+        Family::Gemma2,
+        Family::Phi3,
+        Family::Gpt2,
+        Family::Bert,
+    ];
+
+    /// What llama.cpp calls it: for it Mistral is a llama. `None` where its files are not read.
+    pub fn in_gguf(self) -> Option<Self> {
+        match self {
+            Family::Mistral => Some(Family::Llama),
+            Family::Bert => None,
+            _ => Some(self),
+        }
     }
 
-    pub const ALL: [Family; 7] =
-        [Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3, Family::Gemma2, Family::Phi3, Family::Gpt2];
+    /// Those that GGUF files are read of.
+    pub fn all_in_gguf() -> impl Iterator<Item = Self> {
+        Family::ALL.into_iter().filter(|family| family.in_gguf() == Some(*family))
+    }
 
     /// `model_type` of Hugging Face, `general.architecture` of GGUF.
     pub fn name(self) -> &'static str {
@@ -196,6 +250,7 @@ impl Family {
             Family::Gemma2 => "gemma2",
             Family::Phi3 => "phi3",
             Family::Gpt2 => "gpt2",
+            Family::Bert => "bert",
         }
     }
 
@@ -210,6 +265,7 @@ impl Family {
             Family::Gemma2 => &GEMMA2,
             Family::Phi3 => &PHI3,
             Family::Gpt2 => &GPT2,
+            Family::Bert => &BERT,
         }
     }
 
@@ -218,7 +274,7 @@ impl Family {
         self.names().projections.iter().map(|(projection, _)| *projection)
     }
 
-    /// A projection's path inside a decoder layer, as Hugging Face names it.
+    /// A projection's path inside a layer, as Hugging Face names it.
     ///
     /// # Panics
     /// If the family has no such projection.
@@ -235,7 +291,19 @@ impl Family {
 
     /// Whether the MLP multiplies a gate with what goes up.
     pub fn is_gated(self) -> bool {
-        self != Family::Gpt2
+        !matches!(self, Family::Gpt2 | Family::Bert)
+    }
+
+    /// Whether every token sees all of its sequence, which therefore has to be computed as a whole, and whose first token
+    /// stands for it.
+    pub fn is_encoder(self) -> bool {
+        self == Family::Bert
+    }
+
+    /// Whether a norm's result takes the place of the hidden state, instead of being a sublayer's input alone. Each norm is
+    /// then where the next sublayer begins, and the last one's place is the end of the last layer.
+    pub fn norms_stream(self) -> bool {
+        self == Family::Bert
     }
 
     /// Whether Hugging Face's files hold linear layers as `[in_features, out_features]`.
@@ -343,6 +411,14 @@ impl Architecture {
                 mlp_bias: true,
                 ..plain
             },
+            Family::Bert => Architecture {
+                norm: NormKind::Layer,
+                activation: Activation::Gelu,
+                qkv_bias: true,
+                o_bias: true,
+                mlp_bias: true,
+                ..plain
+            },
         }
     }
 
@@ -353,6 +429,7 @@ impl Architecture {
             Q | K | V | Qkv => self.qkv_bias,
             O => self.o_bias,
             Gate | Up | GateUp | Down => self.mlp_bias,
+            Pooler => true,
         }
     }
 }

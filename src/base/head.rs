@@ -3,13 +3,11 @@
 use serde_json::Value;
 
 use super::labels;
-use crate::base::Weights;
+use crate::base::{ModelConfig, RawTensor, Weights};
 use crate::{Error, Result};
 
-/// What transformers calls it in the models that end in `ForSequenceClassification`.
-const SCORE: &str = "score.weight";
-
-/// A trained classification head over the last token's hidden state.
+/// A trained classification head over the hidden state of the token that stands for the sequence: a decoder's last, or what
+/// the pooler makes of an encoder's first.
 #[derive(Debug, Clone)]
 pub struct Head {
     /// `[labels, hidden_size]`, row-major.
@@ -21,26 +19,48 @@ pub struct Head {
 }
 
 impl Head {
-    /// The head of a base that is a classification; `None` where it is none. `id2label` is that of its `config.json`.
-    pub(super) fn of_base(weights: &Weights, hidden: usize, id2label: &Value) -> Result<Option<Self>> {
-        let Some(raw) = weights.find(SCORE)? else { return Ok(None) };
-        let wrong = |what: String| Err(Error::unprocessable(format!("base weights: {SCORE} {what}")));
+    /// The head of a base that is a classification; `None` where it is none. `json` is its `config.json`.
+    pub(super) fn of_base(weights: &Weights, config: &ModelConfig, json: &Value) -> Result<Option<Self>> {
+        let (name, hidden) = (format!("{}.weight", config.family.names().head), config.hidden_size);
+        let Some(raw) = weights.find(&name)? else { return Ok(None) };
+        let wrong = |name: &str, what: String| Error::unprocessable(format!("base weights: {name} {what}"));
         let rows = match raw.shape[..] {
+            [1, columns] if columns == hidden => {
+                let what =
+                    "has one row: a regression or a reward model, which is not supported; expected two classes or more";
+                return Err(wrong(&name, what.into()));
+            }
             [rows, columns] if columns == hidden && rows > 0 => rows,
-            _ => return wrong(format!("has shape {:?}; expected [labels, {hidden}]", raw.shape)),
+            _ => return Err(wrong(&name, format!("has shape {:?}; expected [labels, {hidden}]", raw.shape))),
         };
-        let weight = raw.to_f32().map_err(|e| e.context(SCORE))?;
-        if let Some(number) = weight.iter().find(|x| !x.is_finite()) {
-            return wrong(format!("has the number {number}"));
+        let problem = &json["problem_type"];
+        if !problem.is_null() && problem != "single_label_classification" {
+            let what = "expected single_label_classification, whose probabilities add up to 1";
+            return Err(Error::unprocessable(format!("config.json: problem_type is {problem}; {what}")));
         }
-        let labels = match id2label {
+        let numbers = |name: &str, raw: RawTensor| -> Result<Vec<f32>> {
+            let numbers = raw.to_f32().map_err(|e| e.context(name))?;
+            match numbers.iter().find(|x| !x.is_finite()) {
+                Some(number) => Err(wrong(name, format!("has the number {number}"))),
+                None => Ok(numbers),
+            }
+        };
+        let weight = numbers(&name, raw)?;
+        let labels = match &json["id2label"] {
             Value::Null => labels::default_names(rows),
             named => labels::from_json(named).map_err(|e| e.context("config.json: id2label"))?,
         };
         if labels.len() != rows {
-            return wrong(format!("has {rows} rows, and id2label of config.json {} names", labels.len()));
+            return Err(wrong(&name, format!("has {rows} rows, and id2label of config.json {} names", labels.len())));
         }
-        Ok(Some(Head { weight, bias: None, labels }))
+        let name = format!("{}.bias", config.family.names().head);
+        let bias = match weights.find(&name)? {
+            Some(raw) if raw.shape != [rows] => {
+                return Err(wrong(&name, format!("has shape {:?}; expected [{rows}], one a class", raw.shape)));
+            }
+            bias => bias.map(|raw| numbers(&name, raw)).transpose()?,
+        };
+        Ok(Some(Head { weight, bias, labels }))
     }
 
     /// Logits `[labels]` for a final hidden state `[hidden_size]`.

@@ -83,9 +83,8 @@ impl Base {
         let template = template(read("chat_template.jinja")?, &settings);
         let chat = template.map(|t| ChatTemplate::new(&t, token("bos_token"), token("eos_token"))).transpose()?;
         let weights = Weights::open_directory(directory, config.family)?;
-        let id2label = serde_json::from_str::<Value>(&text).map_or(Value::Null, |mut c| c["id2label"].take());
-        let head = Head::of_base(&weights, config.hidden_size, &id2label)?.map(Arc::new);
-        config.predicts = head.is_none() || config.tie_word_embeddings || weights.find("lm_head.weight")?.is_some();
+        let head = Head::of_base(&weights, &config, &json("config.json")?)?.map(Arc::new);
+        config.predicts &= head.is_none() || config.tie_word_embeddings || weights.find("lm_head.weight")?.is_some();
         weights.check(&config)?;
         Ok(Base { id: id.into(), config, weights, tokenizer: Arc::new(tokenizer), chat: chat.map(Arc::new), head })
     }

@@ -264,9 +264,9 @@ impl Tokenizer {
         self
     }
 
-    /// Token ids of a text for a classification head: as for a prompt, but always with the model's BOS token in front.
-    /// Heads are trained on whole sequences, and there the first token is BOS even where the tokenizer adds none to a
-    /// prompt (SmolLM2's does not).
+    /// Token ids of a text for a classification head: as for a prompt, but always with the model's BOS token in front where
+    /// it has one. Heads are trained on whole sequences, and there the first token is BOS even where the tokenizer adds none
+    /// to a prompt (SmolLM2's does not).
     pub fn encode_for_head(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(text, true)?;
         if let Some(bos) = self.bos.filter(|bos| ids.first() != Some(bos)) {

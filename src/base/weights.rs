@@ -162,9 +162,15 @@ impl Weights {
         let names = family.names();
         let root = format!("{}.", names.root);
         if !self.places.keys().any(|name| name.starts_with(&root)) {
-            let named = |name: String| if name.starts_with(LM_HEAD) { name } else { format!("{root}{name}") };
+            let outside = |name: &str| name.starts_with(LM_HEAD) || name.starts_with(names.head);
+            let named = |name: String| if outside(&name) { name } else { format!("{root}{name}") };
             self.places = self.places.into_iter().map(|(name, place)| (named(name), place)).collect();
             self.unreadable = self.unreadable.into_iter().map(|(name, dtype)| (named(name), dtype)).collect();
+        }
+        // What the norms of the first BERT models, converted from TensorFlow, call theirs.
+        for (old, new) in [(".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")] {
+            let named = |name: String| name.strip_suffix(old).map(|module| format!("{module}{new}")).unwrap_or(name);
+            self.places = self.places.into_iter().map(|(name, place)| (named(name), place)).collect();
         }
         for (name, place) in &mut self.places {
             let Some(module) = name.strip_suffix(".weight") else { continue };

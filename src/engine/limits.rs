@@ -36,7 +36,7 @@ impl Limits {
         self.check_prompt(request)?;
         if !self.predicts && request.task != Task::Classify {
             return Err(Error::bad_request(
-                "the base model is a classification without an output layer: it classifies only",
+                "the base model has no output layer that predicts tokens: it classifies only",
             ));
         }
         match &request.task {

@@ -14,7 +14,7 @@ pub enum Output {
     LastLogits,
     /// Logits over the adapter's vocabulary of the last `n` rows: `[n * vocab_size]`, row-major.
     Logits(usize),
-    /// Logits of the adapter's classification head at the last row: `[labels]`.
+    /// Logits of the adapter's classification head, or of the base's own, for the sequence up to the last row: `[labels]`.
     Head,
 }
 
@@ -42,6 +42,10 @@ pub trait Model: Send {
     fn classes(&self) -> usize;
     /// Whether the base predicts tokens.
     fn predicts(&self) -> bool;
+    /// Whether a sequence has to be computed in one step, its tokens depending on later ones.
+    fn is_encoder(&self) -> bool {
+        false
+    }
     /// Longest sequence in tokens.
     fn context(&self) -> usize;
     /// Tokens a block of the KV cache holds.

@@ -49,6 +49,10 @@ impl Model for Runner {
         self.decoder.config().predicts
     }
 
+    fn is_encoder(&self) -> bool {
+        self.decoder.config().family.is_encoder()
+    }
+
     fn context(&self) -> usize {
         self.decoder.config().context
     }
@@ -96,40 +100,45 @@ impl Runner {
                 Output::Logits(n) => n.min(rows.len()),
             };
             share[i] = wanted.len()..wanted.len() + count;
-            wanted.extend(rows.end - count..rows.end);
+            match w.output {
+                // An encoder's first token stands for the sequence.
+                Output::Head if self.is_encoder() => wanted.push(rows.start),
+                _ => wanted.extend(rows.end - count..rows.end),
+            }
             sequences.push(SequenceRows { rows, start: w.start, blocks: &w.blocks });
         }
 
         let delta = BatchDelta::new(self.simd, segments);
         let states = self.decoder.forward(&tokens, &sequences, &mut self.cache, &delta, &wanted)?;
-        let state = |row: usize| &states[row * hidden..][..hidden];
 
-        // Rows whose logits are wanted, in the same order, and each work's share of them.
-        let (mut gathered, mut segments) = (Vec::new(), Vec::new());
-        let mut places: Vec<usize> = vec![0; work.len()];
-        for &i in order.iter().filter(|&&i| matches!(work[i].output, Output::LastLogits | Output::Logits(_))) {
-            places[i] = gathered.len() / hidden;
-            gathered.extend(share[i].clone().flat_map(state));
-            append(&mut segments, places[i]..gathered.len() / hidden, &work[i]);
-        }
-        let rows = gathered.len() / hidden;
-        let logits = match rows {
-            0 => vec![],
-            _ => self.decoder.logits(&gathered, &BatchDelta::new(self.simd, segments))?,
+        // States of rows for the output layer or for the heads, in the same order; where each work's begin; their adapters.
+        let gather = |wanted: &dyn Fn(Output) -> bool| {
+            let (mut gathered, mut segments, mut places) = (Vec::new(), Vec::new(), vec![0; work.len()]);
+            for &i in order.iter().filter(|&&i| wanted(work[i].output)) {
+                places[i] = gathered.len() / hidden;
+                gathered.extend_from_slice(&states[share[i].start * hidden..share[i].end * hidden]);
+                append(&mut segments, places[i]..gathered.len() / hidden, &work[i]);
+            }
+            (gathered, places, BatchDelta::new(self.simd, segments))
         };
+        let (gathered, places, delta) = gather(&|o| matches!(o, Output::LastLogits | Output::Logits(_)));
+        let rows = gathered.len() / hidden;
+        let logits = if rows == 0 { vec![] } else { self.decoder.logits(&gathered, &delta)? };
+        let (gathered, heads, delta) = gather(&|o| o == Output::Head);
+        let pooled = if gathered.is_empty() { gathered } else { self.decoder.pooled(gathered, &delta)? };
         let width = logits.len() / rows.max(1);
-        let outputs = work.iter().zip(share.iter().zip(&places)).map(|(w, (share, place))| match w.output {
+        let outputs = work.iter().enumerate().map(|(i, w)| match w.output {
             Output::None => Ok(vec![]),
             Output::LastLogits | Output::Logits(_) => {
-                let rows = logits[place * width..][..share.len() * width].chunks_exact(width.max(1));
-                let mut own = Vec::with_capacity(share.len() * vocab(w));
+                let rows = logits[places[i] * width..][..share[i].len() * width].chunks_exact(width.max(1));
+                let mut own = Vec::with_capacity(share[i].len() * vocab(w));
                 rows.for_each(|row| own.extend_from_slice(&row[..vocab(w)]));
                 Ok(own)
             }
             Output::Head => {
                 let head = w.adapter.as_ref().and_then(|a| a.head()).or(self.head.as_deref());
                 let head = head.ok_or_else(|| Error::internal("classification without a head"))?;
-                Ok(head.logits(state(share.start)))
+                Ok(head.logits(&pooled[heads[i] * hidden..][..hidden]))
             }
         });
         outputs.collect()

@@ -23,6 +23,8 @@ pub enum Rows {
     Last,
     /// The classification head's logits of the last token.
     Head,
+    /// The classification head's logits of a sequence that is computed in one step.
+    Whole,
     /// The logits of every position from this one to the last but one. The last token itself is not computed.
     From(usize),
 }
@@ -70,7 +72,7 @@ impl<P> Sequence<P> {
     /// Leading tokens to compute before the caller has all it needs for now.
     fn target(&self) -> usize {
         match self.rows {
-            Rows::Last | Rows::Head => self.tokens.len(),
+            Rows::Last | Rows::Head | Rows::Whole => self.tokens.len(),
             Rows::From(_) => self.tokens.len() - 1,
         }
     }
@@ -83,6 +85,7 @@ impl<P> Sequence<P> {
     fn reusable(&self) -> usize {
         match self.rows {
             Rows::Last | Rows::Head => self.tokens.len() - 1,
+            Rows::Whole => 0,
             Rows::From(first) => first,
         }
     }
@@ -101,7 +104,7 @@ impl<P> Sequence<P> {
         let end = self.computed + count;
         match self.rows {
             Rows::Last if end == self.target() => Output::LastLogits,
-            Rows::Head if end == self.target() => Output::Head,
+            Rows::Head | Rows::Whole if end == self.target() => Output::Head,
             Rows::From(first) if end > first => Output::Logits(end - first.max(self.computed)),
             _ => Output::None,
         }
@@ -244,6 +247,9 @@ impl<P> Scheduler<P> {
         for part in step {
             let sequence = &mut self.running[part.index];
             sequence.computed += part.tokens;
+            if sequence.rows == Rows::Whole {
+                continue;
+            }
             for block in sequence.published..sequence.computed / size {
                 let key = sequence.key(block, size);
                 self.pool.publish(sequence.table[block], key);
@@ -302,8 +308,13 @@ impl<P> Scheduler<P> {
         // Blocks and rows are dealt out in order of arrival, again so that the oldest advances.
         let mut rows = self.options.max_rows;
         for (p, index) in prompts.drain(..).enumerate() {
+            let (is_whole, remaining) = (self.running[index].rows == Rows::Whole, self.running[index].remaining());
+            if is_whole && given[p] < remaining {
+                // The oldest goes on in any case, be it longer than a step.
+                given[p] = if step.is_empty() { remaining } else { 0 };
+            }
             let tokens = self.take(index, given[p], rows);
-            if tokens == 0 {
+            if tokens == 0 || is_whole && tokens < remaining {
                 continue;
             }
             let output = self.running[index].output(tokens);

@@ -176,7 +176,7 @@ impl Stepper {
                 others = (left > 1).then(|| (generate.clone(), seed));
                 (Rows::Last, Job::generate(0, generate, &request.prompt, seed))
             }
-            Task::Classify => (Rows::Head, Job::Classify),
+            Task::Classify => (if self.model.is_encoder() { Rows::Whole } else { Rows::Head }, Job::Classify),
             // The row before a token has its logits.
             Task::Score { from } => (Rows::From(from - 1), Job::Score(vec![])),
         };

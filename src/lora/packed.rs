@@ -169,7 +169,7 @@ impl PackedAdapter {
                     if let Some(pair) = adapter.pairs.remove(&(layer, projection)) {
                         if pair.magnitude.is_some() {
                             let weights = base.weights(Module::Linear(layer, projection))?;
-                            let named = |e: Error| e.context(config.in_layer(layer, config.family.path(projection)));
+                            let named = |e: Error| e.context(config.module(layer, projection));
                             gain = dora::gains(&weights, &pair).map_err(named)?;
                         }
                         shift =

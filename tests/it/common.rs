@@ -47,7 +47,13 @@ pub struct SharedRunner(Arc<Mutex<Runner>>);
 
 impl SharedRunner {
     pub fn new(decoder: Decoder, kv_bytes: usize) -> Self {
-        SharedRunner(Arc::new(Mutex::new(Runner::new(decoder, kv_bytes).unwrap())))
+        Runner::new(decoder, kv_bytes).unwrap().into()
+    }
+}
+
+impl From<Runner> for SharedRunner {
+    fn from(runner: Runner) -> Self {
+        SharedRunner(Arc::new(Mutex::new(runner)))
     }
 }
 
@@ -60,6 +66,9 @@ impl Model for SharedRunner {
     }
     fn predicts(&self) -> bool {
         self.0.lock().unwrap().predicts()
+    }
+    fn is_encoder(&self) -> bool {
+        self.0.lock().unwrap().is_encoder()
     }
     fn context(&self) -> usize {
         self.0.lock().unwrap().context()

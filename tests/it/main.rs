@@ -3,6 +3,7 @@
 mod bad_input;
 mod blends;
 mod churn;
+mod classifications;
 mod cli;
 mod clients;
 mod common;

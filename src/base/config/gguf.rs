@@ -28,9 +28,8 @@ impl ModelConfig {
     pub(in crate::base) fn from_gguf(gguf: &Gguf, data: &[u8]) -> Result<Self> {
         let unsupported = |what: String| Err(Error::unprocessable(format!("GGUF: {what}")));
         let name = gguf.text("general.architecture")?;
-        let Some(family) = Family::from_name(name).filter(|f| f.in_gguf() == *f) else {
-            let known = Family::ALL.into_iter().filter(|f| f.in_gguf() == *f).map(Family::name);
-            let known = known.collect::<Vec<_>>().join(", ");
+        let Some(family) = Family::all_in_gguf().find(|family| family.name() == name) else {
+            let known = Family::all_in_gguf().map(Family::name).collect::<Vec<_>>().join(", ");
             return unsupported(format!("general.architecture is {name:?}; supported: {known}"));
         };
         let number = |key: &str| gguf.number(&format!("{family}.{key}"));

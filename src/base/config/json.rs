@@ -96,11 +96,12 @@ impl ModelConfig {
         let head_dim = match family {
             Family::Qwen3 => fields.get_or("head_dim", 128, share)?,
             Family::Gemma2 => fields.get_or("head_dim", 256, share)?,
-            Family::Gpt2 => share,
+            Family::Gpt2 | Family::Bert => share,
             _ => fields.get("head_dim")?.unwrap_or(share),
         };
-        if family == Family::Gpt2 && head_dim * heads != hidden_size {
-            return Err(bad_json(format!("n_embd is {hidden_size}, not a multiple of n_head, {heads}")));
+        if matches!(family, Family::Gpt2 | Family::Bert) && head_dim * heads != hidden_size {
+            let [width, of_heads] = ["hidden_size", "num_attention_heads"].map(|key| fields.name(key));
+            return Err(bad_json(format!("{width} is {hidden_size}, not a multiple of {of_heads}, {heads}")));
         }
         let (kv, context, eps, tied) = match family {
             Family::Llama => (heads, 2048, 1e-6, false),
@@ -109,9 +110,11 @@ impl ModelConfig {
             Family::Gemma2 => (4, 8192, 1e-6, true),
             Family::Phi3 => (heads, 4096, 1e-5, false),
             Family::Gpt2 => (heads, 1024, 1e-5, true),
+            Family::Bert => (heads, 512, 1e-12, true),
         };
         let (kv_heads, eps_name) = match family {
             Family::Gpt2 => (heads, "layer_norm_epsilon"),
+            Family::Bert => (heads, "layer_norm_eps"),
             _ => (fields.get_or("num_key_value_heads", kv, heads)?, "rms_norm_eps"),
         };
         let intermediate_size = match family {
@@ -122,7 +125,7 @@ impl ModelConfig {
             (fields.need("num_hidden_layers")?, fields.get_or("max_position_embeddings", context, 0)?);
         check_layers(layers)?;
         let (rope, context) = match family {
-            Family::Gpt2 => (None, context),
+            Family::Gpt2 | Family::Bert => (None, context),
             _ => {
                 let (rope, context) = rope_from_json(&fields, family, head_dim, context)?;
                 (Some(rope), context)
@@ -143,7 +146,7 @@ impl ModelConfig {
             architecture: architecture_from_json(&fields, family)?,
             context,
             tie_word_embeddings: fields.get("tie_word_embeddings")?.unwrap_or(tied),
-            predicts: true,
+            predicts: !family.is_encoder(),
             bos_token: fields.get("bos_token_id")?,
             eos_tokens: match fields.get("eos_token_id")? {
                 None => vec![],
@@ -192,9 +195,19 @@ fn architecture_from_json(fields: &Fields, family: Family) -> Result<Architectur
                 return Err(bad_json("add_cross_attention is true; supported: decoders without an encoder"));
             }
         }
+        Family::Bert => {
+            for key in ["is_decoder", "add_cross_attention"] {
+                if fields.flag(key)? {
+                    return Err(bad_json(format!("{key} is true; supported: encoders, whose tokens see each other")));
+                }
+            }
+            if let Some(kind) = fields.get::<String>("position_embedding_type")?.filter(|kind| kind != "absolute") {
+                return Err(bad_json(format!("position_embedding_type is {kind:?}; supported: absolute")));
+            }
+        }
         Family::Mistral | Family::Qwen2 | Family::Phi3 => {}
     }
-    if family != Family::Gpt2 && family != Family::Qwen2 {
+    if !matches!(family, Family::Gpt2 | Family::Qwen2 | Family::Bert) {
         a.o_bias = a.qkv_bias;
     }
     Ok(a)
@@ -204,7 +217,7 @@ fn architecture_from_json(fields: &Fields, family: Family) -> Result<Architectur
 fn windows_from_json(fields: &Fields, family: Family, layers: usize) -> Result<Vec<Option<usize>>> {
     let key = "sliding_window";
     let window = match family {
-        Family::Llama | Family::Gpt2 => return Ok(vec![]),
+        Family::Llama | Family::Gpt2 | Family::Bert => return Ok(vec![]),
         Family::Phi3 => return Ok(vec![fields.get(key)?; layers]),
         Family::Mistral => return Ok(vec![fields.get_or(key, Some(4096), None)?; layers]),
         Family::Qwen2 | Family::Qwen3 if !fields.flag("use_sliding_window")? => None,

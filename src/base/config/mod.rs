@@ -1,4 +1,4 @@
-//! What a decoder is made of, read from `config.json` or from GGUF metadata.
+//! What a model is made of, read from `config.json` or from GGUF metadata.
 
 mod gguf;
 mod json;
@@ -20,7 +20,7 @@ pub struct TargetModule {
 /// Far more than any model has; keeps a lying configuration from asking for lists of millions of modules.
 const MAX_LAYERS: usize = 1 << 12;
 
-/// A decoder's dimensions and constants.
+/// A model's dimensions and constants.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     pub family: Family,
@@ -40,7 +40,7 @@ pub struct ModelConfig {
     /// Longest sequence, in tokens.
     pub context: usize,
     pub tie_word_embeddings: bool,
-    /// Whether it predicts tokens. A classification with an output layer of its own has left it behind.
+    /// Whether it predicts tokens. A classification may have left the output layer behind, and an encoder has none.
     pub predicts: bool,
     pub bos_token: Option<u32>,
     /// Tokens that end a generation.
@@ -123,6 +123,7 @@ impl ModelConfig {
             Projection::Gate | Projection::Up => (self.intermediate_size, self.hidden_size),
             Projection::GateUp => (2 * self.intermediate_size, self.hidden_size),
             Projection::Down => (self.hidden_size, self.intermediate_size),
+            Projection::Pooler => (self.hidden_size, self.hidden_size),
         }
     }
 
@@ -131,36 +132,51 @@ impl ModelConfig {
         format!("{}.{layer}.{path}", self.family.names().layers)
     }
 
-    /// Every norm with its full module path and its width, in the order of the layers.
-    pub fn norms(&self) -> Vec<(NormSite, String, usize)> {
+    /// A norm's full module path and its width; `None` where there is no such norm.
+    pub fn norm(&self, site: NormSite) -> Option<(String, usize)> {
         let names = self.family.names();
         let [query, key] = names.head_norms.map_or([None, None], |names| names.map(Some));
-        let layer = |l: usize| {
-            [
-                (NormSite::Attention(l), Some(names.attention_norm), self.hidden_size),
-                (NormSite::Query(l), query, self.head_dim),
-                (NormSite::Key(l), key, self.head_dim),
-                (NormSite::AttentionPost(l), names.attention_post_norm, self.hidden_size),
-                (NormSite::Mlp(l), Some(names.mlp_norm), self.hidden_size),
-                (NormSite::MlpPost(l), names.mlp_post_norm, self.hidden_size),
-            ]
-            .into_iter()
-            .filter_map(move |(site, path, width)| Some((site, self.in_layer(l, path?), width)))
+        let after = |l: usize| self.in_layer(l, names.attention_norm);
+        let (name, width) = match site {
+            NormSite::Attention(0) if self.family.norms_stream() => (names.norm.into(), self.hidden_size),
+            NormSite::Attention(l) if self.family.norms_stream() => (after(l - 1), self.hidden_size),
+            NormSite::Final if self.family.norms_stream() => (after(self.layers - 1), self.hidden_size),
+            NormSite::Attention(l) => (after(l), self.hidden_size),
+            NormSite::Query(l) => (self.in_layer(l, query?), self.head_dim),
+            NormSite::Key(l) => (self.in_layer(l, key?), self.head_dim),
+            NormSite::AttentionPost(l) => (self.in_layer(l, names.attention_post_norm?), self.hidden_size),
+            NormSite::Mlp(l) => (self.in_layer(l, names.mlp_norm), self.hidden_size),
+            NormSite::MlpPost(l) => (self.in_layer(l, names.mlp_post_norm?), self.hidden_size),
+            NormSite::Final => (names.norm.into(), self.hidden_size),
         };
-        let last = (NormSite::Final, names.norm.to_string(), self.hidden_size);
-        (0..self.layers).flat_map(layer).chain([last]).collect()
+        Some((name, width))
     }
 
-    /// Every linear layer inside the decoder blocks, in the order of the layers.
+    /// Every norm with its full module path and its width, in the order of the layers.
+    pub fn norms(&self) -> Vec<(NormSite, String, usize)> {
+        use NormSite::*;
+        let layer = |l| [Attention(l), Query(l), Key(l), AttentionPost(l), Mlp(l), MlpPost(l)];
+        let sites = (0..self.layers).flat_map(layer).chain([Final]);
+        sites.filter_map(|site| self.norm(site).map(|(name, width)| (site, name, width))).collect()
+    }
+
+    /// A linear layer's full module path.
+    pub fn module(&self, layer: usize, projection: Projection) -> String {
+        match (projection, self.family.names().pooler) {
+            (Projection::Pooler, Some(name)) => name.into(),
+            _ => self.in_layer(layer, self.family.path(projection)),
+        }
+    }
+
+    /// Every linear layer of the blocks, in the order of the layers, and the pooler.
     pub fn target_modules(&self) -> Vec<TargetModule> {
-        let modules = |layer: usize| {
-            self.family.projections().map(move |projection| {
-                let (out_features, in_features) = self.shape(projection);
-                let name = self.in_layer(layer, self.family.path(projection));
-                TargetModule { name, layer, projection, out_features, in_features }
-            })
+        let module = |(layer, projection)| {
+            let (out_features, in_features) = self.shape(projection);
+            TargetModule { name: self.module(layer, projection), layer, projection, out_features, in_features }
         };
-        (0..self.layers).flat_map(modules).collect()
+        let blocks = (0..self.layers).flat_map(|layer| self.family.projections().map(move |p| (layer, p)));
+        let pooler = self.family.names().pooler.map(|_| (0, Projection::Pooler));
+        blocks.chain(pooler).map(module).collect()
     }
 }
 
