@@ -116,9 +116,14 @@ impl Adapter {
 
     /// The first thing that is no plain low-rank pair of a linear layer and no head, if there is one.
     pub fn beyond_pairs(&self) -> Option<&'static str> {
+        let has_magnitude = self.pairs.values().any(|p| p.magnitude.is_some());
+        if has_magnitude { Some("DoRA's magnitudes") } else { self.beyond_dora() }
+    }
+
+    /// The same where pairs may have magnitudes.
+    pub fn beyond_dora(&self) -> Option<&'static str> {
         let table = |t: &TableChange| t.rows.is_some() || t.pair.is_some();
         match () {
-            _ if self.pairs.values().any(|p| p.magnitude.is_some()) => Some("DoRA's magnitudes"),
             _ if self.pairs.values().any(|p| p.bias.is_some()) || !self.biases.is_empty() => Some("biases"),
             _ if !self.norms.is_empty() => Some("norms"),
             _ if table(&self.embedding) => Some("changed embeddings"),

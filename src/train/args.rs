@@ -70,6 +70,9 @@ pub struct LoraArgs {
     /// Share of the pairs' inputs left out at random in each step
     #[arg(long, default_value_t = 0.0)]
     pub dropout: f64,
+    /// Train magnitudes beside the pairs (DoRA); slower
+    #[arg(long)]
+    pub dora: bool,
     /// Projections with a pair: names such as q_proj,v_proj, or all-linear
     #[arg(long, value_delimiter = ',', default_value = "q_proj,v_proj")]
     pub target_modules: Vec<String>,

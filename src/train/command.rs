@@ -77,7 +77,8 @@ fn lora(args: &LoraArgs) -> Result<LoraOptions> {
         return wrong(format!("--alpha is {alpha}; expected more than 0"));
     }
     let targets = args::projections(&args.target_modules).map_err(Error::bad_request)?;
-    Ok(LoraOptions { rank: args.rank, alpha, rslora: args.rslora, dropout: args.dropout, targets })
+    let LoraArgs { rank, rslora, dropout, dora, .. } = *args;
+    Ok(LoraOptions { rank, alpha, rslora, dropout, dora, targets })
 }
 
 fn push(args: &TrainArgs, method: &Method, name: &str) -> Result<Option<Push>> {

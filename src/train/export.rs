@@ -67,7 +67,14 @@ impl Export<'_> {
                 let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, self.network.device());
                 tensors.push((name("lora_A"), zeros((1, k))?));
                 tensors.push((name("lora_B"), zeros((n, 1))?));
-                LoraOptions { rank: 1, alpha: 1.0, rslora: false, dropout: 0.0, targets: vec![Projection::Q] }
+                LoraOptions {
+                    rank: 1,
+                    alpha: 1.0,
+                    rslora: false,
+                    dropout: 0.0,
+                    dora: false,
+                    targets: vec![Projection::Q],
+                }
             }
         };
         let tensors = tensors.into_iter().map(|(name, t)| (format!("{PREFIX}{name}"), t)).collect();
@@ -88,6 +95,7 @@ impl Export<'_> {
             "r": options.rank,
             "lora_alpha": options.alpha,
             "use_rslora": options.rslora,
+            "use_dora": options.dora,
             "lora_dropout": options.dropout,
             "target_modules": names,
             "layers_to_transform": if *self.method == Method::Head { json!([0]) } else { Value::Null },

@@ -10,7 +10,7 @@ use rand_distr::StandardNormal;
 
 use super::gradients::Gradients;
 use super::layer::{Layer, Pass};
-use super::linear::{Linear, Lora, Weight};
+use super::linear::{Dora, Linear, Lora, Weight};
 use super::ops::{self, Rope, Targets};
 use super::stack::{self, Aim};
 use crate::adapter::{Adapter, LoraPair};
@@ -60,6 +60,8 @@ pub struct LoraOptions {
     pub rslora: bool,
     /// Share of a pair's input that is left out at random, each step anew.
     pub dropout: f64,
+    /// Whether magnitudes are trained beside the pairs (arXiv 2402.09353).
+    pub dora: bool,
     pub targets: Vec<Projection>,
 }
 
@@ -198,6 +200,7 @@ impl Network {
                             b: Var::zeros((n, options.rank), DType::F32, device)?,
                             scale: options.scale(),
                             dropout: options.dropout,
+                            dora: options.dora.then(|| Dora::new(weight.tensor())).transpose()?,
                         })
                     }
                     _ => None,
@@ -250,6 +253,8 @@ impl Network {
                 if let Some(lora) = &linear.lora {
                     all.push((name(FAMILY.path(projection), "lora_A.weight"), &lora.a));
                     all.push((name(FAMILY.path(projection), "lora_B.weight"), &lora.b));
+                    let magnitude = lora.dora.as_ref().map(|dora| &dora.magnitude);
+                    all.extend(magnitude.map(|m| (name(FAMILY.path(projection), "lora_magnitude_vector"), m)));
                 }
             }
             add(&mut all, name("post_attention_layernorm", "weight"), &layer.post_norm);
@@ -303,9 +308,9 @@ impl Network {
             }
             Ok(var.set(&Tensor::from_slice(numbers, var.shape(), &self.device)?)?)
         };
-        if let Some(what) = adapter.beyond_pairs() {
+        if let Some(what) = adapter.beyond_dora() {
             return Err(Error::unprocessable(format!(
-                "the adapter to begin from has {what}, which training does not go on with; supported: plain LoRA"
+                "the adapter to begin from has {what}, which training does not go on with; supported: LoRA and DoRA"
             )));
         }
         for (l, layer) in self.layers.iter().enumerate() {
@@ -313,9 +318,20 @@ impl Network {
                 let what = format!("layer {l}, {}", FAMILY.path(projection));
                 match (&linear.lora, adapter.pairs.get(&(l, projection))) {
                     (None, None) => {}
-                    (Some(lora), Some(LoraPair { scale, a, b, .. })) => {
+                    (Some(lora), Some(LoraPair { scale, a, b, magnitude, .. })) => {
                         set(&lora.a, a, &what)?;
                         set(&lora.b, b, &what)?;
+                        match (&lora.dora, magnitude) {
+                            (None, None) => {}
+                            (Some(dora), Some(magnitude)) => set(&dora.magnitude, magnitude, &what)?,
+                            (found, _) => {
+                                let (here, there) =
+                                    if found.is_some() { ("with", "without") } else { ("without", "with") };
+                                return Err(Error::unprocessable(format!(
+                                    "{what}: a pair {here} DoRA is to be trained, and the adapter to begin from is {there} it"
+                                )));
+                            }
+                        }
                         // The product is what matters: another scale here is made up for in B.
                         let ratio = *scale as f64 / lora.scale;
                         if (ratio - 1.0).abs() > 1e-6 {
@@ -456,7 +472,7 @@ mod tests {
     }
 
     fn lora(rank: usize, alpha: f64, targets: &[Projection]) -> Method {
-        Method::Lora(LoraOptions { rank, alpha, rslora: false, dropout: 0.0, targets: targets.to_vec() })
+        Method::Lora(LoraOptions { rank, alpha, rslora: false, dropout: 0.0, dora: false, targets: targets.to_vec() })
     }
 
     /// The loss and every gradient are those of transformers and PEFT (`tests/tools/reference_gradients.py`).
@@ -495,6 +511,32 @@ mod tests {
             check("generate", &network, loss);
             network.checkpoint_activations();
         }
+    }
+
+    #[test]
+    fn a_step_of_dora_is_pefts() {
+        let base = base();
+        let adapter = crate::adapter::load(&folder().join("adapter_dora_r4"), &base.config, "").unwrap().adapter;
+        let mut targets: Vec<Projection> = adapter.pairs.keys().map(|(_, projection)| *projection).collect();
+        targets.sort();
+        targets.dedup();
+        let pair = adapter.pairs.values().next().unwrap();
+        let alpha = pair.rank as f64 * pair.scale as f64;
+        let options = LoraOptions { rank: pair.rank, alpha, rslora: false, dropout: 0.0, dora: true, targets };
+        let plain = Method::Lora(LoraOptions { dora: false, ..options.clone() });
+        let new = |method: &Method| Network::new(&base, method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        assert!(new(&plain).start_from(&adapter).unwrap_err().message.contains("without DoRA"));
+        let network = new(&Method::Lora(options));
+        let (batch, rows, targets) = batch();
+        let evaluate = |network: &Network| {
+            let loss = network.language_loss(&batch, &rows, &targets, Purpose::Evaluate).unwrap();
+            loss.output.to_scalar::<f32>().unwrap()
+        };
+        let fresh = (evaluate(&network), evaluate(&new(&plain)));
+        assert!((fresh.0 - fresh.1).abs() < 1e-5, "fresh magnitudes change something: {fresh:?}");
+        network.start_from(&adapter).unwrap();
+        let mut rng = random(0, "test", 1);
+        check("dora", &network, network.language_loss(&batch, &rows, &targets, Purpose::Train(&mut rng)).unwrap());
     }
 
     #[test]

@@ -121,7 +121,7 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::super::gradients::Gradients;
-    use super::super::linear::{Linear, Lora, Weight};
+    use super::super::linear::{Dora, Linear, Lora, Weight};
     use super::super::ops::Rope;
     use super::super::ops::testing::var;
     use super::*;
@@ -130,14 +130,14 @@ mod tests {
     const HEAD_DIM: usize = 2;
 
     /// Two layers, in which two query heads share a key-value head; hidden 6, feed-forward 5. Everything is trained, with
-    /// pairs beside.
-    fn layers(dropout: f64) -> (Vec<Arc<Layer>>, Vec<Var>) {
+    /// pairs beside; with DoRA, whose weights stay as they are, everything else.
+    fn layers(dropout: f64, dora: bool) -> (Vec<Arc<Layer>>, Vec<Var>) {
         let mut vars = vec![];
-        let layers = (0..2).map(|_| Arc::new(layer(dropout, &mut vars))).collect();
+        let layers = (0..2).map(|_| Arc::new(layer(dropout, dora, &mut vars))).collect();
         (layers, vars)
     }
 
-    fn layer(dropout: f64, vars: &mut Vec<Var>) -> Layer {
+    fn layer(dropout: f64, dora: bool, vars: &mut Vec<Var>) -> Layer {
         let mut next = |shape: &[usize]| {
             let var = var(vars.len() as u64 + 1, shape);
             vars.push(var.clone());
@@ -153,8 +153,16 @@ mod tests {
             (Projection::Up, 5, 6),
             (Projection::Down, 6, 5),
         ] {
-            let lora = Lora { a: next(&[3, k]), b: next(&[n, 3]), scale: 0.7, dropout };
-            projections.insert(projection, Linear { weight: Weight::Trained(next(&[n, k])), lora: Some(lora) });
+            let mut lora = Lora { a: next(&[3, k]), b: next(&[n, 3]), scale: 0.7, dropout, dora: None };
+            let weight = if dora {
+                let weight = var(1000 + projection as u64, &[n, k]).into_inner();
+                let dora = lora.dora.insert(Dora::new(&weight).unwrap());
+                dora.magnitude = next(&[n]);
+                Weight::Frozen(weight)
+            } else {
+                Weight::Trained(next(&[n, k]))
+            };
+            projections.insert(projection, Linear { weight, lora: Some(lora) });
         }
         let (input_norm, post_norm) = (Weight::Trained(next(&[6])), Weight::Trained(next(&[6])));
         Layer { input_norm, projections, post_norm, head_dim: HEAD_DIM, eps: 1e-5 }
@@ -163,8 +171,9 @@ mod tests {
     /// The operation's output and gradients are those of candle's operations, whatever is kept, with dropout too.
     #[test]
     fn equals_the_plain_layers() {
-        for (checkpointing, dropout) in [(false, 0.0), (true, 0.0), (false, 0.4), (true, 0.4)] {
-            let ((layers, vars), x, t) = (layers(dropout), var(77, &[5, 6]), var(78, &[5, 6]));
+        let cases = [(false, 0.0), (true, 0.0), (false, 0.4), (true, 0.4)].map(|case| [(case, false), (case, true)]);
+        for ((checkpointing, dropout), dora) in cases.concat() {
+            let ((layers, vars), x, t) = (layers(dropout, dora), var(77, &[5, 6]), var(78, &[5, 6]));
             let (lengths, rope) = (vec![2, 3], Rope::new(&[2, 3], &[1.0]));
             let pass = Arc::new(Pass { lengths, rope, checkpointing, gradients: Gradients::default() });
             let aim = Aim::Gradients { noise: vec![9, 10], input: true };
@@ -174,7 +183,10 @@ mod tests {
             let close = |got: &Tensor, want: &Tensor, what: &str| {
                 let largest = flat(want).iter().fold(0.0f32, |m, w| m.max(w.abs()));
                 for (g, w) in flat(got).iter().zip(flat(want)) {
-                    assert!((g - w).abs() <= 1e-4 * largest, "{checkpointing}, {dropout}, {what}: {g}, not {w}");
+                    assert!(
+                        (g - w).abs() <= 1e-4 * largest,
+                        "{checkpointing}, {dropout}, {dora}, {what}: {g}, not {w}"
+                    );
                 }
             };
             close(&got, &want, "output");
@@ -191,7 +203,7 @@ mod tests {
     /// The gradient of the input, and of every trained number, is that of a difference quotient.
     #[test]
     fn gradients_are_difference_quotients() {
-        let ((layers, mut vars), x, t) = (layers(0.0), var(77, &[5, 6]), var(78, &[5, 6]));
+        let ((layers, mut vars), x, t) = (layers(0.0, false), var(77, &[5, 6]), var(78, &[5, 6]));
         let value = |pass: &Arc<Pass>| {
             let aim = Aim::Gradients { noise: vec![0, 0], input: true };
             let y = forward(&layers, &x, pass, aim).unwrap();

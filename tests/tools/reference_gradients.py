@@ -22,6 +22,7 @@ def gradients(model, prefix, out):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is not None:
             name = name.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "")
+            name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
             out[f"{prefix}.{name}"] = parameter.grad.clone()
 
 
@@ -44,6 +45,13 @@ def main():
     loss.backward()
     losses["generate"] = loss.item()
     gradients(model, "generate", tensors)
+
+    base = LlamaForCausalLM.from_pretrained(FOLDER / "base", attn_implementation="eager")
+    model = PeftModel.from_pretrained(base, FOLDER / "adapter_dora_r4", is_trainable=True)
+    loss = language_loss(model)
+    loss.backward()
+    losses["dora"] = loss.item()
+    gradients(model, "dora", tensors)
 
     with safe_open(FOLDER / "adapter_seqcls" / "adapter_model.safetensors", "pt") as file:
         rows = file.get_tensor("base_model.model.score.weight").shape[0]

@@ -47,6 +47,7 @@ fn peft_and_transformers_give_the_same_numbers() {
     let further =
         &["lora", "--learning-rate", "0.0001", "--target-modules", "all-linear", "--rank", "4", "--alpha", "16"];
     let further = &[&further[..], &["--init-adapter", pefts.to_str().unwrap()]].concat()[..];
+    let dora = &["lora", "--learning-rate", "0.02", "--dora", "--target-modules", "all-linear"][..];
     let head = &["head", "--learning-rate", "0.02"][..];
     let full = &["full", "--learning-rate", "0.003"][..];
     let last = &["last-layers", "--layers", "1", "--learning-rate", "0.003"][..];
@@ -54,6 +55,7 @@ fn peft_and_transformers_give_the_same_numbers() {
     for (name, method, task) in [
         ("lora-generate", all_linear, "generate"),
         ("lora-classify", lora, "classify"),
+        ("dora-generate", dora, "generate"),
         ("head", head, "classify"),
         ("lora-further", further, "generate"),
         ("full-generate", full, "generate"),
