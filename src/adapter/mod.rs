@@ -13,13 +13,16 @@ mod config;
 mod files;
 mod generation;
 mod gguf;
+mod inspection;
 mod name;
 mod peft;
+mod places;
 mod registry;
 mod store;
 mod tensors;
 #[cfg(test)]
 pub mod testing;
+mod texts;
 mod upload;
 
 pub use adapter::{Adapter, Generation, LoraPair, OwnNorm, OwnRows, TableChange};
@@ -27,7 +30,8 @@ pub use blend::{Blend, Merge};
 pub use config::Modules;
 pub use files::{adapter_files, is_adapter, kept_name};
 pub use generation::generation_of;
+pub use inspection::{Inspection, TensorSummary, inspect};
 pub use name::{BASE_NAME, check_name};
-pub use peft::{Inspection, Loaded, Summary, TensorSummary, inspect, language, load};
+pub use peft::{Loaded, Summary, language, load};
 pub use registry::{AdapterInfo, Condition, Published, Registry, RegistryOptions, Source, Tier};
 pub use upload::Upload;
