@@ -1,6 +1,7 @@
 //! Decode steps of the default model's shapes with random weights: base alone, and a different adapter for each row.
 //!
-//!     cargo bench --bench decode
+//!     cargo bench --bench decode            # the weights as the file has them
+//!     cargo bench --bench decode -- int8    # as `--quantize q8` has them
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device};
 use loramux::adapter::{Adapter, Generation, LoraPair};
+use loramux::base::matmul::Format;
 use loramux::base::{BLOCK, Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels};
 use loramux::engine::{Model, Output, Runner, Work};
 use loramux::lora::PackedAdapter;
@@ -18,7 +20,8 @@ const RANK: usize = 16;
 fn main() {
     let base = Base::open(DEFAULT_MODEL).expect("the default model");
     let kernels = Kernels::for_device(&Device::Cpu);
-    let options = DecoderOptions { device: Device::Cpu, kernels, format: None, dtype: DType::F32 };
+    let format = std::env::args().any(|argument| argument == "int8").then_some(Format::Int8);
+    let options = DecoderOptions { device: Device::Cpu, kernels, format, dtype: DType::F32 };
     let decoder = Arc::new(Decoder::load(&base.config, &base.weights, options).expect("weights"));
     let mut runner = Runner::new(decoder.clone(), 256 << 20).expect("cache");
     let adapter = |i: usize| {

@@ -8,6 +8,7 @@ mod family;
 mod fetch;
 mod gguf;
 mod head;
+pub mod int8;
 mod jinja;
 mod kv;
 pub(crate) mod labels;

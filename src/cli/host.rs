@@ -116,7 +116,7 @@ fn device(name: &str) -> Result<Device> {
 fn formats(args: &ModelArgs, device: &Device) -> Result<(Option<Format>, DType)> {
     let quantised = match args.quantize {
         Quantize::None => None,
-        Quantize::Q8 => Some(Format::Q8),
+        Quantize::Q8 => Some(Format::Int8),
         Quantize::Q4 => Some(Format::Q4),
     };
     if quantised.is_some() && !device.is_cpu() {

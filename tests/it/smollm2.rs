@@ -12,10 +12,12 @@ use serde_json::Value;
 use crate::common::*;
 
 /// Of a format of the weights: the least share of positions with the same likeliest token, and the largest mean KL.
-const BUDGETS: [(Format, f64, f64); 4] = [
+const BUDGETS: [(Format, f64, f64); 5] = [
     (Format::F16, 0.99, 2e-5),
     (Format::Bf16, 0.99, 2e-4),
     (Format::Q8, 0.96, 3e-3),
+    // `--quantize q8`
+    (Format::Int8, 0.94, 1e-2),
     // The file's layers have 4 bits already; its embedding, which is the output layer too, has 8.
     (Format::Q4, 0.75, 0.1),
 ];
@@ -194,18 +196,33 @@ fn coarser_weights_stay_in_their_budgets() {
         }
         found
     };
+    // What follows each position, in the same order; nothing follows a text's last.
+    let next: Vec<Option<u32>> = prompts.iter().flat_map(|p| p[1..].iter().copied().map(Some).chain([None])).collect();
+    let perplexity = |logits: &[Vec<f32>]| {
+        let known = logits
+            .iter()
+            .zip(&next)
+            .filter_map(|(row, next)| Some(-log_softmax(row)[next.as_ref()?.to_owned() as usize]));
+        let losses: Vec<f64> = known.collect();
+        (losses.iter().sum::<f64>() / losses.len() as f64).exp()
+    };
     let exact = all(Some(Format::F32));
     assert!(exact.len() > 500);
     for (format, agreement, divergence) in BUDGETS {
         let (mut same, mut sum) = (0, 0.0);
-        for (exact, coarse) in exact.iter().zip(all(Some(format))) {
-            same += usize::from(best(exact) == best(&coarse));
-            let (p, q) = (log_softmax(exact), log_softmax(&coarse));
+        let coarse = all(Some(format));
+        let ratio = perplexity(&coarse) / perplexity(&exact);
+        for (exact, coarse) in exact.iter().zip(&coarse) {
+            same += usize::from(best(exact) == best(coarse));
+            let (p, q) = (log_softmax(exact), log_softmax(coarse));
             sum += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
         }
         let (same, mean) = (same as f64 / exact.len() as f64, sum / exact.len() as f64);
-        println!("{format:?}: the same token at {:.2} %, KL {mean:.6} nats", 100.0 * same);
+        println!("{format:?}: the same token at {:.2} %, KL {mean:.6} nats, perplexity times {ratio:.5}", 100.0 * same);
         assert!(same >= agreement, "{format:?}: the same token at {same} of the positions; the budget is {agreement}");
         assert!(mean <= divergence, "{format:?}: KL {mean}; the budget is {divergence}");
+        if format != Format::Q4 {
+            assert!((ratio - 1.0).abs() < 0.01, "{format:?}: perplexity times {ratio}; the budget is 1 %");
+        }
     }
 }
