@@ -1,4 +1,5 @@
-"""Keeps the most important ranks of an adapter: `python compress.py ADAPTER OUT RANK` (needs PyTorch and safetensors).
+"""Keeps the most important ranks of an adapter, or of the mean of several that were trained alike but for how long or from
+which seed: `python compress.py OUT RANK ADAPTER...` (needs PyTorch and safetensors).
 
 Each pair's product B A is cut to its largest singular values (Eckart and Young), which makes the file smaller.
 """
@@ -22,16 +23,19 @@ def cut(a, b, rank):
 
 
 def main():
-    source, out, rank = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    tensors = load_file(source / "adapter_model.safetensors")
-    config = json.loads((source / "adapter_config.json").read_text())
+    out, rank, sources = Path(sys.argv[1]), int(sys.argv[2]), [Path(source) for source in sys.argv[3:]]
+    tensors, *others = [load_file(source / "adapter_model.safetensors") for source in sources]
+    config = json.loads((sources[0] / "adapter_config.json").read_text())
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         other = name.replace(".lora_A.", ".lora_B.")
-        a, b = cut(tensors[name].float(), tensors[other].float(), rank)
         kind = tensors[name].dtype
+        # The mean of the products is the product of all factors side by side.
+        a = torch.cat([each[name].float() for each in [tensors, *others]])
+        b = torch.cat([each[other].float() for each in [tensors, *others]], dim=1) / len(sources)
+        a, b = cut(a, b, rank)
         tensors[name], tensors[other] = a.to(kind).contiguous(), b.to(kind).contiguous()
-    if out != source:
-        shutil.copytree(source, out)
+    if out not in sources:
+        shutil.copytree(sources[0], out)
     # The scale stays what it was.
     config["lora_alpha"] *= rank / config["r"]
     config["r"] = rank
