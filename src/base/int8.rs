@@ -43,7 +43,7 @@ impl Rounded {
         const GRAIN: usize = 1 << 15;
         let group = group(k).expect("the matrix has groups");
         let mut rounded = Rounded { k, q: vec![0; rows * k], groups: vec![(0.0, 0); rows * (k / group)] };
-        let row = |(row, (q, groups)): (usize, (&mut [i8], &mut [(f32, i32)]))| {
+        let row = |row: usize, q: &mut [i8], groups: &mut [(f32, i32)]| {
             let x = &x[row * stride..][..k];
             for ((x, q), out) in x.chunks_exact(group).zip(q.chunks_exact_mut(group)).zip(groups) {
                 *out = round(simd, x, q);
@@ -51,7 +51,7 @@ impl Rounded {
         };
         let groups = k / group;
         let parts = rounded.q.par_chunks_exact_mut(k).zip(rounded.groups.par_chunks_exact_mut(groups)).enumerate();
-        parts.with_min_len((GRAIN / k).max(1)).for_each(row);
+        parts.with_min_len((GRAIN / k).max(1)).for_each(|(i, (q, groups))| row(i, q, groups));
         rounded
     }
 }
