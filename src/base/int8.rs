@@ -13,7 +13,7 @@ const MAX_GROUP: usize = 64;
 /// Fewer are not worth a scale.
 const MIN_GROUP: usize = 32;
 /// Weights of one output feature that an instruction multiplies and adds up.
-pub const STEP: usize = 4;
+const STEP: usize = 4;
 /// Rows of the largest tile.
 pub const TILE_ROWS: usize = 8;
 /// Panels of the widest tile.
@@ -178,7 +178,8 @@ impl Weights {
             };
             match simd {
                 #[cfg(target_arch = "x86_64")]
-                Simd::Avx512 if has_vnni() => tile.vnni(rows, panels, acc),
+                // SAFETY: the CPU was asked for what it needs.
+                Simd::Avx512 if has_vnni() => unsafe { tile.vnni(rows, panels, acc) },
                 #[cfg(target_arch = "x86_64")]
                 Simd::Avx2 | Simd::Avx512 => {
                     for (p, r) in (0..panels).flat_map(|p| (0..rows).map(move |r| (p, r))) {
@@ -267,8 +268,10 @@ impl Tile<'_> {
         self.finish(row, panel, whole, acc);
     }
 
+    /// # Safety
+    /// The CPU has avx512f and avx512bw, and what [`has_vnni`] asks for.
     #[cfg(target_arch = "x86_64")]
-    fn vnni(&self, rows: usize, panels: usize, acc: &mut [f32]) {
+    unsafe fn vnni(&self, rows: usize, panels: usize, acc: &mut [f32]) {
         macro_rules! tiles {
             ($($rows:literal),*) => {
                 match (rows, panels) {
@@ -282,7 +285,7 @@ impl Tile<'_> {
                 }
             };
         }
-        // SAFETY: only called where the CPU has these.
+        // SAFETY: the caller's promise.
         unsafe { tiles!(1, 2, 3, 4, 5, 6, 7, 8) }
     }
 
