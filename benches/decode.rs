@@ -1,7 +1,8 @@
-//! Decode steps of the default model's shapes with random weights: base alone, and a different adapter for each row.
+//! Steps of the default model: prompts, then decode steps of the base alone and with a different adapter for each row.
 //!
 //!     cargo bench --bench decode            # the weights as the file has them
 //!     cargo bench --bench decode -- int8    # as `--quantize q8` has them
+//!     cargo bench --bench decode -- 8 32    # only so many rows, to profile
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,7 +18,21 @@ use loramux::lora::PackedAdapter;
 const STEPS: usize = 15;
 const RANK: usize = 16;
 
+/// Seconds that a call takes.
+fn median<T>(calls: usize, mut call: impl FnMut() -> T) -> f64 {
+    let mut seconds: Vec<f64> = (0..calls)
+        .map(|_| {
+            let start = Instant::now();
+            call();
+            start.elapsed().as_secs_f64()
+        })
+        .collect();
+    seconds.sort_by(f64::total_cmp);
+    seconds[calls / 2]
+}
+
 fn main() {
+    loramux::memory::keep(64 << 20);
     let base = Base::open(DEFAULT_MODEL).expect("the default model");
     let kernels = Kernels::for_device(&Device::Cpu);
     let format = std::env::args().any(|argument| argument == "int8").then_some(Format::Int8);
@@ -40,8 +55,21 @@ fn main() {
         Arc::new(PackedAdapter::new(adapter, &decoder).expect("packed"))
     };
     let adapters: Vec<_> = (0..32).map(adapter).collect();
+    // A prompt in one step, with nothing in the cache.
+    for tokens in [128usize, 512] {
+        let work = [Work {
+            tokens: (0..tokens).map(|i| 100 + i as u32).collect(),
+            start: 0,
+            blocks: (0..tokens.div_ceil(BLOCK) as u32).collect(),
+            adapter: None,
+            output: Output::LastLogits,
+        }];
+        let seconds = median(5, || runner.step(&work).expect("step"));
+        println!("prompt of {tokens}: {:.1} ms, {:.0} tok/s", seconds * 1e3, tokens as f64 / seconds);
+    }
     println!("rows  start  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
-    for rows in [1usize, 2, 4, 8, 16, 32] {
+    let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
+    for rows in if asked.is_empty() { vec![1, 2, 4, 8, 16, 32] } else { asked } {
         let mut time = |with: bool| {
             let work: Vec<Work> = (0..rows)
                 .map(|i| Work {
@@ -53,15 +81,7 @@ fn main() {
                 })
                 .collect();
             assert!(rows * 8 <= runner.blocks() && 101 <= 8 * BLOCK);
-            let mut times: Vec<f64> = (0..STEPS)
-                .map(|_| {
-                    let start = Instant::now();
-                    runner.step(&work).expect("step");
-                    start.elapsed().as_secs_f64()
-                })
-                .collect();
-            times.sort_by(f64::total_cmp);
-            times[STEPS / 2]
+            median(STEPS, || runner.step(&work).expect("step"))
         };
         let (base, lora) = (time(false), time(true));
         let rate = |t: f64| rows as f64 / t;

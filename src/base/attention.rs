@@ -3,13 +3,13 @@
 use std::ops::Range;
 
 use candle_core::{D, DType, Tensor};
-use rayon::prelude::*;
 
 use crate::Result;
 use crate::base::ModelConfig;
 use crate::base::decoder::RowNorm;
 use crate::base::kv::{BLOCK, LayerCache, value_width};
-use crate::base::simd::{self, LANES, Rows, Simd};
+use crate::base::parallel;
+use crate::base::simd::{self, GROUP, LANES, Rows, Simd};
 
 /// The rows of a step that belong to one sequence.
 #[derive(Debug, Clone)]
@@ -85,7 +85,7 @@ pub(super) struct Attention<'a> {
 /// Writes the step's keys and values into the cache and returns the attention's output `[rows, heads * head_dim]`.
 /// `qkv` is `[rows, (heads + 2 * kv_heads) * head_dim]`.
 ///
-/// Each row is computed on its own, over blocks in ascending order: its result does not depend on the other rows.
+/// Each row's sums are over blocks in ascending order, whatever the tile: its result does not depend on the other rows.
 pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut LayerCache) -> Vec<f32> {
     let &Attention { config, layer, ref head_norms, rotation, sequences } = attention;
     let LayerCache::Cpu { keys, values } = cache else { unreachable!("the decoder made its own cache") };
@@ -96,94 +96,118 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
     let (scale, softcap) = (config.attention_scale(layer), config.architecture.attention_softcap);
     let window = config.window(layer).unwrap_or(usize::MAX);
 
-    let mut queries = vec![0.0; rows * q_width];
-    let (mut key, mut normed) = (vec![0.0; hd], vec![0.0; hd]);
-    let mut turn = |which: usize, row: usize, x: &[f32], scale: f32, out: &mut [f32]| match head_norms {
+    let turn = |which: usize, row: usize, x: &[f32], scale: f32, normed: &mut [f32], out: &mut [f32]| match head_norms {
         None => rotation.rotate(row, x, scale, out),
         Some(norms) => {
-            norms[which].of_row(row).row(simd, x, &mut normed);
-            rotation.rotate(row, &normed, scale, out);
+            norms[which].of_row(row).row(simd, x, normed);
+            rotation.rotate(row, normed, scale, out);
         }
     };
+    let (mut key, mut normed) = (vec![0.0; hd], vec![0.0; hd]);
     for s in sequences {
         for (i, row) in s.rows.clone().enumerate() {
             let x = &qkv[row * width..][..width];
-            let heads = queries[row * q_width..][..q_width].chunks_exact_mut(hd).zip(x.chunks_exact(hd));
-            heads.for_each(|(out, x)| turn(0, row, x, scale, out));
             let (block, slot) = (s.slot(s.start + i) / BLOCK, s.slot(s.start + i) % BLOCK);
             for head in 0..kv_heads {
-                turn(1, row, &x[q_width + head * hd..][..hd], 1.0, &mut key);
-                let at = (block * kv_heads + head) * hd * BLOCK;
-                for (d, &k) in key.iter().enumerate() {
-                    keys[at + d * BLOCK + slot] = k;
-                }
+                turn(1, row, &x[q_width + head * hd..][..hd], 1.0, &mut normed, &mut key);
+                keys.write((block * kv_heads + head) * hd * BLOCK + slot, BLOCK, &key);
                 let value = &x[q_width + (kv_heads + head) * hd..][..hd];
-                let at = ((block * kv_heads + head) * BLOCK + slot) * vw;
-                values[at..at + hd].copy_from_slice(value);
+                let at = (block * kv_heads + head) * vw * BLOCK + slot * LANES;
+                for (panel, value) in value.chunks(LANES).enumerate() {
+                    values.write(at + panel * BLOCK * LANES, 1, value);
+                }
             }
         }
     }
 
     let (keys, values) = (&*keys, &*values);
-    let of_row = |row: usize| sequences.iter().find(|s| s.rows.contains(&row)).expect("every row has its sequence");
     let mut out = vec![0.0; rows * q_width];
-    // Output heads that share a key-value head lie side by side, so a task's output is one chunk.
-    let attend = |(scores, sums): &mut (Vec<f32>, Vec<f32>), task: usize, out: &mut [f32]| {
-        let (row, head) = (task / kv_heads, task % kv_heads);
-        let s = of_row(row);
-        let end = s.seen(config, s.start + row - s.rows.start);
-        let first = end.saturating_sub(window);
+    let target = Target(out.as_mut_ptr());
+    // Heads that share keys and values, of neighbouring rows of a sequence, share the reading of them.
+    let tiles: Vec<(&SequenceRows, Range<usize>)> = sequences
+        .iter()
+        .flat_map(|s| s.rows.clone().step_by(ROWS).map(move |row| (s, row..(row + ROWS).min(s.rows.end))))
+        .collect();
+    parallel::run(tiles.len() * kv_heads, |task| {
+        let ((s, rows), head) = (&tiles[task / kv_heads], task % kv_heads);
+        let seen = |row: usize| {
+            let end = s.seen(config, s.start + row - s.rows.start);
+            end.saturating_sub(window)..end
+        };
+        let (first, end) = (seen(rows.start).start, seen(rows.end - 1).end);
         let blocks = &s.blocks[first / BLOCK..end.div_ceil(BLOCK)];
-        // Positions that are seen, counted from the start of the first block.
-        let seen = first % BLOCK..end - first / BLOCK * BLOCK;
-        let span = blocks.len() * BLOCK;
-        scores.clear();
-        scores.resize(group * span, 0.0);
-        let q = Rows { data: &queries[row * q_width + head * group * hd..][..group * hd], stride: hd };
-        for (i, &block) in blocks.iter().enumerate() {
-            let k = &keys[(block as usize * kv_heads + head) * hd * BLOCK..][..hd * BLOCK];
-            simd::multiply(simd, group, hd, q, Rows { data: k, stride: BLOCK }, &mut scores[i * BLOCK..], span);
+        // Positions are counted from the start of the first block from here on.
+        let (zero, span) = (first / BLOCK * BLOCK, blocks.len() * BLOCK);
+        let (first, end) = (first - zero, end - zero);
+        let mut queries = vec![0.0; rows.len() * group * hd];
+        let mut normed = vec![0.0; if head_norms.is_some() { hd } else { 0 }];
+        for (row, queries) in rows.clone().zip(queries.chunks_exact_mut(group * hd)) {
+            let x = &qkv[row * width + head * group * hd..][..group * hd];
+            let heads = queries.chunks_exact_mut(hd).zip(x.chunks_exact(hd));
+            heads.for_each(|(out, x)| turn(0, row, x, scale, &mut normed, out));
         }
-        sums.clear();
-        sums.extend(scores.chunks_exact_mut(span).map(|scores| {
-            let scores = &mut scores[seen.clone()];
+        let heads = rows.len() * group;
+        let mut scores = vec![0.0; heads * span];
+        let mut scratch = [0.0; GROUP * LANES];
+        for (i, &block) in blocks.iter().enumerate() {
+            let at = (block as usize * kv_heads + head) * hd * BLOCK;
+            for d in (0..hd).step_by(GROUP) {
+                let (k, q) = (keys.group(at + d * BLOCK, GROUP.min(hd - d)), Rows { data: &queries[d..], stride: hd });
+                simd::multiply_group(simd, heads, q, k, &mut scores[i * BLOCK..], span, &mut scratch);
+            }
+        }
+        let softmax = |(h, scores): (usize, &mut [f32])| {
+            let seen = seen(rows.start + h / group);
+            let seen = seen.start - zero..seen.end - zero;
+            // What this row does not see, another one of the tile does.
+            scores[..seen.start].fill(0.0);
+            scores[seen.end..].fill(0.0);
+            let scores = &mut scores[seen];
             if let Some(cap) = softcap {
                 simd::softcap(simd, scores, cap as f32);
             }
             simd::softmax(simd, scores)
-        }));
-        let sum_panel = |panel: usize, acc: &mut [f32]| {
-            for (i, &block) in blocks.iter().enumerate() {
-                // Slots past the row's own position may hold anything, so they are left out, not multiplied by 0.
-                let (from, to) = (seen.start.saturating_sub(i * BLOCK), BLOCK.min(seen.end - i * BLOCK));
-                let v = &values[(block as usize * kv_heads + head) * BLOCK * vw..][..BLOCK * vw];
-                let p = Rows { data: &scores[i * BLOCK + from..], stride: span };
-                let v = Rows { data: &v[from * vw + panel..], stride: vw };
-                simd::multiply(simd, group, to - from, p, v, acc, LANES);
-            }
         };
-        let mut acc = vec![0.0; group * LANES];
+        let sums: Vec<f32> = scores.chunks_exact_mut(span).enumerate().map(softmax).collect();
+        let mut acc = vec![0.0; heads * LANES];
         for panel in (0..hd).step_by(LANES) {
             acc.fill(0.0);
-            sum_panel(panel, &mut acc);
-            let lanes = LANES.min(hd - panel);
-            for (g, sum) in sums.iter().enumerate() {
-                for lane in 0..lanes {
-                    out[g * hd + panel + lane] = acc[g * LANES + lane] / sum;
-                }
+            for (i, &block) in blocks.iter().enumerate() {
+                // Slots past the last row's position may hold anything, so they are left out, not multiplied by 0.
+                let (from, to) = (first.saturating_sub(i * BLOCK), BLOCK.min(end - i * BLOCK));
+                let at = (block as usize * kv_heads + head) * vw * BLOCK + panel * BLOCK;
+                let p = Rows { data: &scores[i * BLOCK + from..], stride: span };
+                let v = values.group(at + from * LANES, to - from);
+                simd::multiply_group(simd, heads, p, v, &mut acc, LANES, &mut scratch);
+            }
+            for (h, (acc, sum)) in acc.chunks_exact(LANES).zip(&sums).enumerate() {
+                let (row, column) = (rows.start + h / group, (head * group + h % group) * hd + panel);
+                // SAFETY: these numbers lie inside the output, and are this task's alone.
+                let out = unsafe { target.part(row * q_width + column, LANES.min(hd - panel)) };
+                out.iter_mut().zip(acc).for_each(|(out, acc)| *out = acc / sum);
             }
         }
-    };
-    let work: usize = sequences.iter().map(|s| s.rows.len() * (s.start + s.rows.len())).sum::<usize>() * q_width;
-    let scratch = || (Vec::new(), Vec::new());
-    if work < 1 << 16 {
-        let mut scratch = scratch();
-        out.chunks_exact_mut(group * hd).enumerate().for_each(|(task, out)| attend(&mut scratch, task, out));
-    } else {
-        let chunks = out.par_chunks_exact_mut(group * hd).enumerate();
-        chunks.for_each_init(scratch, |scratch, (task, out)| attend(scratch, task, out));
-    }
+    });
     out
+}
+
+/// Rows of a sequence that are computed together.
+const ROWS: usize = 4;
+
+/// Where tasks write.
+struct Target(*mut f32);
+
+// SAFETY: tasks write disjoint parts.
+unsafe impl Sync for Target {}
+
+impl Target {
+    /// # Safety
+    /// The part lies inside the output, which is alive, and nobody else reads or writes it meanwhile.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, first: usize, length: usize) -> &mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(first), length) }
+    }
 }
 
 /// The same by candle's operations, on any device.

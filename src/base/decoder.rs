@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
-use rayon::prelude::*;
 
 use crate::base::attention::{self, Attention, Rotation, SequenceRows};
 use crate::base::kv::KvCache;
 use crate::base::matmul::{self, Format, PackedMatrix, Product};
+use crate::base::parallel;
 use crate::base::simd::{self, Simd};
 use crate::base::{Activation, LM_HEAD, ModelConfig, Module, NormKind, NormSite, Projection, RawTensor, Site, Weights};
 use crate::{Error, Result};
@@ -469,13 +469,16 @@ impl Decoder {
 
     /// A cache of as many blocks as fit into `bytes`, at least one.
     pub fn cache(&self, bytes: usize) -> Result<KvCache> {
+        // Beside products of rounded numbers it loses nothing, and reading it is a large part of a step of many rows.
+        let in_f16 = self.options.format == Some(Format::Int8);
         let (plain, dtype) = match self.options.kernels {
+            Kernels::Packed(_) if in_f16 => (false, DType::F16),
             Kernels::Packed(_) => (false, DType::F32),
             Kernels::Tensor => (true, self.options.dtype),
         };
         let blocks = (bytes / KvCache::block_bytes(&self.config, plain, dtype)).max(1);
         match self.options.kernels {
-            Kernels::Packed(_) => Ok(KvCache::packed(&self.config, blocks)),
+            Kernels::Packed(_) => Ok(KvCache::packed(&self.config, blocks, in_f16)),
             Kernels::Tensor => KvCache::tensors(&self.config, blocks, dtype, &self.options.device),
         }
     }
@@ -675,15 +678,11 @@ impl Decoder {
             (Rows::Host { data, .. }, Kernels::Packed(simd)) => {
                 let from = if gated { 2 * width } else { width };
                 let mut out = vec![0.0; data.len() / from * width];
-                let row = |(out, x): (&mut [f32], &[f32])| {
+                parallel::chunks(&mut out, width, |row, out| {
+                    let x = &data[row * from..][..from];
                     simd::activate(simd, activation, &x[..width], out);
                     out.iter_mut().zip(&x[width..]).for_each(|(o, up)| *o *= up);
-                };
-                if out.len() < 1 << 15 {
-                    out.chunks_exact_mut(width).zip(data.chunks_exact(from)).for_each(row);
-                } else {
-                    out.par_chunks_exact_mut(width).zip(data.par_chunks_exact(from)).for_each(row);
-                }
+                });
                 Ok(Rows::Host { data: out, width })
             }
             (Rows::Device(t), _) => {

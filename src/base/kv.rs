@@ -1,20 +1,64 @@
 //! The paged KV cache: memory for keys and values in blocks of [`BLOCK`] positions.
 
 use candle_core::{DType, Device, Tensor};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::Result;
 use crate::base::ModelConfig;
-use crate::base::simd::LANES;
+use crate::base::simd::{Group, LANES};
 
 /// Positions a block holds. On the CPU a block of keys is one panel of the matrix kernels.
 pub const BLOCK: usize = LANES;
 
 /// Keys and values of one layer.
 pub(super) enum LayerCache {
-    /// Keys `[block][kv_head][head_dim][BLOCK]`, values `[block][kv_head][BLOCK][value_width]`.
-    Cpu { keys: Vec<f32>, values: Vec<f32> },
+    /// Keys `[block][kv_head][head_dim][BLOCK]`, values `[block][kv_head][value_width / LANES][BLOCK][LANES]`: both in panels of
+    /// the matrix kernels.
+    Cpu { keys: Numbers, values: Numbers },
     /// Keys and values `[blocks * BLOCK, kv_heads * head_dim]`.
     Tensor { keys: Tensor, values: Tensor },
+}
+
+/// Keys or values on the CPU.
+pub(super) enum Numbers {
+    F32(Vec<f32>),
+    /// Bits. What is larger than f16's numbers becomes the largest.
+    F16(Vec<u16>),
+}
+
+impl Numbers {
+    fn new(count: usize, in_f16: bool) -> Self {
+        if in_f16 { Numbers::F16(vec![0; count]) } else { Numbers::F32(vec![0.0; count]) }
+    }
+
+    /// Writes `x` from `at` on, `stride` apart.
+    pub fn write(&mut self, at: usize, stride: usize, x: &[f32]) {
+        match self {
+            Numbers::F32(numbers) => {
+                numbers[at..].iter_mut().step_by(stride).zip(x).for_each(|(out, &x)| *out = x);
+            }
+            Numbers::F16(bits) => {
+                const CHUNK: usize = 64;
+                let (mut kept, mut halves) = ([0.0; CHUNK], [f16::ZERO; CHUNK]);
+                for (i, x) in x.chunks(CHUNK).enumerate() {
+                    let (kept, halves) = (&mut kept[..x.len()], &mut halves[..x.len()]);
+                    kept.iter_mut().zip(x).for_each(|(kept, x)| *kept = x.clamp(-65504.0, 65504.0));
+                    halves.convert_from_f32_slice(kept);
+                    let out = bits[at + i * CHUNK * stride..].iter_mut().step_by(stride);
+                    out.zip(halves).for_each(|(out, half)| *out = half.to_bits());
+                }
+            }
+        }
+    }
+
+    /// A number of `k`, [`LANES`] features each, from `at` on.
+    pub fn group(&self, at: usize, k: usize) -> Group<'_> {
+        match self {
+            Numbers::F32(numbers) => Group::F32(&numbers[at..][..k * LANES]),
+            Numbers::F16(bits) => Group::F16(&bits[at..][..k * LANES]),
+        }
+    }
 }
 
 pub struct KvCache {
@@ -35,11 +79,11 @@ impl KvCache {
     }
 
     /// For the decoder's own kernels on the CPU. The system hands the memory out as it is first written.
-    pub(super) fn packed(config: &ModelConfig, blocks: usize) -> Self {
+    pub(super) fn packed(config: &ModelConfig, blocks: usize, in_f16: bool) -> Self {
         let heads = blocks * config.kv_heads * BLOCK;
         let layer = |_| LayerCache::Cpu {
-            keys: vec![0.0; heads * config.head_dim],
-            values: vec![0.0; heads * value_width(config)],
+            keys: Numbers::new(heads * config.head_dim, in_f16),
+            values: Numbers::new(heads * value_width(config), in_f16),
         };
         KvCache { layers: (0..config.layers).map(layer).collect(), blocks }
     }

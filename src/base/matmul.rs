@@ -6,12 +6,14 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::base::int8::{self, Rounded};
+use crate::base::parallel;
 use crate::base::simd::{self, GROUP, Group, LANES, Rows, Simd};
 use crate::base::{RawTensor, Stored};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 
-/// How packed weights are stored. Products are computed in f32 but for [`Format::Int8`].
+/// How packed weights are stored. Products are computed in f32 but for [`Format::Int8`] and [`Format::Int4`], whose weights
+/// are multiplied in whole numbers with activations that are rounded to 8 bits ([`int8`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     F32,
@@ -23,15 +25,17 @@ pub enum Format {
     Q5,
     /// 4 bits a weight, a scale and a minimum for [`GROUP`] of them along `k`.
     Q4,
-    /// 8 bits a weight, multiplied in whole numbers with activations that are rounded to 8 bits too ([`int8`]).
+    /// 8 bits a weight, a scale for a group of them along `k`.
     Int8,
+    /// 4 bits a weight, a scale and a minimum for [`GROUP`] of them along `k`.
+    Int4,
 }
 
 impl Format {
     /// Whether a matrix of `k` input features can have it.
     pub fn fits(self, k: usize) -> bool {
         match self {
-            Format::Q8 | Format::Q5 | Format::Q4 => k.is_multiple_of(GROUP),
+            Format::Q8 | Format::Q5 | Format::Q4 | Format::Int4 => k.is_multiple_of(GROUP),
             Format::Int8 => int8::group(k).is_some(),
             Format::F32 | Format::Bf16 | Format::F16 => true,
         }
@@ -59,7 +63,7 @@ enum Data {
         mins: Vec<[f32; LANES]>,
         q: Vec<u8>,
     },
-    Int8(int8::Weights),
+    Whole(int8::Weights),
 }
 
 /// A matrix `[n, k]` of `n` output features in panels of [`LANES`]: `[n / LANES][k][LANES]`, the last panel filled up
@@ -85,7 +89,7 @@ impl PackedMatrix {
         };
         let panels = n.div_ceil(LANES);
         let data = match format {
-            Format::Int8 => Data::Int8(int8::Weights::new(n, k, |row, i| rows[row * k + i])),
+            Format::Int8 => Data::Whole(int8::Weights::round(n, k, |row, i| rows[row * k + i])),
             Format::F32 => Data::F32(fill(panels, k, at)),
             Format::Bf16 => Data::Half(fill(panels, k, |p, i, l| bf16::from_f32(at(p, i, l)).to_bits())),
             Format::F16 => Data::Half(fill(panels, k, |p, i, l| f16::from_f32(at(p, i, l)).to_bits())),
@@ -101,7 +105,7 @@ impl PackedMatrix {
                 });
                 Data::Q8 { group: GROUP, scales, q }
             }
-            Format::Q5 | Format::Q4 => {
+            Format::Q5 | Format::Q4 | Format::Int4 => {
                 let steps = if format == Format::Q5 { 31.0 } else { 15.0 };
                 let range = |panel: usize, group: usize, lane: usize| {
                     let values = (0..GROUP).map(|i| at(panel, group * GROUP + i, lane));
@@ -119,6 +123,14 @@ impl PackedMatrix {
                     Format::Q5 => {
                         let q = fill(panels, k, q);
                         Data::Q5 { scales, mins, q }
+                    }
+                    Format::Int4 => {
+                        let of = |numbers: &[[f32; LANES]], row: usize, g: usize| {
+                            numbers[row / LANES * groups + g][row % LANES]
+                        };
+                        let q = |row: usize, i: usize| q(row / LANES, i, row % LANES) as i8;
+                        let (scale, min) = (|row, g| of(&scales, row, g), |row, g| of(&mins, row, g));
+                        Data::Whole(int8::Weights::exact((n, k, GROUP, 4), q, scale, min))
                     }
                     _ => {
                         let q = fill_nibbles(panels, k, q);
@@ -146,7 +158,8 @@ impl PackedMatrix {
     /// Packs a tensor `[n, k]`. Without a `format`, f32, bf16 and f16 stay what they are, and so do the numbers of the block
     /// formats of 4 to 8 bits, though some take more memory than in the file; those of fewer bits become f16.
     ///
-    /// A matrix that the format does not fit becomes bf16.
+    /// A matrix that the format does not fit becomes bf16. With [`Format::Int8`], block formats of 4 to 8 bits keep their
+    /// numbers: only the activations are rounded.
     pub fn from_raw(raw: &RawTensor, format: Option<Format>) -> Result<Self> {
         let &[n, k] = raw.shape.as_slice() else {
             return Err(Error::unprocessable(format!("shape {:?}, where a matrix was expected", raw.shape)));
@@ -156,6 +169,9 @@ impl PackedMatrix {
                 Some(blocks) => Ok(blocks.pack()),
                 None => Ok(Self::pack(&raw.to_f32()?, n, k, Format::F16)),
             },
+            (Some(Format::Int8), Stored::Ggml(dtype)) if let Some(blocks) = Blocks::new(&raw.bytes, n, k, dtype) => {
+                Ok(blocks.pack_whole())
+            }
             (Some(f), _) if !f.fits(k) => Ok(Self::pack(&raw.to_f32()?, n, k, Format::Bf16)),
             (Some(f), _) => Ok(Self::pack(&raw.to_f32()?, n, k, f)),
             (None, Stored::F32) => Ok(Self::pack(&raw.to_f32()?, n, k, Format::F32)),
@@ -187,7 +203,7 @@ impl PackedMatrix {
             Data::Q5 { scales, mins, q } | Data::Q4 { scales, mins, q } => {
                 4 * LANES * (scales.len() + mins.len()) + q.len()
             }
-            Data::Int8(weights) => weights.bytes(),
+            Data::Whole(weights) => weights.bytes(),
         }
     }
 
@@ -215,14 +231,14 @@ impl PackedMatrix {
             Data::Q4 { scales, mins, q } => {
                 Group::Q4 { scale: &scales[index], min: &mins[index], q: &q[start / 2..][..len / 2] }
             }
-            Data::Int8(_) => unreachable!("these weights are not unpacked"),
+            Data::Whole(_) => unreachable!("these weights are not unpacked"),
         }
     }
 
     /// All rows, `[n, k]`.
     pub fn rows(&self) -> Vec<f32> {
         let (mut out, group) = (vec![0.0; self.n * self.k], self.group_len());
-        if let Data::Int8(weights) = &self.data {
+        if let Data::Whole(weights) = &self.data {
             out.par_chunks_mut(self.k.max(1)).enumerate().for_each(|(row, out)| weights.row(row, out));
             return out;
         }
@@ -243,7 +259,7 @@ impl PackedMatrix {
 
     /// Writes row `row` (`[k]`) to `out`: what an embedding looks up.
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        if let Data::Int8(weights) = &self.data {
+        if let Data::Whole(weights) = &self.data {
             return weights.row(row, out);
         }
         let (panel, lane) = (row / LANES, row % LANES);
@@ -266,7 +282,9 @@ impl PackedMatrix {
         let x = match x {
             Input::Plain(x) => x,
             // SAFETY: the caller's promise.
-            Input::Rounded(x) => return unsafe { self.multiply_int8(simd, panels, m, x, scale, y) },
+            Input::Rounded(x, first) => {
+                return unsafe { self.multiply_whole(simd, panels, first..first + m, x, scale, y) };
+            }
         };
         /// Panels computed side by side, so that a CPU that waits for one chain of additions has others to go on with.
         const SIDE: usize = 4;
@@ -309,33 +327,32 @@ impl PackedMatrix {
     unsafe fn add(&self, acc: &[f32], panel: usize, scale: f32, y: *mut f32) {
         // SAFETY: the caller's promise.
         let y = unsafe { std::slice::from_raw_parts_mut(y, LANES.min(self.n - panel * LANES)) };
-        y.iter_mut().zip(acc).for_each(|(y, a)| *y += scale * a);
+        match y.as_chunks_mut::<LANES>() {
+            // Whole panels are the rule, and their length known to the compiler.
+            ([y], _) => y.iter_mut().zip(acc).for_each(|(y, a)| *y += scale * a),
+            _ => y.iter_mut().zip(acc).for_each(|(y, a)| *y += scale * a),
+        }
     }
 
     /// # Safety
     /// As for [`Self::multiply_panels`].
-    unsafe fn multiply_int8(&self, simd: Simd, panels: Range<usize>, m: usize, x: &Rounded, scale: f32, y: Target) {
-        use int8::{TILE_PANELS, TILE_ROWS};
-        let Data::Int8(weights) = &self.data else {
+    unsafe fn multiply_whole(
+        &self,
+        simd: Simd,
+        panels: Range<usize>,
+        rows: Range<usize>,
+        x: &Rounded,
+        scale: f32,
+        y: Target,
+    ) {
+        let Data::Whole(weights) = &self.data else {
             unreachable!("only whole numbers are multiplied with rounded rows")
         };
-        // Few rows leave registers for more chains of additions.
-        let side = if m <= 4 { TILE_PANELS } else { 2 };
-        let mut acc = [0.0f32; TILE_ROWS * TILE_PANELS * LANES];
-        for panel in panels.clone().step_by(side) {
-            let side = side.min(panels.end - panel);
-            for row in (0..m).step_by(TILE_ROWS) {
-                let rows = TILE_ROWS.min(m - row);
-                let acc = &mut acc[..rows * side * LANES];
-                acc.fill(0.0);
-                weights.multiply(simd, x, row, rows, panel, acc);
-                for (i, acc) in acc.chunks_exact(LANES).enumerate() {
-                    let (r, p) = (i / side, i % side);
-                    // SAFETY: the caller's promise.
-                    unsafe { self.add(acc, panel + p, scale, y.from(row + r, (panel + p - panels.start) * LANES)) };
-                }
-            }
-        }
+        let (first, start) = (panels.start, rows.start);
+        weights.multiply(simd, x, rows, panels, |row, panel, sums| {
+            // SAFETY: the caller's promise.
+            unsafe { self.add(sums, panel, scale, y.from(row - start, (panel - first) * LANES)) };
+        });
     }
 }
 
@@ -441,6 +458,23 @@ impl<'a> Blocks<'a> {
         q as i8
     }
 
+    /// Weights that share a scale.
+    fn group(&self) -> usize {
+        if self.dtype == GgmlDType::Q6K { 16 } else { GROUP }
+    }
+
+    /// The same numbers for products in whole numbers.
+    fn pack_whole(&self) -> PackedMatrix {
+        use GgmlDType::*;
+        let (n, k, group) = (self.n, self.k, self.group());
+        let (format, bits) =
+            if matches!(self.dtype, Q4_0 | Q4_1 | Q4K) { (Format::Int4, 4) } else { (Format::Int8, 8) };
+        let scale = |row: usize, g: usize| self.scale(row, g * group).0;
+        let min = |row: usize, g: usize| self.scale(row, g * group).1;
+        let weights = int8::Weights::exact((n, k, group, bits), |row, i| self.q(row, i), scale, min);
+        PackedMatrix { n, k, format, data: Data::Whole(weights) }
+    }
+
     /// Lays the blocks out in panels, number by number the same.
     fn pack(&self) -> PackedMatrix {
         let (n, k, panels) = (self.n, self.k, self.n.div_ceil(LANES));
@@ -457,7 +491,7 @@ impl<'a> Blocks<'a> {
         };
         let (format, data) = match self.dtype {
             GgmlDType::Q5_0 | GgmlDType::Q8_0 | GgmlDType::Q6K => {
-                let group = if self.dtype == GgmlDType::Q6K { 16 } else { GROUP };
+                let group = self.group();
                 let (scales, q) = (per_group(group, |s| s.0), fill(panels, k, q));
                 (Format::Q8, Data::Q8 { group, scales, q })
             }
@@ -486,6 +520,35 @@ pub struct Product<'a> {
     pub scale: f32,
 }
 
+/// Rounds what the matrices of products read in whole numbers, once for all that read the same columns. Returns for each
+/// product which of the rounded rows it reads, and these with the first row that they are of.
+fn round(simd: Simd, products: &[Product], x: &[f32], x_stride: usize) -> (Vec<Option<usize>>, Vec<(usize, Rounded)>) {
+    // Column, input features, numbers that share a scale; the rows that are read there.
+    let mut places: Vec<((usize, usize, usize), Range<usize>)> = vec![];
+    let mut of = |p: &Product| {
+        let Data::Whole(weights) = &p.matrix.data else { return None };
+        let place = (p.x_column, p.matrix.k, weights.group());
+        // Products are in the order of their rows.
+        match places.iter().rposition(|(other, _)| *other == place) {
+            Some(found) => {
+                places[found].1.end = places[found].1.end.max(p.rows.end);
+                Some(found)
+            }
+            None => {
+                places.push((place, p.rows.clone()));
+                Some(places.len() - 1)
+            }
+        }
+    };
+    let read = products.iter().map(&mut of).collect();
+    let rounded = places.into_iter().map(|((column, k, group), rows)| {
+        let (first, count) = (rows.start, rows.len());
+        let x = &x[(first * x_stride + column).min(x.len())..];
+        (first, Rounded::new(simd, x, x_stride, count, k, group))
+    });
+    (read, rounded.collect())
+}
+
 /// Rows of results, `stride` numbers apart.
 #[derive(Clone, Copy)]
 struct Target {
@@ -507,7 +570,8 @@ impl Target {
 #[derive(Clone, Copy)]
 enum Input<'a> {
     Plain(Rows<'a>),
-    Rounded(&'a Rounded),
+    /// From this row on.
+    Rounded(&'a Rounded, usize),
 }
 
 // SAFETY: tasks write disjoint elements, see `multiply`.
@@ -533,32 +597,34 @@ pub fn multiply(simd: Simd, products: &[Product], x: &[f32], x_stride: usize, y:
         }));
         last = Some(p);
     }
-    // What is rounded is rounded once for all products that read it.
-    let place = |p: &Product| (p.rows.clone(), p.x_column, p.matrix.k);
-    let mut rounded: Vec<(usize, Rounded)> = vec![];
-    for (i, p) in products.iter().enumerate().filter(|(_, p)| p.matrix.format == Format::Int8 && !p.rows.is_empty()) {
-        if rounded.last().is_none_or(|(of, _)| place(&products[*of]) != place(p)) {
-            let x = &x[p.rows.start * x_stride + p.x_column..];
-            rounded.push((i, Rounded::new(simd, x, x_stride, p.rows.len(), p.matrix.k)));
-        }
-    }
-    let threads = rayon::current_num_threads();
+    let (places, rounded) = round(simd, products, x, x_stride);
+    let threads = parallel::threads();
     let total: usize = products.iter().map(|p| p.rows.len() * p.matrix.n * p.matrix.k).sum();
     // A few tasks a thread even out what other programs take of the cores; more would cost more than they save.
     let task = (total / (4 * threads)).max(GRAIN);
-    let mut tasks = Vec::with_capacity(6 * threads);
+    // Panels of products, and which of these are one task: several of small products, a part of a large one's.
+    let (mut parts, mut tasks, mut left) = (Vec::with_capacity(products.len() + 6 * threads), vec![], 0);
     for (i, p) in products.iter().enumerate() {
         let per_panel = (p.rows.len() * LANES * p.matrix.k).max(1);
         let step = (task / per_panel).max(1).next_multiple_of(4);
         let panels = p.matrix.panels();
-        tasks.extend((0..panels).step_by(step).map(|start| (i, start..(start + step).min(panels))));
+        for start in (0..panels).step_by(step) {
+            let part = start..(start + step).min(panels);
+            if left == 0 {
+                tasks.push(parts.len()..parts.len());
+                left = task;
+            }
+            left = left.saturating_sub(per_panel * part.len());
+            parts.push((i, part));
+            tasks.last_mut().expect("one was begun").end = parts.len();
+        }
     }
     let y = Target { start: y.as_mut_ptr(), stride: y_stride };
     let run = |(i, panels): &(usize, Range<usize>)| {
         let p = &products[*i];
         let (x, m) = (&x[p.rows.start * x_stride + p.x_column..], p.rows.len());
-        let x = match rounded.iter().rfind(|(of, _)| p.matrix.format == Format::Int8 && *of <= *i) {
-            Some((_, rounded)) => Input::Rounded(rounded),
+        let x = match places[*i] {
+            Some(place) => Input::Rounded(&rounded[place].1, p.rows.start - rounded[place].0),
             None => Input::Plain(Rows { data: x, stride: x_stride }),
         };
         let target = y;
@@ -569,10 +635,10 @@ pub fn multiply(simd: Simd, products: &[Product], x: &[f32], x_stride: usize, y:
             p.matrix.multiply_panels(simd, panels.clone(), m, x, p.scale, y);
         }
     };
-    if tasks.len() <= 1 || total < 2 * GRAIN {
-        tasks.iter().for_each(run);
+    if total < 2 * GRAIN {
+        parts.iter().for_each(run);
     } else {
-        tasks.par_iter().with_max_len(1).for_each(run);
+        parallel::run(tasks.len(), |i| parts[tasks[i].clone()].iter().for_each(run));
     }
 }
 
@@ -596,8 +662,8 @@ mod tests {
         rows
     }
 
-    const FORMATS: [Format; 7] =
-        [Format::F32, Format::Bf16, Format::F16, Format::Q8, Format::Q5, Format::Q4, Format::Int8];
+    const FORMATS: [Format; 8] =
+        [Format::F32, Format::Bf16, Format::F16, Format::Q8, Format::Q5, Format::Q4, Format::Int8, Format::Int4];
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
@@ -612,7 +678,7 @@ mod tests {
                 let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();
                 let matrix = PackedMatrix::pack(&weights, n, k, format);
                 let kept = unpacked(&matrix);
-                let loss = match format { Format::F32 => 0.0, Format::Bf16 => 4e-3, Format::F16 => 5e-4, Format::Q8 | Format::Int8 => 4e-3, Format::Q5 => 4e-2, Format::Q4 => 7e-2 };
+                let loss = match format { Format::F32 => 0.0, Format::Bf16 => 4e-3, Format::F16 => 5e-4, Format::Q8 | Format::Int8 => 4e-3, Format::Q5 => 4e-2, Format::Q4 | Format::Int4 => 7e-2 };
                 for (a, b) in weights.iter().zip(&kept) {
                     prop_assert!((a - b).abs() <= loss, "{format:?}: {a} became {b}");
                 }
@@ -629,7 +695,7 @@ mod tests {
                         for j in 0..n {
                             let sum: f64 = (0..k).map(|i| x[r * k + i] as f64 * kept[j * k + i] as f64).sum();
                             // Activations of at most 1 are off by half a step of 127.
-                            let off = if format == Format::Int8 { 4.1e-3 } else { 1e-4 };
+                            let off = if matches!(format, Format::Int8 | Format::Int4) { 4.1e-3 } else { 1e-4 };
                             prop_assert!((alone[j + 1] as f64 - 1.0 - 2.0 * sum).abs() < 2.0 * off * k as f64);
                         }
                     }
@@ -674,6 +740,9 @@ mod tests {
                 multiply(simd, &product(&plain), &x, k, &mut same, n);
                 assert_eq!(got, same, "{dtype:?} by {simd:?}");
             }
+            let whole = PackedMatrix::from_raw(&raw, Some(Format::Int8)).unwrap();
+            assert_eq!(whole.format(), if format == Format::Q4 { Format::Int4 } else { Format::Int8 });
+            assert_eq!(unpacked(&whole), want, "{dtype:?} in whole numbers");
         }
     }
 }

@@ -14,6 +14,7 @@ mod kv;
 pub(crate) mod labels;
 mod language;
 pub mod matmul;
+pub mod parallel;
 mod rope;
 pub mod simd;
 mod source;

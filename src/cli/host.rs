@@ -8,10 +8,11 @@ use candle_core::{DType, Device};
 use super::args::{Dtype, ModelArgs, Quantize};
 use crate::adapter::{Registry, RegistryOptions};
 use crate::base::matmul::Format;
+use crate::base::parallel;
 use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language};
 use crate::engine::{Engine, EngineOptions, Runner};
 use crate::metrics::Metrics;
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// Limits that only a server has.
 pub struct Limits {
@@ -46,7 +47,10 @@ impl Host {
         if args.threads > 0 {
             // Fails only where the pool is there already; then its size stands.
             let _ = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global();
+            parallel::set_threads(args.threads);
         }
+        // Enough for the rows of a large step.
+        memory::keep(64 << 20);
         let device = device(&args.device)?;
         let base = Base::open(&args.model)?;
         let kernels = Kernels::for_device(&device);

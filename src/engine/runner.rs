@@ -66,13 +66,6 @@ impl Model for Runner {
     }
 
     fn step(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>> {
-        // On a thread of the pool: its parallel regions then start without waking another thread for each.
-        rayon::scope(|_| self.compute(work))
-    }
-}
-
-impl Runner {
-    fn compute(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>> {
         let hidden = self.decoder.config().hidden_size;
         let base_vocab = self.vocab_size();
         let vocab = |w: &Work| w.adapter.as_ref().map_or(base_vocab, |a| a.vocab_size);

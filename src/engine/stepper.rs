@@ -7,8 +7,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-
+use crate::base::parallel;
 use crate::engine::continuation::Continuation;
 use crate::engine::engine::{InFlight, QueueSlot, Shared};
 use crate::engine::reply::Reply;
@@ -297,7 +296,7 @@ impl Stepper {
             (sequence.order, sequence.cached, outcome.unwrap_or_else(Outcome::Failed))
         };
         if items.len() > 1 && vocab_size >= PARALLEL_VOCABULARY {
-            items.into_par_iter().map(digest).collect()
+            parallel::map(items, digest)
         } else {
             items.into_iter().map(digest).collect()
         }

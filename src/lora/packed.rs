@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use super::dora;
 use super::table::{Embedding, LmHead};
 use crate::adapter::{Adapter, Generation, OwnNorm};
-use crate::base::matmul::PackedMatrix;
+use crate::base::matmul::{Format, PackedMatrix};
 use crate::base::{Decoder, DecoderOptions, Head, Kernels, Language, Module, Norm, NormSite, Site};
 use crate::{Error, Result};
 
@@ -52,7 +52,11 @@ pub(super) enum Factor {
 impl Factor {
     pub fn new(rows: &[f32], n: usize, k: usize, base: &DecoderOptions) -> Result<Self> {
         Ok(match base.kernels {
-            Kernels::Packed(_) => Factor::Packed(PackedMatrix::pack_exactly(rows, n, k)),
+            Kernels::Packed(_) => Factor::Packed(match base.format {
+                // As coarse as the base: beside it, reading the factors is what an adapter costs.
+                Some(Format::Int8) if Format::Int8.fits(k) => PackedMatrix::pack(rows, n, k, Format::Int8),
+                _ => PackedMatrix::pack_exactly(rows, n, k),
+            }),
             Kernels::Tensor => Factor::Tensor(tensor(rows, (n, k), base)?),
         })
     }

@@ -16,7 +16,6 @@ use super::args::{self, Cli, Command, LoraArgs, ShapeArgs, Task, TrainArgs};
 use super::card::{self, Card};
 use super::examples::{self, Columns, Example, Goal};
 use super::export::{Export, taken};
-use super::memory;
 use super::network::{LoraOptions, Method, Network};
 use super::optimizer::AdamWOptions;
 use super::pretrain;
@@ -25,6 +24,7 @@ use super::random;
 use super::table::{self, Record};
 use super::trainer::{Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
 use crate::base::Base;
+use crate::memory;
 use crate::{Error, Result};
 
 /// Largest rank, as the server takes it.
@@ -37,7 +37,7 @@ const TELL: Duration = Duration::from_secs(60);
 
 /// Parses the command line and runs it. The result goes to stdout, everything else to stderr.
 pub fn run() -> Result<()> {
-    memory::keep();
+    memory::keep(usize::MAX);
     crate::cli::log_to_stderr();
     match Cli::parse().command {
         Command::Lora(args) => {

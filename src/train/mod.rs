@@ -19,7 +19,6 @@ mod export;
 mod gradients;
 mod layer;
 mod linear;
-mod memory;
 mod metrics;
 mod network;
 mod ops;

@@ -36,8 +36,13 @@ fn options(kernels: Kernels, format: Option<Format>) -> DecoderOptions {
 }
 
 pub fn adapter(base: &Base, directory: &Path, kernels: Kernels) -> Arc<PackedAdapter> {
+    adapter_for(base, directory, &decoder(base, kernels, None))
+}
+
+/// In the numbers of `decoder`.
+pub fn adapter_for(base: &Base, directory: &Path, decoder: &Decoder) -> Arc<PackedAdapter> {
     let adapter = loramux::adapter::load(directory, &base.config, &base.id).unwrap().adapter;
-    Arc::new(PackedAdapter::new(adapter, &decoder(base, kernels, None)).unwrap())
+    Arc::new(PackedAdapter::new(adapter, decoder).unwrap())
 }
 
 /// One decoder for one engine after another. Each engine begins with nothing in its cache, and with whatever the one before

@@ -1,0 +1,343 @@
+//! The parallel regions of a step. There are hundreds in a few milliseconds, so the threads that share them wait for the
+//! next one awake, and sleep only when none has come for a while.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::hint::spin_loop;
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, TryLockError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a thread stays awake for the next region: longer than what lies between two regions of a step, much shorter
+/// than what others would miss of the core.
+const AWAKE: Duration = Duration::from_micros(100);
+
+/// How many threads share a region, the caller's among them.
+static THREADS: OnceLock<usize> = OnceLock::new();
+
+/// Sets the number of threads; without it they are as many as the machine has cores. Later calls, and calls after the first
+/// region, change nothing.
+pub fn set_threads(threads: usize) {
+    let _ = THREADS.set(threads.max(1));
+}
+
+/// How many threads share a region.
+pub fn threads() -> usize {
+    *THREADS.get_or_init(|| thread::available_parallelism().map_or(1, |n| n.get()))
+}
+
+/// Calls `task(i)` for every `i` below `tasks`, in any order, on all threads. Where these are in another region already, the
+/// caller's does all of it.
+///
+/// # Panics
+/// If a task does, once no other is running any more.
+pub fn run(tasks: usize, task: impl Fn(usize) + Sync) {
+    static TEAM: OnceLock<Team> = OnceLock::new();
+    if tasks <= 1 || threads() == 1 {
+        return (0..tasks).for_each(task);
+    }
+    TEAM.get_or_init(|| Team::new(threads() - 1)).run(tasks, &task);
+}
+
+/// Calls `task(i, chunk)` for every chunk of `size` numbers; the last one may be shorter.
+///
+/// # Panics
+/// As [`run`], or if `size` is 0.
+pub fn chunks<T: Send>(data: &mut [T], size: usize, task: impl Fn(usize, &mut [T]) + Sync) {
+    let parts = Parts::new(data, size);
+    // SAFETY: each part is lent once.
+    run(parts.count(), |i| task(i, unsafe { parts.part(i) }));
+}
+
+/// The same for two slices that have as many chunks.
+///
+/// # Panics
+/// As [`chunks`], or if one has more chunks.
+pub fn chunk_pairs<T: Send, U: Send>(
+    (first, first_size): (&mut [T], usize),
+    (second, second_size): (&mut [U], usize),
+    task: impl Fn(usize, &mut [T], &mut [U]) + Sync,
+) {
+    let (first, second) = (Parts::new(first, first_size), Parts::new(second, second_size));
+    assert_eq!(first.count(), second.count());
+    // SAFETY: each part is lent once.
+    run(first.count(), |i| task(i, unsafe { first.part(i) }, unsafe { second.part(i) }));
+}
+
+/// What `task` makes of each item, in their order.
+///
+/// # Panics
+/// As [`run`].
+pub fn map<T: Send, U: Send>(items: Vec<T>, task: impl Fn(T) -> U + Sync) -> Vec<U> {
+    let mut items: Vec<Option<T>> = items.into_iter().map(Some).collect();
+    let mut results: Vec<Option<U>> = items.iter().map(|_| None).collect();
+    chunk_pairs((&mut items, 1), (&mut results, 1), |_, item, result| result[0] = item[0].take().map(&task));
+    results.into_iter().flatten().collect()
+}
+
+/// Chunks of a slice for tasks that take one each.
+struct Parts<'a, T> {
+    start: *mut T,
+    length: usize,
+    size: usize,
+    data: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: parts are disjoint and lent once.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    fn new(data: &'a mut [T], size: usize) -> Self {
+        assert!(size > 0);
+        Parts { start: data.as_mut_ptr(), length: data.len(), size, data: PhantomData }
+    }
+
+    fn count(&self) -> usize {
+        self.length.div_ceil(self.size)
+    }
+
+    /// # Safety
+    /// `i` is below the count, and no other reference to this part is alive.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn part(&self, i: usize) -> &mut [T] {
+        let first = i * self.size;
+        // SAFETY: the part lies inside the slice; the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), self.size.min(self.length - first)) }
+    }
+}
+
+/// A region's task, `call(data, i)`.
+#[derive(Clone, Copy)]
+struct Job {
+    call: unsafe fn(*const (), usize),
+    data: *const (),
+    tasks: usize,
+}
+
+/// In [`Shared::state`]: threads may join the region.
+const OPEN: usize = 1 << 16;
+/// In [`Shared::state`]: the number of the region is above, the number of threads that are in it below [`OPEN`].
+const REGION: usize = 1 << 17;
+
+struct Shared {
+    state: AtomicUsize,
+    /// Written by the caller while the region is closed and nobody is in it, read by those who are in it.
+    job: UnsafeCell<Job>,
+    /// The next task that nobody has taken.
+    next: AtomicUsize,
+    sleeping: AtomicUsize,
+    /// Held by a thread from its last look at `state` until it sleeps.
+    sleep: Mutex<()>,
+    wake: Condvar,
+    /// What a task panicked with.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+// SAFETY: `job` is as it says; its data is what a closure that is `Sync` refers to.
+unsafe impl Sync for Shared {}
+unsafe impl Send for Shared {}
+
+impl Shared {
+    /// Takes tasks until there are none.
+    fn work(&self, job: Job) {
+        let tasks = || {
+            loop {
+                let task = self.next.fetch_add(1, SeqCst);
+                if task >= job.tasks {
+                    return;
+                }
+                // SAFETY: the region is not over before this thread has left it, so the closure is there.
+                unsafe { (job.call)(job.data, task) };
+            }
+        };
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(tasks)) {
+            self.next.store(job.tasks, SeqCst);
+            self.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(payload);
+        }
+    }
+
+    /// Waits for a region after `last` and joins it; returns its number.
+    fn join(&self, last: usize) -> usize {
+        let mut since = Instant::now();
+        let mut turns = 0u32;
+        loop {
+            let state = self.state.load(SeqCst);
+            if state & OPEN != 0 && state / REGION != last {
+                if self.state.compare_exchange(state, state + 1, SeqCst, SeqCst).is_ok() {
+                    return state / REGION;
+                }
+                continue;
+            }
+            spin_loop();
+            turns += 1;
+            // The clock is looked at seldom.
+            if turns.is_multiple_of(64) && since.elapsed() > AWAKE {
+                self.doze(last);
+                since = Instant::now();
+            }
+        }
+    }
+
+    /// Sleeps until a caller opens a region, unless one after `last` is open.
+    fn doze(&self, last: usize) {
+        let guard = self.sleep.lock().unwrap_or_else(|e| e.into_inner());
+        // The caller opens the region first and then looks for sleepers, this thread does it the other way round: one of
+        // them sees the other.
+        self.sleeping.fetch_add(1, SeqCst);
+        let state = self.state.load(SeqCst);
+        if state & OPEN == 0 || state / REGION == last {
+            // Once: who was woken for a region that is over by now waits awake for the next one.
+            drop(self.wake.wait(guard).unwrap_or_else(|e| e.into_inner()));
+        }
+        self.sleeping.fetch_sub(1, SeqCst);
+    }
+}
+
+/// Threads that join the regions of their callers.
+struct Team {
+    shared: Arc<Shared>,
+    /// Held by the caller whose region it is.
+    caller: Mutex<()>,
+}
+
+impl Team {
+    /// With so many threads beside the caller's.
+    fn new(others: usize) -> Self {
+        unsafe fn nothing(_: *const (), _: usize) {}
+        let job = UnsafeCell::new(Job { call: nothing, data: std::ptr::null(), tasks: 0 });
+        let shared = Arc::new(Shared {
+            state: AtomicUsize::new(0),
+            job,
+            next: AtomicUsize::new(0),
+            sleeping: AtomicUsize::new(0),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            panic: Mutex::new(None),
+        });
+        for i in 0..others {
+            let shared = shared.clone();
+            let body = move || {
+                let mut region = 0;
+                loop {
+                    region = shared.join(region);
+                    // SAFETY: this thread is in the region.
+                    shared.work(unsafe { *shared.job.get() });
+                    shared.state.fetch_sub(1, SeqCst);
+                }
+            };
+            // With fewer threads the others do more.
+            if let Err(e) = thread::Builder::new().name(format!("compute-{i}")).spawn(body) {
+                tracing::warn!("thread {i} for computing was not started: {e}");
+            }
+        }
+        Team { shared, caller: Mutex::new(()) }
+    }
+
+    fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: &F) {
+        let _caller = match self.caller.try_lock() {
+            Ok(caller) => caller,
+            // Its data is nothing.
+            Err(TryLockError::Poisoned(caller)) => caller.into_inner(),
+            Err(TryLockError::WouldBlock) => return (0..tasks).for_each(task),
+        };
+        unsafe fn call<F: Fn(usize)>(data: *const (), task: usize) {
+            // SAFETY: `data` is the closure of the region.
+            unsafe { (*data.cast::<F>())(task) }
+        }
+        let shared = &*self.shared;
+        let job = Job { call: call::<F>, data: std::ptr::from_ref(task).cast(), tasks };
+        // SAFETY: the last region is closed and left, and this caller is the only one.
+        unsafe { *shared.job.get() = job };
+        shared.next.store(0, SeqCst);
+        let region = (shared.state.load(SeqCst) / REGION).wrapping_add(1);
+        shared.state.store(region * REGION + OPEN, SeqCst);
+        if shared.sleeping.load(SeqCst) > 0 {
+            drop(shared.sleep.lock());
+            shared.wake.notify_all();
+        }
+        shared.work(job);
+        shared.state.fetch_and(!OPEN, SeqCst);
+        let mut turns = 0u32;
+        while !shared.state.load(SeqCst).is_multiple_of(OPEN) {
+            turns += 1;
+            // Who is still in there may be waiting for this core.
+            if turns.is_multiple_of(1024) { thread::yield_now() } else { spin_loop() }
+        }
+        if let Some(payload) = shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take() {
+            resume_unwind(payload);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        for others in [1, 3] {
+            let team = Team::new(others);
+            for region in 0..3000 {
+                let counts: Vec<AtomicUsize> = (0..region % 50).map(|_| AtomicUsize::new(0)).collect();
+                team.run(counts.len(), &|i| {
+                    counts[i].fetch_add(1, SeqCst);
+                });
+                assert!(counts.iter().all(|count| count.load(SeqCst) == 1));
+                if region % 300 == 0 {
+                    // Long enough for the others to fall asleep.
+                    thread::sleep(5 * AWAKE);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn several_callers_and_regions_in_regions() {
+        let team = Team::new(2);
+        let total = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..500 {
+                        team.run(7, &|_| {
+                            team.run(3, &|i| {
+                                total.fetch_add(i, SeqCst);
+                            })
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(total.load(SeqCst), 4 * 500 * 7 * 3);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_team_goes_on() {
+        let team = Team::new(2);
+        for round in 0..100 {
+            let bad = catch_unwind(AssertUnwindSafe(|| team.run(20, &|i| assert!(i != round % 20, "task {i}"))));
+            let message = *bad.unwrap_err().downcast::<String>().unwrap();
+            assert_eq!(message, format!("task {}", round % 20));
+            let sum = AtomicUsize::new(0);
+            team.run(20, &|i| {
+                sum.fetch_add(i, SeqCst);
+            });
+            assert_eq!(sum.load(SeqCst), 190);
+        }
+    }
+
+    #[test]
+    fn chunks_are_the_whole() {
+        for (length, size) in [(0, 3), (1, 3), (100, 7), (21, 7)] {
+            let mut data = vec![0; length];
+            chunks(&mut data, size, |i, chunk| {
+                assert!(chunk.len() == size || i == length / size);
+                chunk.iter_mut().for_each(|x| *x += 1 + i);
+            });
+            assert!(data.iter().enumerate().all(|(at, &x)| x == 1 + at / size));
+        }
+    }
+}
