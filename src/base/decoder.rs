@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::base::attention::{self, Attention, Rotation, SequenceRows};
 use crate::base::kv::KvCache;
-use crate::base::matmul::{self, Format, PackedMatrix, Product};
+use crate::base::matmul::{self, Batch, Format, PackedMatrix, Product};
 use crate::base::parallel;
 use crate::base::simd::{self, Simd};
 use crate::base::{Activation, LM_HEAD, ModelConfig, Module, NormKind, NormSite, Projection, RawTensor, Site, Weights};
@@ -14,10 +14,13 @@ use crate::{Error, Result};
 
 /// What the adapters of some rows change. Rows that no adapter changes keep the base's result.
 pub trait Delta {
-    /// `y += delta(x)`; `x` is `[rows, in_features]`, `y` is `[rows, out_features]`, both row-major. `y` holds the product
-    /// with the base's weights; the base's bias, if there is one, is added afterwards.
-    fn add(&self, layer: usize, site: Site, x: &[f32], y: &mut [f32], rows: usize);
-    /// The same for tensors on a device.
+    /// Products of a fused layer's input that the delta begins with, and the width of their rows: they are computed together
+    /// with those of the base's weights.
+    fn down(&self, layer: usize, site: Site) -> (Vec<Product<'_>>, usize);
+    /// Adds the delta to `y`, `[rows, out_features]`, given `h`, what came of [`Delta::down`]. `y` holds the product with the
+    /// base's weights; the base's bias, if there is one, is added afterwards.
+    fn up(&self, layer: usize, site: Site, h: &[f32], y: &mut [f32], rows: usize);
+    /// `y += delta(x)` for tensors on a device: `x` is `[rows, in_features]`, `y` is `[rows, out_features]`.
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor>;
 
     /// Rows whose adapter has its own weights for a norm.
@@ -567,7 +570,8 @@ impl Decoder {
                 let mut y = vec![0.0; rows * width];
                 let base = delta.base_logits(rows).into_iter();
                 let product = |rows| Product { matrix: &parts[0], rows, x_column: 0, y_column: 0, scale: 1.0 };
-                matmul::multiply(simd, &base.map(product).collect::<Vec<_>>(), hidden, k, &mut y, width);
+                let products: Vec<_> = base.map(product).collect();
+                matmul::multiply(simd, hidden, k, &mut [Batch { products: &products, y: &mut y, y_stride: width }]);
                 delta.logits(hidden, &mut y, rows);
                 if let Some(cap) = cap {
                     simd::softcap(simd, &mut y, cap as f32);
@@ -633,8 +637,12 @@ impl Decoder {
                     products.push(Product { matrix, rows: 0..rows, x_column: 0, y_column, scale: 1.0 });
                     y_column += matrix.n();
                 }
-                matmul::multiply(simd, &products, x, *k, &mut y, n);
-                delta.add(layer, site, x, &mut y, rows);
+                let (down, width) = delta.down(layer, site);
+                let mut h = vec![0.0; rows * width];
+                let of_base = Batch { products: &products, y: &mut y, y_stride: n };
+                let of_delta = Batch { products: &down, y: &mut h, y_stride: width };
+                matmul::multiply(simd, x, *k, &mut [of_base, of_delta]);
+                delta.up(layer, site, &h, &mut y, rows);
                 if let Some(Vector::Host(bias)) = &linear.bias {
                     y.chunks_exact_mut(n).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
                 }

@@ -522,16 +522,21 @@ pub struct Product<'a> {
 
 /// Rounds what the matrices of products read in whole numbers, once for all that read the same columns. Returns for each
 /// product which of the rounded rows it reads, and these with the first row that they are of.
-fn round(simd: Simd, products: &[Product], x: &[f32], x_stride: usize) -> (Vec<Option<usize>>, Vec<(usize, Rounded)>) {
+fn round<'a>(
+    simd: Simd,
+    products: impl Iterator<Item = &'a Product<'a>>,
+    x: &[f32],
+    x_stride: usize,
+) -> (Vec<Option<usize>>, Vec<(usize, Rounded)>) {
     // Column, input features, numbers that share a scale; the rows that are read there.
     let mut places: Vec<((usize, usize, usize), Range<usize>)> = vec![];
     let mut of = |p: &Product| {
         let Data::Whole(weights) = &p.matrix.data else { return None };
         let place = (p.x_column, p.matrix.k, weights.group());
-        // Products are in the order of their rows.
         match places.iter().rposition(|(other, _)| *other == place) {
             Some(found) => {
-                places[found].1.end = places[found].1.end.max(p.rows.end);
+                let rows = &mut places[found].1;
+                *rows = rows.start.min(p.rows.start)..rows.end.max(p.rows.end);
                 Some(found)
             }
             None => {
@@ -540,7 +545,7 @@ fn round(simd: Simd, products: &[Product], x: &[f32], x_stride: usize) -> (Vec<O
             }
         }
     };
-    let read = products.iter().map(&mut of).collect();
+    let read = products.map(&mut of).collect();
     let rounded = places.into_iter().map(|((column, k, group), rows)| {
         let (first, count) = (rows.start, rows.len());
         let x = &x[(first * x_stride + column).min(x.len())..];
@@ -578,33 +583,44 @@ enum Input<'a> {
 unsafe impl Send for Target {}
 unsafe impl Sync for Target {}
 
-/// `y[rows, columns] += scale * x[rows, ..k] Wᵀ` for each product, all in one parallel region. `x` has rows of
-/// `x_stride` numbers, `y` of `y_stride`.
+/// Products of rows of one input, and where they go: rows of `y_stride` numbers.
+pub struct Batch<'a> {
+    pub products: &'a [Product<'a>],
+    pub y: &'a mut [f32],
+    pub y_stride: usize,
+}
+
+/// `y[rows, columns] += scale * x[rows, ..k] Wᵀ` for each product of each batch, all in one parallel region. `x` has rows of
+/// `x_stride` numbers.
 ///
 /// # Panics
-/// If a product lies outside `x` or `y`, or they are not in ascending order of rows and, for the same rows, of columns,
-/// without overlap.
-pub fn multiply(simd: Simd, products: &[Product], x: &[f32], x_stride: usize, y: &mut [f32], y_stride: usize) {
+/// If a product lies outside `x` or its `y`, or those of a batch are not in ascending order of rows and, for the same rows, of
+/// columns, without overlap.
+pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
     /// Multiply-adds worth handing to another thread.
     const GRAIN: usize = 1 << 16;
-    let mut last: Option<&Product> = None;
-    for p in products {
-        assert!(p.rows.end * x_stride <= x.len() && p.x_column + p.matrix.k <= x_stride);
-        assert!(p.rows.end * y_stride <= y.len() && p.y_column + p.matrix.n <= y_stride);
-        assert!(last.is_none_or(|q| match q.rows == p.rows {
-            true => q.y_column + q.matrix.n <= p.y_column,
-            false => q.rows.end <= p.rows.start,
-        }));
-        last = Some(p);
+    let mut products = Vec::with_capacity(batches.iter().map(|batch| batch.products.len()).sum());
+    for Batch { products: of_batch, y, y_stride } in batches {
+        let mut last: Option<&Product> = None;
+        for p in *of_batch {
+            assert!(p.rows.end * x_stride <= x.len() && p.x_column + p.matrix.k <= x_stride);
+            assert!(p.rows.end * *y_stride <= y.len() && p.y_column + p.matrix.n <= *y_stride);
+            assert!(last.is_none_or(|q| match q.rows == p.rows {
+                true => q.y_column + q.matrix.n <= p.y_column,
+                false => q.rows.end <= p.rows.start,
+            }));
+            last = Some(p);
+            products.push((p, Target { start: y.as_mut_ptr(), stride: *y_stride }));
+        }
     }
-    let (places, rounded) = round(simd, products, x, x_stride);
+    let (places, rounded) = round(simd, products.iter().map(|(p, _)| *p), x, x_stride);
     let threads = parallel::threads();
-    let total: usize = products.iter().map(|p| p.rows.len() * p.matrix.n * p.matrix.k).sum();
+    let total: usize = products.iter().map(|(p, _)| p.rows.len() * p.matrix.n * p.matrix.k).sum();
     // A few tasks a thread even out what other programs take of the cores; more would cost more than they save.
     let task = (total / (4 * threads)).max(GRAIN);
     // Panels of products, and which of these are one task: several of small products, a part of a large one's.
     let (mut parts, mut tasks, mut left) = (Vec::with_capacity(products.len() + 6 * threads), vec![], 0);
-    for (i, p) in products.iter().enumerate() {
+    for (i, (p, _)) in products.iter().enumerate() {
         let per_panel = (p.rows.len() * LANES * p.matrix.k).max(1);
         let step = (task / per_panel).max(1).next_multiple_of(4);
         let panels = p.matrix.panels();
@@ -619,20 +635,17 @@ pub fn multiply(simd: Simd, products: &[Product], x: &[f32], x_stride: usize, y:
             tasks.last_mut().expect("one was begun").end = parts.len();
         }
     }
-    let y = Target { start: y.as_mut_ptr(), stride: y_stride };
     let run = |(i, panels): &(usize, Range<usize>)| {
-        let p = &products[*i];
+        let (p, y) = products[*i];
         let (x, m) = (&x[p.rows.start * x_stride + p.x_column..], p.rows.len());
         let x = match places[*i] {
             Some(place) => Input::Rounded(&rounded[place].1, p.rows.start - rounded[place].0),
             None => Input::Plain(Rows { data: x, stride: x_stride }),
         };
-        let target = y;
         // SAFETY: the asserts above keep the elements inside `y`; panels of one product are disjoint, and so are products.
         unsafe {
-            let start = target.start.add(p.rows.start * y_stride + p.y_column + panels.start * LANES);
-            let y = Target { start, stride: y_stride };
-            p.matrix.multiply_panels(simd, panels.clone(), m, x, p.scale, y);
+            let start = y.from(p.rows.start, p.y_column + panels.start * LANES);
+            p.matrix.multiply_panels(simd, panels.clone(), m, x, p.scale, Target { start, ..y });
         }
     };
     if total < 2 * GRAIN {
@@ -686,10 +699,11 @@ mod tests {
                 let product = |rows| [Product { matrix: &matrix, rows, x_column: 0, y_column: 1, scale: 2.0 }];
                 for simd in Simd::all() {
                     let mut y = vec![1.0; m * (n + 2)];
-                    multiply(simd, &product(0..m), &x, k, &mut y, n + 2);
+                    multiply(simd, &x, k, &mut [Batch { products: &product(0..m), y: &mut y, y_stride: n + 2 }]);
                     for r in 0..m {
                         let mut alone = vec![1.0; n + 2];
-                        multiply(simd, &product(0..1), &x[r * k..][..k], k, &mut alone, n + 2);
+                        let batch = Batch { products: &product(0..1), y: &mut alone, y_stride: n + 2 };
+                        multiply(simd, &x[r * k..][..k], k, &mut [batch]);
                         prop_assert_eq!(&alone[..], &y[r * (n + 2)..][..n + 2]);
                         prop_assert_eq!((alone[0], alone[n + 1]), (1.0, 1.0));
                         for j in 0..n {
@@ -736,8 +750,9 @@ mod tests {
             let plain = PackedMatrix::pack(&want, n, k, Format::F32);
             for simd in Simd::all() {
                 let (mut got, mut same) = (vec![0.0; m * n], vec![0.0; m * n]);
-                multiply(simd, &product(&packed), &x, k, &mut got, n);
-                multiply(simd, &product(&plain), &x, k, &mut same, n);
+                let both = (product(&packed), product(&plain));
+                let packed = Batch { products: &both.0, y: &mut got, y_stride: n };
+                multiply(simd, &x, k, &mut [packed, Batch { products: &both.1, y: &mut same, y_stride: n }]);
                 assert_eq!(got, same, "{dtype:?} by {simd:?}");
             }
             let whole = PackedMatrix::from_raw(&raw, Some(Format::Int8)).unwrap();

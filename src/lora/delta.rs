@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::packed::{Finish, PackedAdapter, PackedSite};
+use super::packed::{Finish, PackedAdapter, PackedSite, Part};
 use super::table::{self, Embedding, LmHead, finish, finish_tensor};
 use crate::Result;
-use crate::base::matmul::{self, Product};
+use crate::base::matmul::{self, Batch, Product};
 use crate::base::simd::Simd;
 use crate::base::{Delta, Norm, NormSite, Site};
 
@@ -20,8 +20,8 @@ pub struct Segment<'a> {
 /// `y += scale * (x Aᵀ) Bᵀ` (arXiv 2106.09685) for every segment, and what else its adapter changes; rows of no segment
 /// keep the base's result.
 ///
-/// All segments go through two parallel regions per fused layer, one for the A factors and one for the B factors, so
-/// the cost of many adapters in a step is that of reading their factors, not of starting work for each.
+/// The A factors of all segments share the parallel region of the base's weights, the B factors have one: the cost of many
+/// adapters in a step is that of reading their factors, not of starting work for each.
 pub struct BatchDelta<'a> {
     simd: Simd,
     /// In ascending order of rows.
@@ -36,11 +36,11 @@ impl<'a> BatchDelta<'a> {
     }
 
     /// The segments whose adapter has a part of this kind.
-    fn with<'s, T: 's>(&'s self, part: impl Fn(&'s PackedAdapter) -> Option<&'s T>) -> Vec<(&'s Range<usize>, &'s T)> {
+    fn with<T>(&self, part: impl Fn(&'a PackedAdapter) -> Option<&'a T>) -> Vec<(&Range<usize>, &'a T)> {
         self.segments.iter().filter_map(|s| Some((&s.rows, part(s.adapter)?))).collect()
     }
 
-    fn sites(&self, layer: usize, site: Site) -> Vec<(&Range<usize>, &PackedSite)> {
+    fn sites(&self, layer: usize, site: Site) -> Vec<(&Range<usize>, &'a PackedSite)> {
         self.with(|adapter| adapter.sites.get(&(layer, site)))
     }
 
@@ -53,27 +53,28 @@ impl<'a> BatchDelta<'a> {
     }
 }
 
-impl Delta for BatchDelta<'_> {
-    fn add(&self, layer: usize, site: Site, x: &[f32], y: &mut [f32], rows: usize) {
+impl<'a> Delta for BatchDelta<'a> {
+    fn down(&self, layer: usize, site: Site) -> (Vec<Product<'_>>, usize) {
+        let product = |(rows, site): (&Range<usize>, &'a PackedSite)| {
+            let matrix = site.a.as_ref()?.packed();
+            Some(Product { matrix, rows: rows.clone(), x_column: 0, y_column: 0, scale: 1.0 })
+        };
+        let products: Vec<_> = self.sites(layer, site).into_iter().filter_map(product).collect();
+        let width = products.iter().map(|p| p.matrix.n()).max().unwrap_or(0);
+        (products, width)
+    }
+
+    fn up(&self, layer: usize, site: Site, h: &[f32], y: &mut [f32], rows: usize) {
         let sites = self.sites(layer, site);
-        let width = sites.iter().filter_map(|(_, s)| Some(s.a.as_ref()?.n())).max().unwrap_or(0);
-        let (x_stride, y_stride) = (x.len() / rows, y.len() / rows);
-        let mut down = Vec::with_capacity(sites.len());
-        let mut up = Vec::with_capacity(3 * sites.len());
-        for (rows, site) in &sites {
-            let Some(a) = &site.a else { continue };
-            let matrix = a.packed();
-            down.push(Product { matrix, rows: (*rows).clone(), x_column: 0, y_column: 0, scale: 1.0 });
-            for part in &site.parts {
-                let (x_column, y_column) = (part.rank_start, part.column);
-                let matrix = part.b.packed();
-                up.push(Product { matrix, rows: (*rows).clone(), x_column, y_column, scale: part.scale });
-            }
-        }
-        if width > 0 {
-            let mut h = vec![0.0; rows * width];
-            matmul::multiply(self.simd, &down, x, x_stride, &mut h, width);
-            matmul::multiply(self.simd, &up, &h, width, y, y_stride);
+        let (width, y_stride) = (h.len() / rows, y.len() / rows);
+        let parts = sites.iter().flat_map(|&(rows, site)| site.parts.iter().map(move |part| (rows, part)));
+        let product = |(rows, part): (&Range<usize>, &'a Part)| {
+            let (x_column, y_column) = (part.rank_start, part.column);
+            Product { matrix: part.b.packed(), rows: rows.clone(), x_column, y_column, scale: part.scale }
+        };
+        let products: Vec<_> = parts.map(product).collect();
+        if !products.is_empty() {
+            matmul::multiply(self.simd, h, width, &mut [Batch { products: &products, y, y_stride }]);
         }
         for (rows, site) in sites {
             for Finish { columns, gain, shift } in &site.finishes {
@@ -239,7 +240,13 @@ mod tests {
                     let y: Vec<f32> = (0..rows * n).map(|_| next()).collect();
                     let mut got = y.clone();
                     match kernels {
-                        Kernels::Packed(_) => delta.add(0, site, &x, &mut got, rows),
+                        Kernels::Packed(_) => {
+                            let (products, width) = delta.down(0, site);
+                            let mut h = vec![0.0; rows * width];
+                            let batch = Batch { products: &products, y: &mut h, y_stride: width };
+                            matmul::multiply(simd, &x, k, &mut [batch]);
+                            delta.up(0, site, &h, &mut got, rows);
+                        }
                         Kernels::Tensor => {
                             let x = Tensor::from_slice(&x, (rows, k), &Device::Cpu).unwrap();
                             let y = Tensor::from_slice(&y, (rows, n), &Device::Cpu).unwrap();
