@@ -50,7 +50,8 @@ def arguments():
     parser.add_argument("--model", required=True, type=Path, help="a GGUF file of a Llama")
     parser.add_argument("--work", required=True, type=Path, help="folder for converted models, adapters and logs")
     parser.add_argument("--formats", nargs="+", default=["file", "Q8_0", "BF16", "F16", "F32"], help="`file`: as it is")
-    parser.add_argument("--server-format", default="Q8_0", help="of the model that all servers get")
+    parser.add_argument("--server-format", default="Q8_0", help="of the model that llama-server gets")
+    parser.add_argument("--loramux-format", default="file", help="of the model that loramux gets")
     parser.add_argument("--llama-options", default="", help="more of llama-server's")
     parser.add_argument("--loramux", type=Path, help="the loramux program, a release build; without it llama.cpp alone")
     more = "more of `loramux serve`'s, as in --loramux-options='--quantize q8'; repeat it to compare"
@@ -136,7 +137,7 @@ def llama_steps(args, file):
     rates = {f"decode ×{b['pl']}": b["speed_tg"] for b in json_lines(run([tool(args, "llama-batched-bench"), *decode]))}
     alone = [*common, "--n-prompt", str(PREFILL), "--n-gen", "0", "--repetitions", "1", "--output", "jsonl"]
     [prefill] = json_lines(run([tool(args, "llama-bench"), *alone]))
-    return rates | {f"prefill {PREFILL}": prefill["avg_ts"]}
+    return rates | {f"prefill {PREFILL}": round(prefill["avg_ts"], 1)}
 
 
 def measure_steps(args, own):
@@ -263,7 +264,7 @@ def closed_loop(args, ask, clients, adapters, repetition):
     seconds = time.perf_counter() - start
     if failures or set(tokens) != {args.max_tokens}:
         sys.exit(f"not every request got {args.max_tokens} tokens: {set(tokens)}, {failures[:1]}")
-    return sum(tokens) / seconds, max(took)
+    return round(sum(tokens) / seconds, 1), round(max(took), 2)
 
 
 def row(clients, adapters):
@@ -273,13 +274,15 @@ def row(clients, adapters):
 
 def measure_servers(args, reader, own):
     """{row: {server: [(tokens a second, slowest request)]}}"""
-    file = model(args, "file" if args.server_format == own else args.server_format)
+    file, own_file = (
+        model(args, "file" if name == own else name) for name in (args.server_format, args.loramux_format)
+    )
     write = lambda seed: lambda part: write_adapter(part, reader, seed)
     folders = [args.work / "adapters" / name for name in ADAPTERS]
     adapters = [whole(folder / "adapter_model.gguf", write(i)) for i, folder in enumerate(folders)]
     systems = {"llama.cpp": lambda: llama_server(args, file, adapters)}
     for more in (args.loramux_options or [""]) if args.loramux else []:
-        systems[f"loramux {more}".strip()] = lambda more=more: loramux_server(args, file, adapters, more)
+        systems[f"loramux {more}".strip()] = lambda more=more: loramux_server(args, own_file, adapters, more)
     seen = {}
     for repetition in range(args.repetitions):
         for name, start in systems.items():

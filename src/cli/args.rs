@@ -69,7 +69,7 @@ pub struct ModelArgs {
     /// Numbers that weights are held in; products on a CPU are always summed in f32
     #[arg(long, env = "LORAMUX_DTYPE", value_enum, default_value = "auto")]
     pub dtype: Dtype,
-    /// Quantise the base's matrices at load (CPU)
+    /// Quantise the base's matrices at load (CPU); q8 multiplies whole numbers, the fastest
     #[arg(long, env = "LORAMUX_QUANTIZE", value_enum, default_value = "none")]
     pub quantize: Quantize,
     /// Memory of the KV cache
