@@ -206,7 +206,9 @@ def llama_server(args, file, adapters):
     command = [tool(args, "llama-server"), "--model", str(file), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--threads", str(args.threads), "--parallel", str(slots), "--ctx-size", str(slots * 512)]
     # An adapter is on for the requests that ask for it, and prompts are not kept: none comes twice.
-    command += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply", "--cache-ram", "0"]
+    command += ["--cache-ram", "0"]
+    if adapters:
+        command += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply"]
     options = {"n_predict": args.max_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
 
     def ask(prompt, adapter):
@@ -280,14 +282,20 @@ def measure_servers(args, reader, own):
     write = lambda seed: lambda part: write_adapter(part, reader, seed)
     folders = [args.work / "adapters" / name for name in ADAPTERS]
     adapters = [whole(folder / "adapter_model.gguf", write(i)) for i, folder in enumerate(folders)]
-    systems = {"llama.cpp": lambda: llama_server(args, file, adapters)}
+    # llama-server's base is several times slower with adapters loaded, even when none is asked for: it gets a server without.
+    alone, mixed = [load for load in LOADS if load[1] == 0], [load for load in LOADS if load[1] > 0]
+    systems = [
+        ("llama.cpp", alone, lambda: llama_server(args, file, [])),
+        ("llama.cpp", mixed, lambda: llama_server(args, file, adapters)),
+    ]
     for more in (args.loramux_options or [""]) if args.loramux else []:
-        systems[f"loramux {more}".strip()] = lambda more=more: loramux_server(args, own_file, adapters, more)
+        start = lambda more=more: loramux_server(args, own_file, adapters, more)
+        systems.append((f"loramux {more}".strip(), LOADS, start))
     seen = {}
     for repetition in range(args.repetitions):
-        for name, start in systems.items():
+        for name, loads, start in systems:
             with start() as ask:
-                for load in LOADS:
+                for load in loads:
                     runs = seen.setdefault(row(*load), {}).setdefault(name, [])
                     runs.append(closed_loop(args, ask, *load, repetition))
                     progress(name, row(*load), runs[-1][0])
