@@ -52,7 +52,7 @@ impl Numbers {
         }
     }
 
-    /// A number of `k`, [`LANES`] features each, from `at` on.
+    /// `k` rows of [`LANES`] numbers, from `at` on.
     pub fn group(&self, at: usize, k: usize) -> Group<'_> {
         match self {
             Numbers::F32(numbers) => Group::F32(&numbers[at..][..k * LANES]),

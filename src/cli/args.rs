@@ -66,7 +66,7 @@ pub struct ModelArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto")]
     pub device: String,
-    /// Numbers that weights are held in; products on a CPU are always summed in f32
+    /// Numbers that weights are held in; products on a CPU are summed in f32, but for --quantize q8
     #[arg(long, env = "LORAMUX_DTYPE", value_enum, default_value = "auto")]
     pub dtype: Dtype,
     /// Quantise the base's matrices at load (CPU); q8 multiplies whole numbers, the fastest
