@@ -2,7 +2,7 @@
 //!
 //!     cargo bench --bench decode            # the weights as the file has them
 //!     cargo bench --bench decode -- int8    # as `--quantize q8` has them
-//!     cargo bench --bench decode -- 8 32    # only so many rows, to profile
+//!     cargo bench --bench decode -- 8 32 steps=300    # only so many rows, and longer, to profile
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,7 +15,6 @@ use loramux::base::{BLOCK, Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels
 use loramux::engine::{Model, Output, Runner, Work};
 use loramux::lora::PackedAdapter;
 
-const STEPS: usize = 15;
 const RANK: usize = 16;
 
 /// Seconds that a call takes.
@@ -33,6 +32,7 @@ fn median<T>(calls: usize, mut call: impl FnMut() -> T) -> f64 {
 
 fn main() {
     loramux::memory::keep(64 << 20);
+    let steps = std::env::args().find_map(|argument| argument.strip_prefix("steps=")?.parse().ok()).unwrap_or(15);
     let base = Base::open(DEFAULT_MODEL).expect("the default model");
     let kernels = Kernels::for_device(&Device::Cpu);
     let format = std::env::args().any(|argument| argument == "int8").then_some(Format::Int8);
@@ -81,7 +81,7 @@ fn main() {
                 })
                 .collect();
             assert!(rows * 8 <= runner.blocks() && 101 <= 8 * BLOCK);
-            median(STEPS, || runner.step(&work).expect("step"))
+            median(steps, || runner.step(&work).expect("step"))
         };
         let (base, lora) = (time(false), time(true));
         let rate = |t: f64| rows as f64 / t;

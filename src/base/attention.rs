@@ -6,6 +6,7 @@ use candle_core::{D, DType, Tensor};
 
 use crate::Result;
 use crate::base::ModelConfig;
+use crate::base::buffer::Buffer;
 use crate::base::decoder::RowNorm;
 use crate::base::kv::{BLOCK, LayerCache, value_width};
 use crate::base::parallel;
@@ -86,7 +87,7 @@ pub(super) struct Attention<'a> {
 /// `qkv` is `[rows, (heads + 2 * kv_heads) * head_dim]`.
 ///
 /// Each row's sums are over blocks in ascending order, whatever the tile: its result does not depend on the other rows.
-pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut LayerCache) -> Vec<f32> {
+pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut LayerCache) -> Buffer {
     let &Attention { config, layer, ref head_norms, rotation, sequences } = attention;
     let LayerCache::Cpu { keys, values } = cache else { unreachable!("the decoder made its own cache") };
     let (hd, kv_heads, vw) = (config.head_dim, config.kv_heads, value_width(config));
@@ -103,25 +104,33 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
             rotation.rotate(row, normed, scale, out);
         }
     };
-    let (mut key, mut normed) = (vec![0.0; hd], vec![0.0; hd]);
-    for s in sequences {
-        for (i, row) in s.rows.clone().enumerate() {
+    let places = sequences.iter().flat_map(|s| {
+        let slots = s.rows.clone().enumerate().map(|(i, row)| (row, s.slot(s.start + i)));
+        slots.map(|(row, slot)| (row, slot / BLOCK, slot % BLOCK))
+    });
+    let places: Vec<(usize, usize, usize)> = places.collect();
+    let (key_writer, value_writer) = (keys.writer(), values.writer());
+    parallel::run(places.len().div_ceil(ROWS), |task| {
+        let mut scratch = Buffer::new(2 * hd);
+        let (key, normed) = scratch.split_at_mut(hd);
+        for &(row, block, slot) in places[task * ROWS..].iter().take(ROWS) {
             let x = &qkv[row * width..][..width];
-            let (block, slot) = (s.slot(s.start + i) / BLOCK, s.slot(s.start + i) % BLOCK);
             for head in 0..kv_heads {
-                turn(1, row, &x[q_width + head * hd..][..hd], 1.0, &mut normed, &mut key);
-                keys.write((block * kv_heads + head) * hd * BLOCK + slot, BLOCK, &key);
+                turn(1, row, &x[q_width + head * hd..][..hd], 1.0, normed, key);
+                // SAFETY: the blocks of a step's rows are theirs alone, and each position has its slot.
+                unsafe { key_writer.write((block * kv_heads + head) * hd * BLOCK + slot, BLOCK, key) };
                 let value = &x[q_width + (kv_heads + head) * hd..][..hd];
                 let at = (block * kv_heads + head) * vw * BLOCK + slot * LANES;
                 for (panel, value) in value.chunks(LANES).enumerate() {
-                    values.write(at + panel * BLOCK * LANES, 1, value);
+                    // SAFETY: likewise.
+                    unsafe { value_writer.write(at + panel * BLOCK * LANES, 1, value) };
                 }
             }
         }
-    }
+    });
 
     let (keys, values) = (&*keys, &*values);
-    let mut out = vec![0.0; rows * q_width];
+    let mut out = Buffer::new(rows * q_width);
     let target = Target(out.as_mut_ptr());
     // Heads that share keys and values, of neighbouring rows of a sequence, share the reading of them.
     let tiles: Vec<(&SequenceRows, Range<usize>)> = sequences
@@ -139,15 +148,16 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
         // Positions are counted from the start of the first block from here on.
         let (zero, span) = (first / BLOCK * BLOCK, blocks.len() * BLOCK);
         let (first, end) = (first - zero, end - zero);
-        let mut queries = vec![0.0; rows.len() * group * hd];
-        let mut normed = vec![0.0; if head_norms.is_some() { hd } else { 0 }];
+        let mut queries = Buffer::new(rows.len() * group * hd);
+        let mut normed = Buffer::new(hd);
         for (row, queries) in rows.clone().zip(queries.chunks_exact_mut(group * hd)) {
             let x = &qkv[row * width + head * group * hd..][..group * hd];
             let heads = queries.chunks_exact_mut(hd).zip(x.chunks_exact(hd));
             heads.for_each(|(out, x)| turn(0, row, x, scale, &mut normed, out));
         }
         let heads = rows.len() * group;
-        let mut scores = vec![0.0; heads * span];
+        let mut scores = Buffer::new(heads * span);
+        scores.fill(0.0);
         let mut scratch = [0.0; GROUP * LANES];
         for (i, &block) in blocks.iter().enumerate() {
             let at = (block as usize * kv_heads + head) * hd * BLOCK;
@@ -169,7 +179,7 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
             simd::softmax(simd, scores)
         };
         let sums: Vec<f32> = scores.chunks_exact_mut(span).enumerate().map(softmax).collect();
-        let mut acc = vec![0.0; heads * LANES];
+        let mut acc = Buffer::new(heads * LANES);
         for panel in (0..hd).step_by(LANES) {
             acc.fill(0.0);
             for (i, &block) in blocks.iter().enumerate() {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Device, Tensor};
 
 use crate::base::attention::{self, Attention, Rotation, SequenceRows};
+use crate::base::buffer::Buffer;
 use crate::base::kv::KvCache;
 use crate::base::matmul::{self, Batch, Format, PackedMatrix, Product};
 use crate::base::parallel;
@@ -88,7 +89,7 @@ struct Linear {
 
 /// Rows of activations.
 enum Rows {
-    Host { data: Vec<f32>, width: usize },
+    Host { data: Buffer, width: usize },
     Device(Tensor),
 }
 
@@ -548,7 +549,7 @@ impl Decoder {
         let Some(pooler) = &self.pooler else { return Ok(states) };
         let width = self.config.hidden_size;
         let x = match self.options.kernels {
-            Kernels::Packed(_) => Rows::Host { data: states, width },
+            Kernels::Packed(_) => Rows::Host { data: states.into(), width },
             Kernels::Tensor => {
                 let x = Tensor::from_slice(&states, (states.len() / width, width), &self.options.device)?;
                 Rows::Device(x.to_dtype(self.options.dtype)?)
@@ -571,7 +572,8 @@ impl Decoder {
                 let base = delta.base_logits(rows).into_iter();
                 let product = |rows| Product { matrix: &parts[0], rows, x_column: 0, y_column: 0, scale: 1.0 };
                 let products: Vec<_> = base.map(product).collect();
-                matmul::multiply(simd, hidden, k, &mut [Batch { products: &products, y: &mut y, y_stride: width }]);
+                let batch = Batch { products: &products, y: &mut y, y_stride: width, add: false };
+                matmul::multiply(simd, hidden, k, &mut [batch]);
                 delta.logits(hidden, &mut y, rows);
                 if let Some(cap) = cap {
                     simd::softcap(simd, &mut y, cap as f32);
@@ -597,7 +599,7 @@ impl Decoder {
         }
         let look_up = |table: &Linear, ids: &[u32]| match &table.matrices {
             Matrices::Packed(parts) => {
-                let mut data = vec![0.0; ids.len() * width];
+                let mut data = Buffer::new(ids.len() * width);
                 for (row, &id) in data.chunks_exact_mut(width).zip(ids) {
                     parts[0].row(id as usize, row);
                 }
@@ -630,7 +632,7 @@ impl Decoder {
         match (&linear.matrices, x, self.options.kernels) {
             (Matrices::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd)) => {
                 let (rows, n) = (x.len() / k, parts.iter().map(PackedMatrix::n).sum());
-                let mut y = vec![0.0; rows * n];
+                let mut y = Buffer::new(rows * n);
                 let mut y_column = 0;
                 let mut products = Vec::with_capacity(parts.len());
                 for matrix in parts {
@@ -638,9 +640,9 @@ impl Decoder {
                     y_column += matrix.n();
                 }
                 let (down, width) = delta.down(layer, site);
-                let mut h = vec![0.0; rows * width];
-                let of_base = Batch { products: &products, y: &mut y, y_stride: n };
-                let of_delta = Batch { products: &down, y: &mut h, y_stride: width };
+                let mut h = Buffer::new(rows * width);
+                let of_base = Batch { products: &products, y: &mut y, y_stride: n, add: false };
+                let of_delta = Batch { products: &down, y: &mut h, y_stride: width, add: false };
                 matmul::multiply(simd, x, *k, &mut [of_base, of_delta]);
                 delta.up(layer, site, &h, &mut y, rows);
                 if let Some(Vector::Host(bias)) = &linear.bias {
@@ -663,9 +665,14 @@ impl Decoder {
     fn norm(&self, x: &Rows, norm: &RowNorm) -> Result<Rows> {
         match (x, self.options.kernels) {
             (Rows::Host { data, width }, Kernels::Packed(simd)) => {
-                let mut out = vec![0.0; data.len()];
-                for (row, (out, x)) in out.chunks_exact_mut(*width).zip(data.chunks_exact(*width)).enumerate() {
-                    norm.of_row(row).row(simd, x, out);
+                let mut out = Buffer::new(data.len());
+                let of_row = |row: usize, out: &mut [f32]| {
+                    norm.of_row(row).row(simd, &data[row * width..][..*width], out);
+                };
+                if data.len() < PARALLEL {
+                    out.chunks_exact_mut(*width).enumerate().for_each(|(row, out)| of_row(row, out));
+                } else {
+                    parallel::chunks(&mut out, *width, of_row);
                 }
                 Ok(Rows::Host { data: out, width: *width })
             }
@@ -685,7 +692,7 @@ impl Decoder {
         match (x, self.options.kernels) {
             (Rows::Host { data, .. }, Kernels::Packed(simd)) => {
                 let from = if gated { 2 * width } else { width };
-                let mut out = vec![0.0; data.len() / from * width];
+                let mut out = Buffer::new(data.len() / from * width);
                 parallel::chunks(&mut out, width, |row, out| {
                     let x = &data[row * from..][..from];
                     simd::activate(simd, activation, &x[..width], out);
@@ -711,16 +718,28 @@ impl Decoder {
 impl Rows {
     fn into_f32(self) -> Result<Vec<f32>> {
         match self {
-            Rows::Host { data, .. } => Ok(data),
+            Rows::Host { data, .. } => Ok(data.to_vec()),
             Rows::Device(t) => Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
         }
     }
 }
 
+/// Numbers of which a cheap operation is worth a parallel region.
+const PARALLEL: usize = 1 << 15;
+
 /// `x += y`.
 fn add(x: &mut Rows, y: Rows) -> Result<()> {
     match (x, y) {
-        (Rows::Host { data: x, .. }, Rows::Host { data: y, .. }) => x.iter_mut().zip(y).for_each(|(x, y)| *x += y),
+        (Rows::Host { data: x, width }, Rows::Host { data: y, .. }) => {
+            let of_row = |row: usize, x: &mut [f32]| {
+                x.iter_mut().zip(&y[row * *width..]).for_each(|(x, y)| *x += y);
+            };
+            if y.len() < PARALLEL {
+                x.chunks_exact_mut(*width).enumerate().for_each(|(row, x)| of_row(row, x));
+            } else {
+                parallel::chunks(x, *width, of_row);
+            }
+        }
         (Rows::Device(x), Rows::Device(y)) => *x = (&*x + y)?,
         _ => unreachable!("rows are where the weights are"),
     }
@@ -730,8 +749,11 @@ fn add(x: &mut Rows, y: Rows) -> Result<()> {
 fn select(x: Rows, wanted: &[usize]) -> Result<Rows> {
     match x {
         Rows::Host { data, width } => {
-            let data = wanted.iter().flat_map(|&row| &data[row * width..][..width]).copied().collect();
-            Ok(Rows::Host { data, width })
+            let mut chosen = Buffer::new(wanted.len() * width);
+            for (out, &row) in chosen.chunks_exact_mut(width).zip(wanted) {
+                out.copy_from_slice(&data[row * width..][..width]);
+            }
+            Ok(Rows::Host { data: chosen, width })
         }
         Rows::Device(t) => {
             let index: Vec<u32> = wanted.iter().map(|&row| row as u32).collect();

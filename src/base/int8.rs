@@ -9,7 +9,27 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::parallel;
-use super::simd::{LANES, Simd};
+use super::simd::{LANES, Simd, Target};
+
+/// The body for every `$i` below `$n`, which is 8 at most, each time with `$i` known to the compiler: an array that is read
+/// at a place it doesn't know lies in memory, not in registers.
+#[cfg(target_arch = "x86_64")]
+macro_rules! unrolled {
+    ($i:ident < $n:expr, $body:block) => {
+        unrolled!($i < $n, $body, 0, 1, 2, 3, 4, 5, 6, 7)
+    };
+    ($i:ident < $n:expr, $body:block, $($value:literal),*) => {
+        $(if $value < $n {
+            let $i: usize = $value;
+            $body
+        })*
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 /// Most weights that share a scale. Outliers of activations spoil the numbers that share theirs, so few; each group costs a
 /// conversion to floating point, so many.
@@ -20,15 +40,14 @@ const MIN_GROUP: usize = 32;
 const MAX_NIBBLE_GROUP: usize = 32;
 /// Weights of one output feature that an instruction multiplies and adds up.
 const STEP: usize = 4;
-/// Rows of the largest tile.
+/// Bytes of rows that stay in the first-level cache, beside a panel of weights, until all panels are multiplied with them.
 #[cfg(target_arch = "x86_64")]
-const TILE_ROWS: usize = 8;
-/// Bytes of codes that are fetched ahead.
+const NEAR: usize = 24 << 10;
+#[cfg(target_arch = "x86_64")]
+const CACHE_LINE: usize = 64;
+/// Bytes of codes that are fetched ahead: the processor's own prefetching ends with the page.
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 2048;
-/// Panels of the widest tile of AVX-512.
-#[cfg(target_arch = "x86_64")]
-const VNNI_PANELS: usize = 4;
 
 /// How many weights along `k` share a scale: all where there are few, as in an adapter's B; `None` where `k` has no fit
 /// divisor.
@@ -53,6 +72,7 @@ struct RowGroup {
 pub struct Rounded {
     k: usize,
     group: usize,
+    groups_per_row: usize,
     /// `[rows, k]`.
     q: Vec<i8>,
     /// `[rows, k / group]`.
@@ -74,7 +94,13 @@ impl Rounded {
         const GRAIN: usize = 1 << 12;
         assert!(k.is_multiple_of(group));
         let groups = k / group;
-        let mut rounded = Rounded { k, group, q: vec![0; rows * k], groups: vec![RowGroup::default(); rows * groups] };
+        let mut rounded = Rounded {
+            k,
+            group,
+            groups_per_row: groups,
+            q: vec![0; rows * k],
+            groups: vec![RowGroup::default(); rows * groups],
+        };
         let row = |row: usize, q: &mut [i8], groups: &mut [RowGroup]| {
             let x = &x[row * stride..][..k];
             for ((x, q), out) in x.chunks_exact(group).zip(q.chunks_exact_mut(group)).zip(groups) {
@@ -185,42 +211,12 @@ impl Scales {
             Scales::F16(numbers) => numbers[index].map(|bits| f16::from_bits(bits).to_f32()),
         }
     }
-
-    /// The first or the second half of a panel's.
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,f16c")]
-    #[inline]
-    fn avx2(&self, index: usize, half: usize) -> std::arch::x86_64::__m256 {
-        use std::arch::x86_64::*;
-        // SAFETY: each holds LANES numbers, half of them from there on.
-        unsafe {
-            match self {
-                Scales::F32(numbers) => _mm256_loadu_ps(numbers[index].as_ptr().add(LANES / 2 * half)),
-                Scales::F16(numbers) => {
-                    _mm256_cvtph_ps(_mm_loadu_si128(numbers[index].as_ptr().add(LANES / 2 * half).cast()))
-                }
-            }
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn avx512(&self, index: usize) -> std::arch::x86_64::__m512 {
-        use std::arch::x86_64::*;
-        // SAFETY: each holds LANES numbers.
-        unsafe {
-            match self {
-                Scales::F32(numbers) => _mm512_loadu_ps(numbers[index].as_ptr()),
-                Scales::F16(numbers) => _mm512_cvtph_ps(_mm256_loadu_si256(numbers[index].as_ptr().cast())),
-            }
-        }
-    }
 }
 
 /// Weights in whole numbers: `w = scale * q + min`.
 #[derive(Debug)]
 pub struct Weights {
+    n: usize,
     k: usize,
     group: usize,
     codes: Codes,
@@ -247,7 +243,7 @@ impl Weights {
             let scale = scales[row / LANES * (k / group) + i / group][row % LANES];
             if scale == 0.0 { 0 } else { (at(row, i) / scale).round() as i8 }
         });
-        Weights { k, group, codes, scales: Scales::new(scales), mins: None }
+        Weights { n, k, group, codes, scales: Scales::new(scales), mins: None }
     }
 
     /// Weights that are whole numbers already: `q(row, i)` of weight `i` of output feature `row`, `scale(row, group)` and
@@ -271,7 +267,7 @@ impl Weights {
         let mins = per_group(n, k / group, min);
         let any = mins.as_flattened().iter().any(|&min| min != 0.0);
         let scales = Scales::new(per_group(n, k / group, scale));
-        Weights { k, group, codes, scales, mins: any.then(|| Scales::new(mins)) }
+        Weights { n, k, group, codes, scales, mins: any.then(|| Scales::new(mins)) }
     }
 
     /// How many weights along `k` share a scale.
@@ -298,59 +294,46 @@ impl Weights {
         }
     }
 
-    /// `x wᵀ` for some rows of `x` and some panels: calls `done(row, panel, sums)` once for each of them.
+    /// `scale * x wᵀ` for some rows of `x` and some panels; `y` begins with the first feature of the first row.
+    ///
+    /// # Safety
+    /// `y` is good for writing those features of as many rows, and nobody else touches them meanwhile.
     ///
     /// # Panics
     /// If there are not so many rows or panels, or `x` was rounded for another `k` or in other groups.
-    #[inline]
-    pub fn multiply(
+    pub unsafe fn multiply(
         &self,
         simd: Simd,
         x: &Rounded,
         rows: Range<usize>,
         panels: Range<usize>,
-        mut done: impl FnMut(usize, usize, &[f32; LANES]),
+        scale: f32,
+        y: Target,
     ) {
         let groups = self.k / self.group;
         assert_eq!((x.k, x.group), (self.k, self.group));
         assert!(panels.end * groups <= self.scales.len() && rows.end <= x.rows());
         match simd {
+            // SAFETY: the CPU was asked for what it needs, and the caller's promise.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 if has_vnni() => {
-                let mut acc = [0.0f32; TILE_ROWS * VNNI_PANELS * LANES];
-                // Few rows leave registers for more chains of additions.
-                let side = if rows.len() <= TILE_ROWS / 2 { VNNI_PANELS } else { VNNI_PANELS / 2 };
-                for panel in panels.clone().step_by(side) {
-                    let side = side.min(panels.end - panel);
-                    for row in rows.clone().step_by(TILE_ROWS) {
-                        let rows = TILE_ROWS.min(rows.end - row);
-                        let acc = &mut acc[..rows * side * LANES];
-                        acc.fill(0.0);
-                        // SAFETY: the CPU was asked for what it needs.
-                        unsafe { self.vnni((rows, side), x, row, panel, acc) };
-                        for (i, acc) in acc.as_chunks().0.iter().enumerate() {
-                            done(row + i / side, panel + i % side, acc);
-                        }
-                    }
-                }
-            }
+            Simd::Avx512 if has_vnni() => unsafe { self.vnni(x, rows, panels, scale, y) },
+            // SAFETY: both are only made where the CPU has avx2, fma and f16c, and the caller's promise.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx2 | Simd::Avx512 => {
-                let mut acc = [[0.0; LANES]; TILE_ROWS];
-                for (panel, row) in panels.flat_map(|p| rows.clone().step_by(TILE_ROWS).map(move |r| (p, r))) {
-                    let acc = &mut acc[..TILE_ROWS.min(rows.end - row)];
-                    acc.fill([0.0; LANES]);
-                    // SAFETY: both are only made where the CPU has avx2, fma and f16c.
-                    unsafe { self.avx2(x, row, panel, acc) };
-                    acc.iter().enumerate().for_each(|(r, acc)| done(row + r, panel, acc));
-                }
-            }
+            Simd::Avx2 | Simd::Avx512 => unsafe { self.avx2(x, rows, panels, scale, y) },
             Simd::Portable => {
-                for panel in panels {
-                    rows.clone().for_each(|row| done(row, panel, &self.portable(x, row, panel)));
+                let first = (rows.start, panels.start);
+                for (panel, row) in panels.flat_map(|p| rows.clone().map(move |r| (p, r))) {
+                    let sums = self.portable(x, row, panel);
+                    // SAFETY: the caller's promise.
+                    unsafe { y.at(row - first.0, (panel - first.1) * LANES).put(&sums, self.features(panel), scale) };
                 }
             }
         }
+    }
+
+    /// Output features of a panel: fewer than [`LANES`] in the last one.
+    fn features(&self, panel: usize) -> usize {
+        LANES.min(self.n - panel * LANES)
     }
 
     /// The whole number of weight `i` of a panel's output feature `lane`.
@@ -425,219 +408,6 @@ fn nibbles(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Codes {
     Codes::Nibbles(codes)
 }
 
-// Plain loops over arrays: with closures, even those of the standard library, vectors go through memory.
-#[cfg(target_arch = "x86_64")]
-#[allow(clippy::needless_range_loop)]
-impl Weights {
-    /// `acc[r] += x wᵀ` for as many rows and a panel.
-    ///
-    /// # Safety
-    /// The CPU has avx2, fma and f16c.
-    unsafe fn avx2(&self, x: &Rounded, row: usize, panel: usize, acc: &mut [[f32; LANES]]) {
-        // 16 registers hold the sums of four rows and both halves of a panel, or of eight rows and one half, beside those of
-        // weights, numbers and constants.
-        macro_rules! tiles {
-            ($nibbles:literal, $codes:expr) => {
-                match acc.len() {
-                    1 => self.avx2_tile::<$nibbles, 1, 0, 2>($codes, x, row, panel, acc),
-                    2 => self.avx2_tile::<$nibbles, 2, 0, 2>($codes, x, row, panel, acc),
-                    3 => self.avx2_tile::<$nibbles, 3, 0, 2>($codes, x, row, panel, acc),
-                    4 => self.avx2_tile::<$nibbles, 4, 0, 2>($codes, x, row, panel, acc),
-                    5 => tiles!($nibbles, $codes, 5),
-                    6 => tiles!($nibbles, $codes, 6),
-                    7 => tiles!($nibbles, $codes, 7),
-                    8 => tiles!($nibbles, $codes, 8),
-                    _ => unreachable!("a tile has 1 to 8 rows"),
-                }
-            };
-            ($nibbles:literal, $codes:expr, $rows:literal) => {{
-                self.avx2_tile::<$nibbles, $rows, 0, 1>($codes, x, row, panel, acc);
-                self.avx2_tile::<$nibbles, $rows, 1, 1>($codes, x, row, panel, acc);
-            }};
-        }
-        // SAFETY: the caller's promise.
-        unsafe {
-            match &self.codes {
-                Codes::Bytes(codes) => tiles!(false, codes),
-                Codes::Nibbles(codes) => tiles!(true, codes),
-            }
-        }
-    }
-
-    /// For `R` rows and `HALVES` halves of a panel from `FIRST` on.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn avx2_tile<const NIBBLES: bool, const R: usize, const FIRST: usize, const HALVES: usize>(
-        &self,
-        codes: &[u8],
-        x: &Rounded,
-        row: usize,
-        panel: usize,
-        acc: &mut [[f32; LANES]],
-    ) {
-        use std::arch::x86_64::*;
-        const HALF: usize = LANES / 2;
-        let (groups, steps) = (self.k / self.group, self.group / STEP);
-        let bytes = if NIBBLES { STEP * HALF } else { STEP * LANES };
-        let length = self.k / STEP * bytes;
-        assert!(codes.len() >= (panel + 1) * length && acc.len() >= R && row + R <= x.rows());
-        let (ones, flip, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128), _mm256_set1_epi8(15));
-        let (mut w, mut step) = (codes[panel * length..].as_ptr(), 0);
-        let mut q = [x.q.as_ptr(); R];
-        for r in 0..R {
-            q[r] = x.q[(row + r) * self.k..].as_ptr();
-        }
-        for g in 0..groups {
-            let mut sums = [[_mm256_setzero_si256(); HALVES]; R];
-            for _ in 0..steps {
-                // SAFETY: there are as many codes and numbers as `k` asks for.
-                unsafe {
-                    let (mut codes, mut sizes) = ([ones; HALVES], [ones; HALVES]);
-                    for h in 0..HALVES {
-                        if NIBBLES {
-                            let both = _mm256_loadu_si256(w.cast());
-                            let both = if FIRST + h == 0 { both } else { _mm256_srli_epi16::<4>(both) };
-                            codes[h] = _mm256_and_si256(both, mask);
-                        } else {
-                            let half = w.add((FIRST + h) * STEP * HALF);
-                            codes[h] = _mm256_xor_si256(_mm256_loadu_si256(half.cast()), flip);
-                            sizes[h] = _mm256_abs_epi8(codes[h]);
-                        }
-                    }
-                    for r in 0..R {
-                        let x = _mm256_set1_epi32(q[r].cast::<i32>().add(step).read_unaligned());
-                        for h in 0..HALVES {
-                            sums[r][h] = if NIBBLES {
-                                // Two products are 2 * 15 * 127 at most: those of eight steps fit 16 bits.
-                                _mm256_add_epi16(sums[r][h], _mm256_maddubs_epi16(codes[h], x))
-                            } else {
-                                // Without its sign a code is at most 128, a number 127: two products fit 16 bits.
-                                let pairs = _mm256_maddubs_epi16(sizes[h], _mm256_sign_epi8(x, codes[h]));
-                                _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(pairs, ones))
-                            };
-                        }
-                    }
-                    // The processor's own prefetching ends with the page.
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD).cast());
-                    (w, step) = (w.add(bytes), step + 1);
-                }
-            }
-            for h in 0..HALVES {
-                let scales = self.scales.avx2(panel * groups + g, FIRST + h);
-                let mins = self.mins.as_ref().map(|mins| mins.avx2(panel * groups + g, FIRST + h));
-                for r in 0..R {
-                    let sum = if NIBBLES { _mm256_madd_epi16(sums[r][h], ones) } else { sums[r][h] };
-                    let common = &x.groups[(row + r) * groups + g];
-                    let product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scales);
-                    // SAFETY: a row has LANES numbers, half of them from here on.
-                    unsafe {
-                        let acc = acc[r].as_mut_ptr().add(HALF * (FIRST + h));
-                        let mut added = _mm256_fmadd_ps(product, _mm256_set1_ps(common.scale), _mm256_loadu_ps(acc));
-                        if let Some(mins) = mins {
-                            added = _mm256_fmadd_ps(mins, _mm256_set1_ps(common.total), added);
-                        }
-                        _mm256_storeu_ps(acc, added);
-                    }
-                }
-            }
-        }
-    }
-
-    /// `acc[r][p] += x wᵀ` for some rows and panels, `acc` being `[rows][panels][LANES]`.
-    ///
-    /// # Safety
-    /// The CPU has avx512f, avx512bw and what [`has_vnni`] asks for.
-    unsafe fn vnni(&self, tile: (usize, usize), x: &Rounded, row: usize, panel: usize, acc: &mut [f32]) {
-        macro_rules! tiles {
-            ($nibbles:literal, $codes:expr, $($rows:literal),*) => {
-                match tile {
-                    $(
-                        ($rows, 1) => self.vnni_tile::<$nibbles, $rows, 1>($codes, x, row, panel, acc),
-                        ($rows, 2) => self.vnni_tile::<$nibbles, $rows, 2>($codes, x, row, panel, acc),
-                        ($rows, 3) => self.vnni_tile::<$nibbles, $rows, 3>($codes, x, row, panel, acc),
-                        ($rows, 4) => self.vnni_tile::<$nibbles, $rows, 4>($codes, x, row, panel, acc),
-                    )*
-                    _ => unreachable!("a tile has 1 to 8 rows and 1 to 4 panels"),
-                }
-            };
-        }
-        // SAFETY: the caller's promise.
-        unsafe {
-            match &self.codes {
-                Codes::Bytes(codes) => tiles!(false, codes, 1, 2, 3, 4, 5, 6, 7, 8),
-                Codes::Nibbles(codes) => tiles!(true, codes, 1, 2, 3, 4, 5, 6, 7, 8),
-            }
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    fn vnni_tile<const NIBBLES: bool, const R: usize, const P: usize>(
-        &self,
-        codes: &[u8],
-        x: &Rounded,
-        row: usize,
-        panel: usize,
-        acc: &mut [f32],
-    ) {
-        use std::arch::x86_64::*;
-        let (groups, steps) = (self.k / self.group, self.group / STEP);
-        let bytes = if NIBBLES { STEP * LANES / 2 } else { STEP * LANES };
-        // Panels are so many codes apart.
-        let apart = self.k / STEP * bytes;
-        assert!(codes.len() >= (panel + P) * apart && acc.len() == R * P * LANES && row + R <= x.rows());
-        let (mut w, mut q) = (codes[panel * apart..].as_ptr(), x.q[row * self.k..].as_ptr());
-        for g in 0..groups {
-            let mut sums = [[_mm512_setzero_si512(); P]; R];
-            if !NIBBLES {
-                // Codes have 128 too much, which counts once for each number of the row.
-                for r in 0..R {
-                    sums[r] = [_mm512_set1_epi32(-128 * x.groups[(row + r) * groups + g].sum); P];
-                }
-            }
-            for _ in 0..steps {
-                // SAFETY: there are as many codes and numbers as `k` asks for.
-                unsafe {
-                    let mut codes = [_mm512_setzero_si512(); P];
-                    for p in 0..P {
-                        codes[p] = if NIBBLES {
-                            let both = _mm256_loadu_si256(w.add(p * apart).cast());
-                            let mask = _mm256_set1_epi8(15);
-                            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
-                            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_and_si256(both, mask)), high)
-                        } else {
-                            _mm512_loadu_si512(w.add(p * apart).cast())
-                        };
-                    }
-                    for r in 0..R {
-                        let x = _mm512_set1_epi32(q.add(r * self.k).cast::<i32>().read_unaligned());
-                        for p in 0..P {
-                            sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], codes[p], x);
-                        }
-                    }
-                    (w, q) = (w.add(bytes), q.add(STEP));
-                }
-            }
-            for p in 0..P {
-                let index = (panel + p) * groups + g;
-                let scales = self.scales.avx512(index);
-                let mins = self.mins.as_ref().map(|mins| mins.avx512(index));
-                for r in 0..R {
-                    let common = x.groups[(row + r) * groups + g];
-                    let product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][p]), scales);
-                    // SAFETY: the accumulator has LANES numbers from there on.
-                    unsafe {
-                        let acc = acc.as_mut_ptr().add((r * P + p) * LANES);
-                        let mut added = _mm512_fmadd_ps(product, _mm512_set1_ps(common.scale), _mm512_loadu_ps(acc));
-                        if let Some(mins) = mins {
-                            added = _mm512_fmadd_ps(mins, _mm512_set1_ps(common.total), added);
-                        }
-                        _mm512_storeu_ps(acc, added);
-                    }
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -658,7 +428,9 @@ mod tests {
                 let (mut x, mut acc) = ([1.0; 32], [0.0; LANES]);
                 x[7] = number;
                 let weights = Weights::round(1, 32, |_, _| 0.5);
-                weights.multiply(simd, &Rounded::new(simd, &x, 32, 1, 32, 32), 0..1, 0..1, |_, _, sums| acc = *sums);
+                let y = Target { start: acc.as_mut_ptr(), stride: LANES, add: false };
+                // SAFETY: that many features.
+                unsafe { weights.multiply(simd, &Rounded::new(simd, &x, 32, 1, 32, 32), 0..1, 0..1, 1.0, y) };
                 assert!(!acc[0].is_finite(), "{number} by {simd:?}: {}", acc[0]);
             }
         }
@@ -734,23 +506,33 @@ mod tests {
 
     /// That the product with `x`, rows of one number more than there are features, is that of the weights `kept`.
     fn check(weights: &Weights, kept: &[f32], x: &[f32], rows: usize, panels: usize) -> Result<(), TestCaseError> {
-        let (k, group) = (weights.k, weights.group);
-        let mut all = vec![];
+        let (n, k, group) = (weights.n, weights.k, weights.group);
+        let mut all: Vec<Vec<f32>> = vec![];
         for simd in Simd::all() {
             let rounded = Rounded::new(simd, x, k + 1, rows, k, group);
-            let mut acc = vec![[f32::NAN; LANES]; rows * panels];
-            weights.multiply(simd, &rounded, 0..rows, 0..panels, |row, panel, sums| acc[row * panels + panel] = *sums);
+            // A number more than features, which nothing is added to.
+            let product = |rows: Range<usize>, panels: Range<usize>, add: bool| {
+                let width = n.min(panels.end * LANES) - panels.start * LANES;
+                let mut y = vec![1.0f32; rows.len() * (width + 1)];
+                let target = Target { start: y.as_mut_ptr(), stride: width + 1, add };
+                // SAFETY: there are as many rows and features.
+                unsafe { weights.multiply(simd, &rounded, rows, panels, 0.5, target) };
+                assert!(y.iter().skip(width).step_by(width + 1).all(|&one| one == 1.0));
+                y
+            };
+            let y = product(0..rows, 0..panels, true);
+            let set = product(0..rows, 0..panels, false);
+            prop_assert!(y.iter().zip(&set).enumerate().all(|(i, (y, set))| i % (n + 1) == n || *y == 1.0 + set));
             for (row, panel) in (0..rows).flat_map(|row| (0..panels).map(move |panel| (row, panel))) {
-                let mut same = [f32::NAN; LANES];
-                weights.multiply(simd, &rounded, row..row + 1, panel..panel + 1, |_, _, sums| same = *sums);
-                prop_assert_eq!(same, acc[row * panels + panel]);
+                let alone = product(row..row + 1, panel..panel + 1, true);
+                prop_assert_eq!(&y[row * (n + 1) + panel * LANES..][..alone.len() - 1], &alone[..alone.len() - 1]);
             }
-            all.push(acc);
+            all.push(y);
         }
         prop_assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
         for (feature, kept) in kept.chunks_exact(k).enumerate() {
             for row in 0..rows {
-                let got = all[0][row * panels + feature / LANES][feature % LANES];
+                let got = (all[0][row * (n + 1) + feature] - 1.0) / 0.5;
                 let x = &x[row * (k + 1)..][..k];
                 let want: f64 = x.iter().zip(kept).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
                 // Each activation is off by half a step at most.

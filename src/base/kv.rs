@@ -1,5 +1,7 @@
 //! The paged KV cache: memory for keys and values in blocks of [`BLOCK`] positions.
 
+use std::marker::PhantomData;
+
 use candle_core::{DType, Device, Tensor};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -32,24 +34,13 @@ impl Numbers {
         if in_f16 { Numbers::F16(vec![0; count]) } else { Numbers::F32(vec![0.0; count]) }
     }
 
-    /// Writes `x` from `at` on, `stride` apart.
-    pub fn write(&mut self, at: usize, stride: usize, x: &[f32]) {
-        match self {
-            Numbers::F32(numbers) => {
-                numbers[at..].iter_mut().step_by(stride).zip(x).for_each(|(out, &x)| *out = x);
-            }
-            Numbers::F16(bits) => {
-                const CHUNK: usize = 64;
-                let (mut kept, mut halves) = ([0.0; CHUNK], [f16::ZERO; CHUNK]);
-                for (i, x) in x.chunks(CHUNK).enumerate() {
-                    let (kept, halves) = (&mut kept[..x.len()], &mut halves[..x.len()]);
-                    kept.iter_mut().zip(x).for_each(|(kept, x)| *kept = x.clamp(-65504.0, 65504.0));
-                    halves.convert_from_f32_slice(kept);
-                    let out = bits[at + i * CHUNK * stride..].iter_mut().step_by(stride);
-                    out.zip(halves).for_each(|(out, half)| *out = half.to_bits());
-                }
-            }
-        }
+    /// For tasks that write different numbers at the same time.
+    pub fn writer(&mut self) -> Writer<'_> {
+        let (start, len) = match self {
+            Numbers::F32(numbers) => (Start::F32(numbers.as_mut_ptr()), numbers.len()),
+            Numbers::F16(bits) => (Start::F16(bits.as_mut_ptr()), bits.len()),
+        };
+        Writer { start, len, numbers: PhantomData }
     }
 
     /// `k` rows of [`LANES`] numbers, from `at` on.
@@ -57,6 +48,52 @@ impl Numbers {
         match self {
             Numbers::F32(numbers) => Group::F32(&numbers[at..][..k * LANES]),
             Numbers::F16(bits) => Group::F16(&bits[at..][..k * LANES]),
+        }
+    }
+}
+
+/// Writes [`Numbers`].
+pub(super) struct Writer<'a> {
+    start: Start,
+    len: usize,
+    numbers: PhantomData<&'a mut Numbers>,
+}
+
+enum Start {
+    F32(*mut f32),
+    F16(*mut u16),
+}
+
+// SAFETY: tasks write different numbers, as they promise.
+unsafe impl Sync for Writer<'_> {}
+
+impl Writer<'_> {
+    /// Writes `x` from `at` on, `stride` apart.
+    ///
+    /// # Safety
+    /// Nobody else writes these numbers meanwhile.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub unsafe fn write(&self, at: usize, stride: usize, x: &[f32]) {
+        assert!(x.is_empty() || at + (x.len() - 1) * stride < self.len);
+        // SAFETY: the assert, and the caller's promise.
+        match self.start {
+            Start::F32(start) => {
+                x.iter().enumerate().for_each(|(i, &x)| unsafe { *start.add(at + i * stride) = x });
+            }
+            Start::F16(start) => {
+                const CHUNK: usize = 64;
+                let (mut kept, mut halves) = ([0.0; CHUNK], [f16::ZERO; CHUNK]);
+                for (i, x) in x.chunks(CHUNK).enumerate() {
+                    let (kept, halves) = (&mut kept[..x.len()], &mut halves[..x.len()]);
+                    kept.iter_mut().zip(x).for_each(|(kept, x)| *kept = x.clamp(-65504.0, 65504.0));
+                    halves.convert_from_f32_slice(kept);
+                    for (j, half) in halves.iter().enumerate() {
+                        unsafe { *start.add(at + (i * CHUNK + j) * stride) = half.to_bits() };
+                    }
+                }
+            }
         }
     }
 }

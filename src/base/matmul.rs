@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::base::int8::{self, Rounded};
 use crate::base::parallel;
-use crate::base::simd::{self, GROUP, Group, LANES, Rows, Simd};
+use crate::base::simd::{self, GROUP, Group, LANES, Rows, Simd, Target};
 use crate::base::{RawTensor, Stored};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
@@ -273,7 +273,7 @@ impl PackedMatrix {
         }
     }
 
-    /// `y += scale * x Wᵀ` for the output features of some panels. `x` holds `m` rows; row `r` of the result starts at
+    /// `scale * x Wᵀ` for the output features of some panels. `x` holds `m` rows; row `r` of the result starts at
     /// `r * y.stride` of `y`, its first number belongs to the first feature of the first panel.
     ///
     /// # Safety
@@ -281,9 +281,12 @@ impl PackedMatrix {
     unsafe fn multiply_panels(&self, simd: Simd, panels: Range<usize>, m: usize, x: Input, scale: f32, y: Target) {
         let x = match x {
             Input::Plain(x) => x,
-            // SAFETY: the caller's promise.
             Input::Rounded(x, first) => {
-                return unsafe { self.multiply_whole(simd, panels, first..first + m, x, scale, y) };
+                let Data::Whole(weights) = &self.data else {
+                    unreachable!("only whole numbers are multiplied with rounded rows")
+                };
+                // SAFETY: the caller's promise.
+                return unsafe { weights.multiply(simd, x, first..first + m, panels, scale, y) };
             }
         };
         /// Panels computed side by side, so that a CPU that waits for one chain of additions has others to go on with.
@@ -310,49 +313,15 @@ impl PackedMatrix {
                     }
                 }
                 for (p, acc) in acc[..side].iter().enumerate() {
-                    for (r, acc) in acc.chunks_exact(LANES).take(rows).enumerate() {
+                    let features = LANES.min(self.n - (panel + p) * LANES);
+                    for (r, acc) in acc.as_chunks().0.iter().take(rows).enumerate() {
                         // SAFETY: the caller's promise.
-                        unsafe { self.add(acc, panel + p, scale, y.from(row + r, (panel + p - first) * LANES)) };
+                        unsafe { y.at(row + r, (panel + p - first) * LANES).put(acc, features, scale) };
                     }
                 }
                 panel += side;
             }
         }
-    }
-
-    /// `y += scale * acc` for the features of a panel.
-    ///
-    /// # Safety
-    /// `y` is good for writing as many numbers as the panel has features, and nobody else touches them meanwhile.
-    unsafe fn add(&self, acc: &[f32], panel: usize, scale: f32, y: *mut f32) {
-        // SAFETY: the caller's promise.
-        let y = unsafe { std::slice::from_raw_parts_mut(y, LANES.min(self.n - panel * LANES)) };
-        match y.as_chunks_mut::<LANES>() {
-            // Whole panels are the rule, and their length known to the compiler.
-            ([y], _) => y.iter_mut().zip(acc).for_each(|(y, a)| *y += scale * a),
-            _ => y.iter_mut().zip(acc).for_each(|(y, a)| *y += scale * a),
-        }
-    }
-
-    /// # Safety
-    /// As for [`Self::multiply_panels`].
-    unsafe fn multiply_whole(
-        &self,
-        simd: Simd,
-        panels: Range<usize>,
-        rows: Range<usize>,
-        x: &Rounded,
-        scale: f32,
-        y: Target,
-    ) {
-        let Data::Whole(weights) = &self.data else {
-            unreachable!("only whole numbers are multiplied with rounded rows")
-        };
-        let (first, start) = (panels.start, rows.start);
-        weights.multiply(simd, x, rows, panels, |row, panel, sums| {
-            // SAFETY: the caller's promise.
-            unsafe { self.add(sums, panel, scale, y.from(row - start, (panel - first) * LANES)) };
-        });
     }
 }
 
@@ -554,23 +523,6 @@ fn round<'a>(
     (read, rounded.collect())
 }
 
-/// Rows of results, `stride` numbers apart.
-#[derive(Clone, Copy)]
-struct Target {
-    start: *mut f32,
-    stride: usize,
-}
-impl Target {
-    /// Where the number `column` of row `row` is.
-    ///
-    /// # Safety
-    /// It lies inside the results.
-    unsafe fn from(self, row: usize, column: usize) -> *mut f32 {
-        // SAFETY: the caller's promise.
-        unsafe { self.start.add(row * self.stride + column) }
-    }
-}
-
 /// Rows to be multiplied.
 #[derive(Clone, Copy)]
 enum Input<'a> {
@@ -579,19 +531,17 @@ enum Input<'a> {
     Rounded(&'a Rounded, usize),
 }
 
-// SAFETY: tasks write disjoint elements, see `multiply`.
-unsafe impl Send for Target {}
-unsafe impl Sync for Target {}
-
 /// Products of rows of one input, and where they go: rows of `y_stride` numbers.
 pub struct Batch<'a> {
     pub products: &'a [Product<'a>],
     pub y: &'a mut [f32],
     pub y_stride: usize,
+    /// Whether they are added to `y`, or replace what is there.
+    pub add: bool,
 }
 
-/// `y[rows, columns] += scale * x[rows, ..k] Wᵀ` for each product of each batch, all in one parallel region. `x` has rows of
-/// `x_stride` numbers.
+/// `y[rows, columns] += scale * x[rows, ..k] Wᵀ`, or `=`, for each product of each batch, all in one parallel region. `x` has
+/// rows of `x_stride` numbers.
 ///
 /// # Panics
 /// If a product lies outside `x` or its `y`, or those of a batch are not in ascending order of rows and, for the same rows, of
@@ -599,8 +549,10 @@ pub struct Batch<'a> {
 pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
     /// Multiply-adds worth handing to another thread.
     const GRAIN: usize = 1 << 16;
+    /// As many as take the time that a panel takes however small it is.
+    const PER_PANEL: usize = 1 << 10;
     let mut products = Vec::with_capacity(batches.iter().map(|batch| batch.products.len()).sum());
-    for Batch { products: of_batch, y, y_stride } in batches {
+    for Batch { products: of_batch, y, y_stride, add } in batches {
         let mut last: Option<&Product> = None;
         for p in *of_batch {
             assert!(p.rows.end * x_stride <= x.len() && p.x_column + p.matrix.k <= x_stride);
@@ -610,18 +562,20 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
                 false => q.rows.end <= p.rows.start,
             }));
             last = Some(p);
-            products.push((p, Target { start: y.as_mut_ptr(), stride: *y_stride }));
+            products.push((p, Target { start: y.as_mut_ptr(), stride: *y_stride, add: *add }));
         }
     }
     let (places, rounded) = round(simd, products.iter().map(|(p, _)| *p), x, x_stride);
     let threads = parallel::threads();
-    let total: usize = products.iter().map(|(p, _)| p.rows.len() * p.matrix.n * p.matrix.k).sum();
+    // Multiply-adds of a panel, and what else it costs.
+    let per_panel = |p: &Product| p.rows.len() * LANES * p.matrix.k + PER_PANEL;
+    let total: usize = products.iter().map(|(p, _)| per_panel(p) * p.matrix.panels()).sum();
     // A few tasks a thread even out what other programs take of the cores; more would cost more than they save.
     let task = (total / (4 * threads)).max(GRAIN);
     // Panels of products, and which of these are one task: several of small products, a part of a large one's.
     let (mut parts, mut tasks, mut left) = (Vec::with_capacity(products.len() + 6 * threads), vec![], 0);
     for (i, (p, _)) in products.iter().enumerate() {
-        let per_panel = (p.rows.len() * LANES * p.matrix.k).max(1);
+        let per_panel = per_panel(p);
         let step = (task / per_panel).max(1).next_multiple_of(4);
         let panels = p.matrix.panels();
         for start in (0..panels).step_by(step) {
@@ -644,8 +598,8 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
         };
         // SAFETY: the asserts above keep the elements inside `y`; panels of one product are disjoint, and so are products.
         unsafe {
-            let start = y.from(p.rows.start, p.y_column + panels.start * LANES);
-            p.matrix.multiply_panels(simd, panels.clone(), m, x, p.scale, Target { start, ..y });
+            let y = y.at(p.rows.start, p.y_column + panels.start * LANES);
+            p.matrix.multiply_panels(simd, panels.clone(), m, x, p.scale, y);
         }
     };
     if total < 2 * GRAIN {
@@ -699,10 +653,10 @@ mod tests {
                 let product = |rows| [Product { matrix: &matrix, rows, x_column: 0, y_column: 1, scale: 2.0 }];
                 for simd in Simd::all() {
                     let mut y = vec![1.0; m * (n + 2)];
-                    multiply(simd, &x, k, &mut [Batch { products: &product(0..m), y: &mut y, y_stride: n + 2 }]);
+                    multiply(simd, &x, k, &mut [Batch { products: &product(0..m), y: &mut y, y_stride: n + 2, add: true }]);
                     for r in 0..m {
                         let mut alone = vec![1.0; n + 2];
-                        let batch = Batch { products: &product(0..1), y: &mut alone, y_stride: n + 2 };
+                        let batch = Batch { products: &product(0..1), y: &mut alone, y_stride: n + 2, add: true };
                         multiply(simd, &x[r * k..][..k], k, &mut [batch]);
                         prop_assert_eq!(&alone[..], &y[r * (n + 2)..][..n + 2]);
                         prop_assert_eq!((alone[0], alone[n + 1]), (1.0, 1.0));
@@ -751,8 +705,13 @@ mod tests {
             for simd in Simd::all() {
                 let (mut got, mut same) = (vec![0.0; m * n], vec![0.0; m * n]);
                 let both = (product(&packed), product(&plain));
-                let packed = Batch { products: &both.0, y: &mut got, y_stride: n };
-                multiply(simd, &x, k, &mut [packed, Batch { products: &both.1, y: &mut same, y_stride: n }]);
+                let packed = Batch { products: &both.0, y: &mut got, y_stride: n, add: false };
+                multiply(
+                    simd,
+                    &x,
+                    k,
+                    &mut [packed, Batch { products: &both.1, y: &mut same, y_stride: n, add: false }],
+                );
                 assert_eq!(got, same, "{dtype:?} by {simd:?}");
             }
             let whole = PackedMatrix::from_raw(&raw, Some(Format::Int8)).unwrap();

@@ -1,6 +1,7 @@
 //! The frozen base model: where it comes from, its configuration, weights, tokenizer, chat template and decoder.
 
 mod attention;
+mod buffer;
 mod chat;
 mod config;
 mod decoder;

@@ -361,6 +361,47 @@ pub struct Rows<'a> {
     pub stride: usize,
 }
 
+/// Rows of results, `stride` numbers apart.
+#[derive(Clone, Copy)]
+pub struct Target {
+    pub start: *mut f32,
+    pub stride: usize,
+    /// Whether sums are added to what is there, or replace it.
+    pub add: bool,
+}
+
+// SAFETY: whoever writes through one promises that nobody else touches those numbers.
+unsafe impl Send for Target {}
+unsafe impl Sync for Target {}
+
+impl Target {
+    /// The same rows from the number `column` of row `row` on.
+    ///
+    /// # Safety
+    /// It lies inside the results.
+    pub unsafe fn at(self, row: usize, column: usize) -> Self {
+        // SAFETY: the caller's promise.
+        Target { start: unsafe { self.start.add(row * self.stride + column) }, ..self }
+    }
+
+    /// Puts `scale * sums` into the first `count` numbers.
+    ///
+    /// # Safety
+    /// They are good for writing, and nobody else touches them meanwhile.
+    #[inline(always)]
+    pub unsafe fn put(self, sums: &[f32; LANES], count: usize, scale: f32) {
+        // SAFETY: the caller's promise.
+        let y = unsafe { std::slice::from_raw_parts_mut(self.start, count) };
+        match (y.as_chunks_mut::<LANES>(), self.add) {
+            // Whole panels are the rule, and their length known to the compiler.
+            (([y], []), true) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += scale * sum),
+            (([y], []), false) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = scale * sum),
+            (_, true) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += scale * sum),
+            (_, false) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = scale * sum),
+        }
+    }
+}
+
 /// `acc[r][lane] += Σ_k x[r][k] * w[k][lane]` for `rows` rows, [`LANES`] lanes and `k` terms in ascending order.
 ///
 /// `x` row `r` starts at `r * x.stride`, `w` row `k` at `k * w.stride`, `acc` row `r` at `r * acc_stride`.
@@ -456,8 +497,46 @@ pub fn multiply_group(
         // SAFETY: the asserts bound every access; `Avx512` is only made where the CPU has the features.
         return unsafe { tile(x.data.as_ptr(), x.stride, group, acc.as_mut_ptr(), acc_stride) };
     }
+    #[cfg(target_arch = "x86_64")]
+    if let (Simd::Avx2, Group::F16(w), 1..=MAX_DIRECT) = (simd, group, rows) {
+        assert!(x.data.len() + x.stride >= rows * x.stride + k);
+        assert!(acc.len() >= (rows - 1) * acc_stride + LANES);
+        let tile = [direct_avx2::<1>, direct_avx2::<2>, direct_avx2::<3>, direct_avx2::<4>][rows - 1];
+        // SAFETY: the asserts bound every access; `Avx2` is only made where the CPU has the features.
+        return unsafe { tile(x.data.as_ptr(), x.stride, w, acc.as_mut_ptr(), acc_stride) };
+    }
     unpack(simd, group, scratch);
     multiply(simd, rows, k, x, Rows { data: scratch, stride: LANES }, acc, acc_stride)
+}
+
+/// For weights in f16.
+///
+/// # Safety
+/// The CPU has avx2, fma and f16c; `x` is good for `R` rows of the weights' terms, `acc` for `R` rows of [`LANES`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn direct_avx2<const R: usize>(x: *const f32, x_stride: usize, w: &[u16], acc: *mut f32, acc_stride: usize) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sum = [[_mm256_setzero_ps(); 2]; R];
+        for (r, sum) in sum.iter_mut().enumerate() {
+            *sum = [_mm256_loadu_ps(acc.add(r * acc_stride)), _mm256_loadu_ps(acc.add(r * acc_stride + 8))];
+        }
+        for (i, w) in w.as_chunks::<LANES>().0.iter().enumerate() {
+            let half = |at: usize| _mm256_cvtph_ps(_mm_loadu_si128(w.as_ptr().add(at).cast()));
+            let w = [half(0), half(8)];
+            for (r, sum) in sum.iter_mut().enumerate() {
+                let x = _mm256_broadcast_ss(&*x.add(r * x_stride + i));
+                sum[0] = _mm256_fmadd_ps(x, w[0], sum[0]);
+                sum[1] = _mm256_fmadd_ps(x, w[1], sum[1]);
+            }
+        }
+        for (r, sum) in sum.iter().enumerate() {
+            _mm256_storeu_ps(acc.add(r * acc_stride), sum[0]);
+            _mm256_storeu_ps(acc.add(r * acc_stride + 8), sum[1]);
+        }
+    }
 }
 
 /// # Safety
@@ -687,8 +766,12 @@ forms! {
 
 #[inline(always)]
 fn softmax_body(scores: &mut [f32]) -> f32 {
-    let max = scores.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
-    // Lanes summed apart so that the loop is a vector loop; their order is fixed, so the sum is too.
+    // Lanes apart so that the loops are vector loops; their order is fixed, so the sum is too.
+    let larger = |m: f32, s: f32| if s > m { s } else { m };
+    let mut most = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = scores.as_chunks::<LANES>();
+    whole.iter().for_each(|chunk| most.iter_mut().zip(chunk).for_each(|(m, &s)| *m = larger(*m, s)));
+    let max = rest.iter().chain(&most).fold(f32::NEG_INFINITY, |m, &s| larger(m, s));
     let mut sums = [0.0f32; LANES];
     let mut chunks = scores.chunks_exact_mut(LANES);
     for chunk in &mut chunks {

@@ -74,7 +74,7 @@ impl<'a> Delta for BatchDelta<'a> {
         };
         let products: Vec<_> = parts.map(product).collect();
         if !products.is_empty() {
-            matmul::multiply(self.simd, h, width, &mut [Batch { products: &products, y, y_stride }]);
+            matmul::multiply(self.simd, h, width, &mut [Batch { products: &products, y, y_stride, add: true }]);
         }
         for (rows, site) in sites {
             for Finish { columns, gain, shift } in &site.finishes {
@@ -242,8 +242,8 @@ mod tests {
                     match kernels {
                         Kernels::Packed(_) => {
                             let (products, width) = delta.down(0, site);
-                            let mut h = vec![0.0; rows * width];
-                            let batch = Batch { products: &products, y: &mut h, y_stride: width };
+                            let mut h = vec![f32::NAN; rows * width];
+                            let batch = Batch { products: &products, y: &mut h, y_stride: width, add: false };
                             matmul::multiply(simd, &x, k, &mut [batch]);
                             delta.up(0, site, &h, &mut got, rows);
                         }

@@ -230,7 +230,7 @@ pub(super) fn embed(simd: Simd, changes: &[(&Range<usize>, &Embedding)], tokens:
         }
     }
     let list: Vec<_> = pairs.iter().map(|(rows, pair)| (pair.b.packed(), (*rows).clone(), pair.scale)).collect();
-    matmul::multiply(simd, &h, rank, &mut [Batch { products: &products(&list), y: x, y_stride: width }]);
+    matmul::multiply(simd, &h, rank, &mut [Batch { products: &products(&list), y: x, y_stride: width, add: true }]);
     for (rows, pair) in pairs {
         pair.finish(&mut x[rows.start * width..rows.end * width], width);
     }
@@ -272,12 +272,17 @@ pub(super) fn logits(simd: Simd, changes: &[(&Range<usize>, &LmHead)], x: &[f32]
     let own: Vec<_> = changes.iter().filter_map(|(rows, change)| Some((*rows, change.rows.as_ref()?))).collect();
     let (part, whole): (Vec<_>, Vec<_>) = own.into_iter().partition(|(_, own)| own.tokens.is_some());
     let list: Vec<_> = whole.iter().map(|(rows, own)| (own.matrix.packed(), (*rows).clone(), 1.0)).collect();
-    matmul::multiply(simd, x, k, &mut [Batch { products: &products(&list), y, y_stride: width }]);
+    matmul::multiply(simd, x, k, &mut [Batch { products: &products(&list), y, y_stride: width, add: true }]);
 
     if let Some(most) = part.iter().map(|(_, own)| own.matrix.n()).max() {
         let mut some = vec![0.0; rows * most];
         let list: Vec<_> = part.iter().map(|(rows, own)| (own.matrix.packed(), (*rows).clone(), 1.0)).collect();
-        matmul::multiply(simd, x, k, &mut [Batch { products: &products(&list), y: &mut some, y_stride: most }]);
+        matmul::multiply(
+            simd,
+            x,
+            k,
+            &mut [Batch { products: &products(&list), y: &mut some, y_stride: most, add: true }],
+        );
         for (rows, own) in part {
             for row in rows.clone() {
                 for (i, &token) in own.tokens.iter().flat_map(|tokens| tokens.iter().enumerate()) {
@@ -291,9 +296,9 @@ pub(super) fn logits(simd: Simd, changes: &[(&Range<usize>, &LmHead)], x: &[f32]
     let Some(rank) = pairs.iter().map(|(_, pair)| pair.rank()).max() else { return };
     let mut h = vec![0.0; rows * rank];
     let list: Vec<_> = pairs.iter().map(|(rows, pair)| (pair.a.packed(), (*rows).clone(), 1.0)).collect();
-    matmul::multiply(simd, x, k, &mut [Batch { products: &products(&list), y: &mut h, y_stride: rank }]);
+    matmul::multiply(simd, x, k, &mut [Batch { products: &products(&list), y: &mut h, y_stride: rank, add: true }]);
     let list: Vec<_> = pairs.iter().map(|(rows, pair)| (pair.b.packed(), (*rows).clone(), pair.scale)).collect();
-    matmul::multiply(simd, &h, rank, &mut [Batch { products: &products(&list), y, y_stride: width }]);
+    matmul::multiply(simd, &h, rank, &mut [Batch { products: &products(&list), y, y_stride: width, add: true }]);
     for (rows, pair) in pairs {
         pair.finish(&mut y[rows.start * width..rows.end * width], width);
     }

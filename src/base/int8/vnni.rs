@@ -1,0 +1,233 @@
+//! [`Weights::multiply`] for AVX-512 with VNNI.
+//!
+//! The instruction multiplies bytes without a sign by bytes with one and adds four products up to 32 bits.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::{AHEAD, CACHE_LINE, Codes, NEAR, Rounded, STEP, Scales, Weights};
+use crate::base::simd::{LANES, Target};
+
+/// Rows of the largest tile.
+const ROWS: usize = 8;
+/// Panels of the widest one.
+const PANELS: usize = 4;
+
+impl Scales {
+    /// A panel's.
+    ///
+    /// # Safety
+    /// There are more than `index`.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn lanes(&self, index: usize) -> __m512 {
+        // SAFETY: the caller's promise; each holds LANES numbers.
+        unsafe {
+            match self {
+                Scales::F32(numbers) => _mm512_loadu_ps(numbers.as_ptr().add(index).cast()),
+                Scales::F16(numbers) => _mm512_cvtph_ps(_mm256_loadu_si256(numbers.as_ptr().add(index).cast())),
+            }
+        }
+    }
+}
+
+/// Has the compiler work out `sum` here, as in AVX2's form.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn in_order(sum: &mut __m512i) {
+    // SAFETY: there are no instructions.
+    unsafe { asm!("/* {} */", inout(zmm_reg) * sum, options(nostack, preserves_flags)) };
+}
+
+impl Weights {
+    /// # Safety
+    /// The CPU has avx512f, avx512bw, avx512vl and avx512vnni; there are such rows and panels; `y` is as for
+    /// [`Self::multiply`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    pub(super) unsafe fn vnni(&self, x: &Rounded, rows: Range<usize>, panels: Range<usize>, scale: f32, y: Target) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (&self.codes, self.group / STEP) {
+                (Codes::Nibbles(codes), 8) => self.vnni_tiles::<true, 8>(codes, x, rows, panels, scale, y),
+                (Codes::Nibbles(codes), _) => self.vnni_tiles::<true, 0>(codes, x, rows, panels, scale, y),
+                (Codes::Bytes(codes), 4) => self.vnni_tiles::<false, 4>(codes, x, rows, panels, scale, y),
+                (Codes::Bytes(codes), 16) => self.vnni_tiles::<false, 16>(codes, x, rows, panels, scale, y),
+                (Codes::Bytes(codes), _) => self.vnni_tiles::<false, 0>(codes, x, rows, panels, scale, y),
+            }
+        }
+    }
+
+    /// For groups of `STEPS` steps, of any number if it is 0.
+    ///
+    /// # Safety
+    /// As for [`Self::vnni`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn vnni_tiles<const NIBBLES: bool, const STEPS: usize>(
+        &self,
+        codes: &[u8],
+        x: &Rounded,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        scale: f32,
+        y: Target,
+    ) {
+        let (row, panel) = (rows.start, panels.start);
+        let near = (NEAR / self.k / ROWS).max(1) * ROWS;
+        for start in rows.clone().step_by(near) {
+            let end = rows.end.min(start + near);
+            let mut p = panel;
+            while p < panels.end {
+                let side = if panels.end - p >= PANELS { PANELS } else { 1 };
+                let mut r = start;
+                while r < end {
+                    let take = if end - r >= ROWS { ROWS } else { (end - r).min(ROWS / 2) };
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        let y = y.at(r - row, (p - panel) * LANES);
+                        macro_rules! tile {
+                            ($rows:literal, $panels:literal, $first:literal) => {
+                                self.vnni_tile::<NIBBLES, $rows, $panels, STEPS>(
+                                    codes,
+                                    x,
+                                    r,
+                                    p + $first,
+                                    scale,
+                                    y.at(0, $first * LANES),
+                                )
+                            };
+                        }
+                        // 16 chains of additions keep the multipliers busy: those of few rows are of more panels.
+                        match (take, side) {
+                            (1, 1) => tile!(1, 1, 0),
+                            (2, 1) => tile!(2, 1, 0),
+                            (3, 1) => tile!(3, 1, 0),
+                            (4, 1) => tile!(4, 1, 0),
+                            (_, 1) => tile!(8, 1, 0),
+                            (1, _) => tile!(1, 4, 0),
+                            (2, _) => tile!(2, 4, 0),
+                            (3, _) => tile!(3, 4, 0),
+                            (4, _) => tile!(4, 4, 0),
+                            (_, _) => {
+                                tile!(8, 2, 0);
+                                tile!(8, 2, 2);
+                            }
+                        }
+                    }
+                    r += take;
+                }
+                p += side;
+            }
+        }
+    }
+
+    /// For `R` rows and `P` panels.
+    ///
+    /// # Safety
+    /// As for [`Self::vnni`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline(never)]
+    unsafe fn vnni_tile<const NIBBLES: bool, const R: usize, const P: usize, const STEPS: usize>(
+        &self,
+        codes: &[u8],
+        x: &Rounded,
+        row: usize,
+        panel: usize,
+        scale: f32,
+        y: Target,
+    ) {
+        let groups = x.groups_per_row;
+        let (steps, unroll) = if STEPS == 0 { (self.group / STEP, 1) } else { (STEPS, 4) };
+        let bytes = if NIBBLES { STEP * LANES / 2 } else { STEP * LANES };
+        // Panels are so many codes apart.
+        let apart = self.k / STEP * bytes;
+        debug_assert!(codes.len() >= (panel + P) * apart && row + R <= x.rows());
+        let mask = _mm256_set1_epi8(15);
+        // SAFETY: the caller's promise.
+        let (mut w, mut q, mut common) = unsafe {
+            let w = codes.as_ptr().add(panel * apart);
+            (w, x.q.as_ptr().add(row * self.k), x.groups.as_ptr().add(row * groups))
+        };
+        let mut acc = [[_mm512_setzero_ps(); P]; R];
+        for r in 0..R {
+            for p in 0..P {
+                _mm_prefetch::<_MM_HINT_T0>(y.start.wrapping_add(r * y.stride + p * LANES).cast());
+            }
+        }
+        for g in 0..groups {
+            let mut sums = [[_mm512_setzero_si512(); P]; R];
+            // SAFETY: there are as many codes and numbers as `k` asks for, and as many groups' scales.
+            unsafe {
+                if !NIBBLES {
+                    // Codes have 128 too much, which counts once for each number of the row.
+                    unrolled!(r < R, { sums[r] = [_mm512_set1_epi32(-128 * (*common.add(r * groups)).sum); P] });
+                }
+                for line in (0..steps * bytes).step_by(CACHE_LINE) {
+                    for p in 0..P {
+                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(p * apart + AHEAD + line).cast());
+                    }
+                }
+                for _ in 0..steps / unroll {
+                    for _ in 0..unroll {
+                        let mut codes = [_mm512_setzero_si512(); P];
+                        unrolled!(p < P, {
+                            codes[p] = if NIBBLES {
+                                let both = _mm256_loadu_si256(w.add(p * apart).cast());
+                                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
+                                _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_and_si256(both, mask)), high)
+                            } else {
+                                _mm512_loadu_si512(w.add(p * apart).cast())
+                            };
+                        });
+                        unrolled!(r < R, {
+                            let x = _mm512_set1_epi32(q.add(r * self.k).cast::<i32>().read_unaligned());
+                            unrolled!(p < P, {
+                                sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], codes[p], x);
+                                in_order(&mut sums[r][p]);
+                            });
+                        });
+                        (w, q) = (w.add(bytes), q.add(STEP));
+                    }
+                }
+                let mut scales = [_mm512_setzero_ps(); P];
+                let mut mins = scales;
+                unrolled!(p < P, {
+                    scales[p] = self.scales.lanes((panel + p) * groups + g);
+                    if let Some(numbers) = &self.mins {
+                        mins[p] = numbers.lanes((panel + p) * groups + g);
+                    }
+                });
+                unrolled!(r < R, {
+                    let common = &*common.add(r * groups);
+                    let (scale, total) = (_mm512_set1_ps(common.scale), _mm512_set1_ps(common.total));
+                    unrolled!(p < P, {
+                        let product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][p]), scales[p]);
+                        acc[r][p] = _mm512_fmadd_ps(product, scale, acc[r][p]);
+                        if self.mins.is_some() {
+                            acc[r][p] = _mm512_fmadd_ps(mins[p], total, acc[r][p]);
+                        }
+                    });
+                });
+                common = common.add(1);
+            }
+        }
+        let factor = _mm512_set1_ps(scale);
+        unrolled!(r < R, {
+            unrolled!(p < P, {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let y = y.at(r, p * LANES);
+                    if self.features(panel + p) == LANES {
+                        let product = _mm512_mul_ps(factor, acc[r][p]);
+                        let sum = if y.add { _mm512_add_ps(_mm512_loadu_ps(y.start), product) } else { product };
+                        _mm512_storeu_ps(y.start, sum);
+                    } else {
+                        let mut sums = [0.0; LANES];
+                        _mm512_storeu_ps(sums.as_mut_ptr(), acc[r][p]);
+                        y.put(&sums, self.features(panel + p), scale);
+                    }
+                }
+            });
+        });
+    }
+}
