@@ -55,17 +55,31 @@ fn main() {
         Arc::new(PackedAdapter::new(adapter, &decoder).expect("packed"))
     };
     let adapters: Vec<_> = (0..32).map(adapter).collect();
-    // A prompt in one step, with nothing in the cache.
-    for tokens in [128usize, 512] {
-        let work = [Work {
-            tokens: (0..tokens).map(|i| 100 + i as u32).collect(),
-            start: 0,
-            blocks: (0..tokens.div_ceil(BLOCK) as u32).collect(),
-            adapter: None,
-            output: Output::LastLogits,
-        }];
-        let seconds = median(5, || runner.step(&work).expect("step"));
-        println!("prompt of {tokens}: {:.1} ms, {:.0} tok/s", seconds * 1e3, tokens as f64 / seconds);
+    // Prompts in one step, with nothing in the cache.
+    println!("prompts  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
+    for (prompts, tokens) in [(1usize, 128usize), (1, 512), (8, 64)] {
+        let blocks = tokens.div_ceil(BLOCK);
+        let mut time = |with: bool| {
+            let work = |i: usize| Work {
+                tokens: (0..tokens).map(|j| 100 + (i * tokens + j) as u32).collect(),
+                start: 0,
+                blocks: (i * blocks..(i + 1) * blocks).map(|block| block as u32).collect(),
+                adapter: with.then(|| adapters[i].clone()),
+                output: Output::LastLogits,
+            };
+            let work: Vec<Work> = (0..prompts).map(work).collect();
+            median(5, || runner.step(&work).expect("step"))
+        };
+        let (base, lora) = (time(false), time(true));
+        let rate = |t: f64| (prompts * tokens) as f64 / t;
+        println!(
+            "{prompts} x {tokens:3}  {:7.1}  {:5.0}  | {:7.1}  {:5.0}  {:.2}",
+            base * 1e3,
+            rate(base),
+            lora * 1e3,
+            rate(lora),
+            base / lora
+        );
     }
     println!("rows  start  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
     let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();

@@ -1,8 +1,8 @@
 //! The top memory tier: values by generation, loaded once however many wait, evicted least recently used first.
 //!
-//! Whoever holds the `Arc` of a value pins it. What is pinned is never evicted, so more in use than the limit allows
-//! exceeds the limit instead of failing; the excess goes at the first chance after it is released. No method waits
-//! for anything but a short lock, and values are freed outside of it.
+//! Whoever holds the `Arc` of a value pins it. What is pinned is never evicted. A load asks for room first
+//! ([`Flight::reserve`]); what was loaded without it may exceed the limit, and the excess goes at the first chance after it is
+//! released. No method waits for anything but a short lock, and values are freed outside of it.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -26,6 +26,8 @@ struct State<T> {
     loading: HashMap<Origin, Vec<oneshot::Sender<Outcome<T>>>>,
     /// Bytes of all values, ready and leaving.
     used: usize,
+    /// Bytes that loads under way have room for.
+    reserved: usize,
     /// Counts uses; the larger a value's, the more recent.
     clock: u64,
 }
@@ -57,6 +59,7 @@ pub(super) enum Lookup<T> {
 pub(super) struct Flight<T> {
     cache: Arc<Cache<T>>,
     origin: Origin,
+    reserved: usize,
     settled: bool,
 }
 
@@ -70,7 +73,7 @@ pub(super) struct Settled<T> {
 impl<T> Cache<T> {
     pub fn new(limit: usize) -> Arc<Self> {
         let (ready, leaving, loading) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Arc::new(Cache { limit, state: Mutex::new(State { ready, leaving, loading, used: 0, clock: 0 }) })
+        Arc::new(Cache { limit, state: Mutex::new(State { ready, leaving, loading, used: 0, reserved: 0, clock: 0 }) })
     }
 
     /// The value of `generation`, or the load of it from the folder `from`.
@@ -89,7 +92,7 @@ impl<T> Cache<T> {
                     }
                     None => {
                         state.loading.insert(origin.clone(), vec![sender]);
-                        Lookup::Load(Flight { cache: self.clone(), origin, settled: false }, waiter)
+                        Lookup::Load(Flight { cache: self.clone(), origin, reserved: 0, settled: false }, waiter)
                     }
                 }
             }
@@ -111,7 +114,7 @@ impl<T> Cache<T> {
             return false;
         }
         let evicted = state.evict_to(self.limit - bytes);
-        let fits = state.used <= self.limit - bytes;
+        let fits = state.used + state.reserved <= self.limit - bytes;
         if fits {
             state.insert(generation.clone(), value, bytes);
         }
@@ -180,11 +183,12 @@ impl<T> State<T> {
         });
     }
 
-    /// Returns what is evicted, to be dropped without the lock.
+    /// Makes the values and what is reserved take at most `limit`, as far as values are free. Returns what is evicted, to be
+    /// dropped without the lock.
     fn evict_to(&mut self, limit: usize) -> Vec<Arc<T>> {
         self.bury();
         let mut evicted = vec![];
-        while self.used > limit {
+        while self.used + self.reserved > limit {
             // One strong count is the cache's own. It cannot grow meanwhile: clones are made from it under the lock.
             let free = self.ready.iter().filter(|(_, ready)| Arc::strong_count(&ready.value) == 1);
             let oldest = free.min_by_key(|(_, ready)| ready.used_at).map(|(generation, _)| generation.clone());
@@ -197,6 +201,26 @@ impl<T> State<T> {
 }
 
 impl<T> Flight<T> {
+    /// Makes room for a value of about this many bytes, unless what is pinned or reserved by other loads leaves too little. One
+    /// that is larger than there is room at all gets it when nothing else is in use.
+    pub fn reserve(&mut self, bytes: usize) -> bool {
+        let mut state = self.cache.state();
+        state.bury();
+        let held = |ready: &Ready<T>| if Arc::strong_count(&ready.value) > 1 { ready.bytes } else { 0 };
+        let leaving: usize = state.leaving.values().map(|(_, bytes)| bytes).sum();
+        let taken = state.ready.values().map(held).sum::<usize>() + leaving + state.reserved;
+        let fits = taken == 0 || taken + bytes <= self.cache.limit;
+        if !fits {
+            return false;
+        }
+        state.reserved += bytes;
+        self.reserved += bytes;
+        let evicted = state.evict_to(self.cache.limit);
+        drop(state);
+        drop(evicted);
+        true
+    }
+
     /// Ends the load: keeps the value under `generation` (which may differ from the one asked for, if the files
     /// changed) if `keep` says so. `keep` is asked under the lock. The waiters hear of it by [`Settled::announce`].
     pub fn settle(
@@ -205,6 +229,7 @@ impl<T> Flight<T> {
         keep: impl FnOnce(&Generation) -> bool,
     ) -> Settled<T> {
         let mut state = self.cache.state();
+        state.reserved -= std::mem::take(&mut self.reserved);
         let waiters = state.loading.remove(&self.origin).unwrap_or_default();
         let outcome = outcome.map(|(generation, value, bytes)| match state.find(&generation) {
             // It came from elsewhere meanwhile; one copy is enough. This one is dropped without the lock.
@@ -244,7 +269,9 @@ impl<T> Settled<T> {
 impl<T> Drop for Flight<T> {
     fn drop(&mut self) {
         if !self.settled {
-            self.cache.state().loading.remove(&self.origin);
+            let mut state = self.cache.state();
+            state.reserved -= self.reserved;
+            state.loading.remove(&self.origin);
         }
     }
 }
@@ -402,6 +429,35 @@ mod tests {
             waiter.wait().await.unwrap_err();
             assert!(matches!(look_up(&cache, 1), Lookup::Load(..)));
         });
+    }
+
+    #[test]
+    fn a_load_has_room_only_beside_what_is_held_and_other_loads() {
+        let cache = Cache::new(30);
+        let flight = |i: usize| match look_up(&cache, i) {
+            Lookup::Load(flight, _) => flight,
+            _ => panic!("nobody loads {i}"),
+        };
+        let held = put(&cache, 1, 10);
+        put(&cache, 2, 10);
+        let (mut third, mut fourth) = (flight(3), flight(4));
+        assert!(third.reserve(15));
+        // What nobody held has made room for it.
+        assert_eq!([1, 2].map(|i| has(&cache, i)), [true, false]);
+        assert!(!fourth.reserve(10));
+        assert!(!cache.offer(&generation(5), Arc::new(5), 6));
+        // A load that ends gives its room back, and takes what its value needs.
+        drop(third.settle(Ok((generation(3), Arc::new(3), 20)), |_| true));
+        assert_eq!(cache.totals(), (2, 30));
+        assert!(fourth.reserve(10));
+        assert_eq!([1, 3].map(|i| has(&cache, i)), [true, false]);
+        drop(fourth);
+        // One that is larger than all has to wait until nothing else is in use.
+        let mut large = flight(6);
+        assert!(!large.reserve(31));
+        drop(held);
+        assert!(large.reserve(31));
+        assert_eq!(cache.totals(), (0, 0));
     }
 
     proptest! {

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -31,6 +31,10 @@ const PARALLEL_LOADS: u64 = 16;
 /// What an adapter takes while it is read and packed, as a multiple of its file: half-precision numbers are widened to
 /// twice their size, and packed piece by piece.
 const LOAD_FACTOR: u64 = 3;
+/// How often a load that waits for room in the top tier looks for it: adapters are released without a word.
+const LOOK_FOR_ROOM: Duration = Duration::from_millis(2);
+/// How long it waits before it goes on without. Those who hold adapters may be clients that read slowly.
+const WAIT_FOR_ROOM: Duration = Duration::from_secs(5);
 /// How often a request follows a name that changes while it loads, before it gives up.
 const MAX_CHASES: usize = 16;
 
@@ -164,6 +168,8 @@ struct Inner {
     changes: Mutex<()>,
     /// [`LOAD_MEMORY`] that is free.
     room: Arc<Semaphore>,
+    /// Held by the load whose turn it is to get room in the top tier.
+    turn: tokio::sync::Mutex<()>,
     /// Packs adapters. The kernels' threads would take a step up only after what a large adapter has for them.
     packing: rayon::ThreadPool,
 }
@@ -214,6 +220,7 @@ impl Registry {
             names: RwLock::new(names),
             changes: Mutex::new(()),
             room: Arc::new(Semaphore::new(LOAD_MEMORY as usize)),
+            turn: tokio::sync::Mutex::new(()),
             packing,
         };
         Ok(Arc::new(Registry { inner: Arc::new(inner) }))
@@ -398,7 +405,18 @@ impl Inner {
         names.values().filter_map(Slot::current).any(|entry| entry.is_ok_and(|e| e.generation == *generation))
     }
 
-    async fn load(self: Arc<Self>, name: String, entry: Arc<Entry>, flight: Flight<PackedAdapter>) {
+    /// Waits, first come, first served, until the top tier has room for what is loaded from files of this many bytes: a
+    /// crowd of requests for different adapters must not hold more memory than adapters may take.
+    async fn top_tier_room(&self, flight: &mut Flight<PackedAdapter>, bytes: u64) {
+        let _turn = self.turn.lock().await;
+        let start = Instant::now();
+        while !flight.reserve(bytes as usize) && start.elapsed() < WAIT_FOR_ROOM {
+            tokio::time::sleep(LOOK_FOR_ROOM).await;
+        }
+    }
+
+    async fn load(self: Arc<Self>, name: String, entry: Arc<Entry>, mut flight: Flight<PackedAdapter>) {
+        self.top_tier_room(&mut flight, entry.summary.bytes).await;
         let room = self.room(entry.summary.bytes).await;
         let work = tokio::task::spawn_blocking(move || {
             let lease = (entry.source == Source::Store).then(|| self.store.lease(&entry.generation));
@@ -431,8 +449,9 @@ impl Inner {
         blend: Blend,
         parts: Vec<Arc<Entry>>,
         generation: Generation,
-        flight: Flight<PackedAdapter>,
+        mut flight: Flight<PackedAdapter>,
     ) {
+        self.top_tier_room(&mut flight, parts.iter().map(|entry| entry.summary.bytes).sum()).await;
         let room = self.room(parts.iter().map(|entry| entry.summary.bytes).sum()).await;
         let work = tokio::task::spawn_blocking(move || {
             let stored = parts.iter().filter(|entry| entry.source == Source::Store);
@@ -839,6 +858,29 @@ mod tests {
         }
         let error = registry.remove("a", Condition::Always).await.unwrap_err();
         assert!(error.kind == ErrorKind::Conflict && error.message.contains("read-only"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_crowd_for_more_adapters_than_fit_takes_turns() {
+        let mut world = World::new();
+        (0..6).for_each(|i| drop(world.folder(&format!("a{i}"), &adapter(i))));
+        let registry = world.open();
+        let bytes = registry.get("a0").unwrap().bytes as usize;
+        world.memory = 2 * bytes + bytes / 2;
+        drop(registry);
+        let registry = world.open();
+        let most = AtomicUsize::new(0);
+        let ask = async |i: usize| {
+            let held = registry.acquire(&format!("a{i}")).await.unwrap();
+            most.fetch_max(registry.inner.cache.totals().1, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            held.generation.to_string()
+        };
+        let asked = futures::future::join_all((0..24).map(|i| ask(i % 6)));
+        let generations: HashSet<String> = asked.await.into_iter().collect();
+        assert_eq!(generations.len(), 6);
+        let most = most.load(Ordering::SeqCst);
+        assert!(0 < most && most <= world.memory, "{most} bytes of adapters, room for {}", world.memory);
     }
 
     #[tokio::test]

@@ -118,6 +118,12 @@ impl Rounded {
     }
 }
 
+/// The nearest whole number of one below 2^22, ties to even: adding 1.5 * 2^23 leaves it in the low bits.
+#[inline(always)]
+fn whole(x: f32) -> i32 {
+    (x + 12_582_912.0).to_bits().wrapping_sub(0x4B40_0000) as i32
+}
+
 #[inline(always)]
 fn round_body(x: &[f32], q: &mut [i8]) -> RowGroup {
     // As bits, an absolute value that is NaN is larger than all others.
@@ -126,9 +132,7 @@ fn round_body(x: &[f32], q: &mut [i8]) -> RowGroup {
     let factor = if scale == 0.0 { 0.0 } else { 1.0 / scale };
     let mut sum = 0;
     for (q, x) in q.iter_mut().zip(x) {
-        // Adding 1.5 * 2^23 leaves the nearest whole number, ties to even, in the low bits.
-        let whole = (x * factor + 12_582_912.0).to_bits().wrapping_sub(0x4B40_0000) as i32;
-        *q = whole as i8;
+        *q = whole(x * factor) as i8;
         sum += i32::from(*q);
     }
     RowGroup { scale, sum, total: scale * sum as f32 }
@@ -226,24 +230,37 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Rounds `at(row, i)`, the weight `i` of output feature `row`, to 8 bits for `n` features.
+    /// Rounds `rows`, `[n, k]`, to 8 bits.
     ///
     /// # Panics
-    /// If [`group`] has none for `k`.
-    pub fn round(n: usize, k: usize, at: impl Fn(usize, usize) -> f32 + Sync) -> Self {
+    /// If [`group`] has none for `k`, or there are not so many numbers.
+    pub fn round(rows: &[f32], n: usize, k: usize) -> Self {
+        assert_eq!(rows.len(), n * k);
         let group = group(k).expect("k has groups");
-        let max = |row: usize, g: usize| (g * group..(g + 1) * group).map(|i| at(row, i).abs()).fold(0.0, f32::max);
-        // The next f16 above, where there is one, so that no number exceeds 127.
-        let scales = per_group(n, k / group, |row, g| {
-            let scale = max(row, g) / 127.0;
-            let half = f16::from_f32(scale * (1.0 + f16::EPSILON.to_f32()));
-            if half.is_normal() { half.to_f32() } else { scale }
+        let (panels, groups) = (n.div_ceil(LANES), k / group);
+        let mut codes = vec![128u8; panels * k * LANES];
+        let mut scales = vec![[0.0; LANES]; panels * groups];
+        let parts = codes.par_chunks_mut(k * LANES).zip(scales.par_chunks_mut(groups));
+        parts.zip(rows.par_chunks(k * LANES)).for_each(|((codes, scales), rows)| {
+            for (lane, row) in rows.chunks_exact(k).enumerate() {
+                for (g, weights) in row.chunks_exact(group).enumerate() {
+                    let scale = weights.iter().fold(0.0, |max: f32, w| max.max(w.abs())) / 127.0;
+                    // The next f16 above, where there is one, so that no number exceeds 127.
+                    let half = f16::from_f32(scale * (1.0 + f16::EPSILON.to_f32()));
+                    let scale = if half.is_normal() { half.to_f32() } else { scale };
+                    if !scale.is_normal() {
+                        continue; // So small that its reciprocal may be infinite; 0.
+                    }
+                    scales[g][lane] = scale;
+                    let steps = codes[g * group * LANES..].chunks_exact_mut(LANES * STEP);
+                    for (step, weights) in steps.zip(weights.as_chunks::<STEP>().0) {
+                        let code = |w: f32| whole(w * (1.0 / scale)).wrapping_add(128) as u8;
+                        step[lane * STEP..][..STEP].copy_from_slice(&weights.map(code));
+                    }
+                }
+            }
         });
-        let codes = bytes(n, k, |row, i| {
-            let scale = scales[row / LANES * (k / group) + i / group][row % LANES];
-            if scale == 0.0 { 0 } else { (at(row, i) / scale).round() as i8 }
-        });
-        Weights { n, k, group, codes, scales: Scales::new(scales), mins: None }
+        Weights { n, k, group, codes: Codes::Bytes(codes), scales: Scales::new(scales), mins: None }
     }
 
     /// Weights that are whole numbers already: `q(row, i)` of weight `i` of output feature `row`, `scale(row, group)` and
@@ -380,6 +397,15 @@ fn per_group(n: usize, groups: usize, f: impl Fn(usize, usize) -> f32 + Sync) ->
     (0..n.div_ceil(LANES) * groups).into_par_iter().map(of).collect()
 }
 
+/// Has the compiler leave sums in memory, which it would take into registers and put back around each group.
+#[cfg(target_arch = "x86_64")]
+fn in_memory(sums: *mut f32) -> *mut f32 {
+    let mut sums = sums;
+    // SAFETY: there are no instructions.
+    unsafe { std::arch::asm!("/* {} */", inout(reg) sums, options(nostack, preserves_flags)) };
+    sums
+}
+
 /// Lays out `q(row, i)` for `n` features; 0 beyond them.
 fn bytes(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Codes {
     let mut codes = vec![128u8; n.div_ceil(LANES) * k * LANES];
@@ -427,7 +453,7 @@ mod tests {
             for simd in Simd::all() {
                 let (mut x, mut acc) = ([1.0; 32], [0.0; LANES]);
                 x[7] = number;
-                let weights = Weights::round(1, 32, |_, _| 0.5);
+                let weights = Weights::round(&[0.5; 32], 1, 32);
                 let y = Target { start: acc.as_mut_ptr(), stride: LANES, add: false };
                 // SAFETY: that many features.
                 unsafe { weights.multiply(simd, &Rounded::new(simd, &x, 32, 1, 32, 32), 0..1, 0..1, 1.0, y) };
@@ -456,7 +482,7 @@ mod tests {
             let mut next = noise(seed);
             let w: Vec<f32> = (0..n * k).map(|_| next() * next()).collect();
             let x: Vec<f32> = (0..rows * (k + 1)).map(|_| next() * 9.0).collect();
-            let weights = Weights::round(n, k, |row, i| w[row * k + i]);
+            let weights = Weights::round(&w, n, k);
             let mut kept = vec![0.0; n * k];
             kept.chunks_exact_mut(k).enumerate().for_each(|(row, out)| weights.row(row, out));
             for (w, kept) in w.iter().zip(&kept) {

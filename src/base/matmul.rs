@@ -89,7 +89,7 @@ impl PackedMatrix {
         };
         let panels = n.div_ceil(LANES);
         let data = match format {
-            Format::Int8 => Data::Whole(int8::Weights::round(n, k, |row, i| rows[row * k + i])),
+            Format::Int8 => Data::Whole(int8::Weights::round(rows, n, k)),
             Format::F32 => Data::F32(fill(panels, k, at)),
             Format::Bf16 => Data::Half(fill(panels, k, |p, i, l| bf16::from_f32(at(p, i, l)).to_bits())),
             Format::F16 => Data::Half(fill(panels, k, |p, i, l| f16::from_f32(at(p, i, l)).to_bits())),

@@ -205,12 +205,38 @@ pub enum AdaptersCommand {
 pub enum BenchCommand {
     /// Load a running server with clients that each wait for their answer before they ask again
     Serve(BenchServeArgs),
+    /// The same load on an engine in this program, without HTTP
+    Engine(BenchEngineArgs),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Spread {
+    /// Each client keeps to one; the clients take turns with them
+    Turns,
+    /// Each request takes any of them
+    Uniform,
+    /// Each request takes any, the nth one n times less often than the first
+    Zipf,
 }
 
 #[derive(Args)]
 pub struct BenchServeArgs {
     #[command(flatten)]
     pub server: ServerArgs,
+    #[command(flatten)]
+    pub load: LoadArgs,
+}
+
+#[derive(Args)]
+pub struct BenchEngineArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub load: LoadArgs,
+}
+
+#[derive(Args)]
+pub struct LoadArgs {
     /// Clients at the same time
     #[arg(long, default_value_t = 8)]
     pub clients: usize,
@@ -223,9 +249,18 @@ pub struct BenchServeArgs {
     /// Tokens of each prompt
     #[arg(long, default_value_t = 64)]
     pub prompt_tokens: usize,
-    /// Adapters the clients take turns with; none is the base
-    #[arg(long, value_delimiter = ',')]
-    pub adapters: Vec<String>,
+    /// Adapters to ask for; none is the base
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    pub ask: Vec<String>,
+    /// Ask for all adapters that there are
+    #[arg(long, conflicts_with = "ask")]
+    pub ask_all: bool,
+    /// How requests are spread over the adapters
+    #[arg(long, value_enum, default_value_t = Spread::Turns)]
+    pub spread: Spread,
+    /// Seed of the choices
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

@@ -1,12 +1,19 @@
-//! `loramux bench serve`: closed-loop load on a running server, measured at the client.
+//! `loramux bench`: closed-loop load on a running server, measured at the client, or on an engine alone.
 
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use rand::SeedableRng;
+use rand::distr::Distribution;
+use rand::distr::weighted::WeightedIndex;
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
-use super::args::BenchServeArgs;
+use super::args::{BenchEngineArgs, BenchServeArgs, LoadArgs, Spread};
 use super::client::{Client, read_error};
+use super::host::Host;
+use super::oneshot;
+use crate::engine::{Event, Generate, Request, Sampling, Task};
 use crate::{Error, Result};
 
 /// What one request saw.
@@ -18,32 +25,113 @@ struct Sample {
     tokens: u64,
 }
 
-/// Prompts as token ids of the server's own tokenizer, so that their length is what was asked for. Each starts with a
-/// word of its own: prompts that repeat would measure the prefix cache.
-async fn prompts(client: &Client, count: usize, length: usize) -> Result<Vec<Vec<u64>>> {
-    let mut all = Vec::with_capacity(count);
-    for i in 0..count {
-        let words = (0..length).map(|j| format!("{} house", (i * 7919 + j * 104_729) % 9973));
-        let text = words.collect::<Vec<_>>().join(" ");
-        let answer = client.post("/tokenize", &json!({ "prompt": text, "add_special_tokens": false })).await?;
-        let ids: Vec<u64> = answer["tokens"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
-        if ids.len() < length {
-            return Err(Error::internal(format!("/tokenize gave {} tokens, {length} were needed", ids.len())));
-        }
-        all.push(ids[..length].to_vec());
-    }
-    Ok(all)
+/// When a request's chunks came.
+struct Clock {
+    start: Instant,
+    last: Instant,
+    first_token: Option<Duration>,
+    gaps: Vec<Duration>,
 }
 
-async fn request(client: &Client, body: Value) -> Result<Sample> {
-    let start = Instant::now();
+impl Clock {
+    fn start() -> Self {
+        let start = Instant::now();
+        Clock { start, last: start, first_token: None, gaps: vec![] }
+    }
+
+    fn chunk(&mut self) {
+        let now = Instant::now();
+        match self.first_token {
+            None => self.first_token = Some(now - self.start),
+            Some(_) => self.gaps.push(now - self.last),
+        }
+        self.last = now;
+    }
+
+    fn end(self, tokens: u64) -> Result<Sample> {
+        match self.first_token.filter(|_| tokens > 0) {
+            Some(first_token) => Ok(Sample { first_token, whole: self.start.elapsed(), gaps: self.gaps, tokens }),
+            None => Err(Error::internal("the answer ended early")),
+        }
+    }
+}
+
+/// What the load goes to.
+enum System {
+    Server(Client),
+    Engine(Box<Host>),
+}
+
+impl System {
+    async fn tokenize(&self, text: &str) -> Result<Vec<u32>> {
+        match self {
+            System::Engine(host) => host.language.tokenizer.encode(text, false),
+            System::Server(client) => {
+                let answer = client.post("/tokenize", &json!({ "prompt": text, "add_special_tokens": false })).await?;
+                let ids = answer["tokens"].as_array().into_iter().flatten();
+                Ok(ids.filter_map(Value::as_u64).map(|id| id as u32).collect())
+            }
+        }
+    }
+
+    /// The names of all adapters.
+    async fn adapters(&self) -> Result<Vec<String>> {
+        match self {
+            System::Engine(host) => Ok(host.registry.list().into_iter().map(|info| info.name).collect()),
+            System::Server(client) => {
+                let list = client.json(client.http.get(client.at("/v1/adapters"))).await?;
+                let names = list["adapters"].as_array().into_iter().flatten().filter_map(|a| a["name"].as_str());
+                Ok(names.map(str::to_string).collect())
+            }
+        }
+    }
+
+    async fn generate(&self, model: &str, prompt: &[u32], max_tokens: usize) -> Result<Sample> {
+        match self {
+            System::Engine(host) => ask_engine(host, model, prompt, max_tokens).await,
+            System::Server(client) => ask_server(client, model, prompt, max_tokens).await,
+        }
+    }
+}
+
+async fn ask_engine(host: &Host, model: &str, prompt: &[u32], max_tokens: usize) -> Result<Sample> {
+    let mut clock = Clock::start();
+    let adapter = match model {
+        BASE => None,
+        name => Some((name.into(), host.registry.acquire(name).await?)),
+    };
+    let task = Task::Generate(Generate {
+        max_tokens,
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        stop: vec![],
+        stop_tokens: vec![],
+        include_stop: false,
+        ignore_eos: true,
+        logprobs: None,
+        n: 1,
+    });
+    let mut events = host.engine.submit(Request { adapter, prompt: prompt.to_vec(), task })?;
+    while let Some(event) = events.recv().await {
+        match event {
+            Event::Progress(_) => clock.chunk(),
+            Event::Done(usage) => return clock.end(usage.completion_tokens as u64),
+            Event::Failed(e) => return Err(e),
+            Event::Classified { .. } | Event::Scored { .. } => {}
+        }
+    }
+    clock.end(0)
+}
+
+async fn ask_server(client: &Client, model: &str, prompt: &[u32], max_tokens: usize) -> Result<Sample> {
+    let body = json!({ "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true,
+        "stream": true, "stream_options": { "include_usage": true } });
+    let mut clock = Clock::start();
     let response = client.send(client.http.post(client.at("/v1/completions")).json(&body)).await?;
     if !response.status().is_success() {
         return Err(read_error(response).await);
     }
     let mut stream = response.bytes_stream();
-    let (mut buffer, mut last, mut first_token) = (Vec::new(), start, None);
-    let (mut gaps, mut tokens, mut done) = (Vec::new(), 0, false);
+    let (mut buffer, mut tokens, mut done) = (Vec::new(), 0, false);
     while let Some(chunk) = stream.next().await {
         buffer.extend_from_slice(&chunk.map_err(|e| Error::unavailable(format!("the stream broke off: {e}")))?);
         while let Some(end) = buffer.windows(2).position(|w| w == b"\n\n") {
@@ -63,19 +151,43 @@ async fn request(client: &Client, body: Value) -> Result<Sample> {
                 tokens = n;
             }
             if event["choices"].as_array().is_some_and(|c| !c.is_empty()) {
-                let now = Instant::now();
-                match first_token {
-                    None => first_token = Some(now - start),
-                    Some(_) => gaps.push(now - last),
-                }
-                last = now;
+                clock.chunk();
             }
         }
     }
-    match first_token.filter(|_| done && tokens > 0) {
-        Some(first_token) => Ok(Sample { first_token, whole: start.elapsed(), gaps, tokens }),
-        None => Err(Error::internal("the stream ended early")),
+    clock.end(if done { tokens } else { 0 })
+}
+
+/// Asks for no adapter.
+const BASE: &str = "base";
+
+/// Prompts as token ids of the model's own tokenizer, so that their length is what was asked for. Each starts with a
+/// word of its own: prompts that repeat would measure the prefix cache.
+async fn prompts(system: &System, count: usize, length: usize) -> Result<Vec<Vec<u32>>> {
+    let mut all = Vec::with_capacity(count);
+    for i in 0..count {
+        let words = (0..length).map(|j| format!("{} house", (i * 7919 + j * 104_729) % 9973));
+        let text = words.collect::<Vec<_>>().join(" ");
+        let ids = system.tokenize(&text).await?;
+        if ids.len() < length {
+            return Err(Error::internal(format!("the tokenizer gave {} tokens, {length} were needed", ids.len())));
+        }
+        all.push(ids[..length].to_vec());
     }
+    Ok(all)
+}
+
+/// For each client the models of its requests.
+fn models(args: &LoadArgs, adapters: &[String]) -> Vec<Vec<String>> {
+    let mut random = ChaCha8Rng::seed_from_u64(args.seed);
+    let weight = |i: usize| if args.spread == Spread::Zipf { 1.0 / (i + 1) as f64 } else { 1.0 };
+    let index = WeightedIndex::new((0..adapters.len()).map(weight)).ok();
+    let mut model = |client: usize| match (&index, args.spread) {
+        (None, _) => BASE.to_string(),
+        (_, Spread::Turns) => adapters[client % adapters.len()].clone(),
+        (Some(index), _) => adapters[index.sample(&mut random)].clone(),
+    };
+    (0..args.clients).map(|client| (0..args.requests).map(|_| model(client)).collect()).collect()
 }
 
 /// The value below which a share `q` of `sorted` lies, in milliseconds.
@@ -87,30 +199,36 @@ fn quantile(sorted: &[Duration], q: f64) -> f64 {
 }
 
 pub async fn serve(args: BenchServeArgs) -> Result<()> {
+    let client = Client::new(&args.server.url)?;
+    load(System::Server(client), args.load).await
+}
+
+pub async fn engine(args: BenchEngineArgs) -> Result<()> {
+    let (host, _, _store) = oneshot::start(&args.model, None).await?;
+    load(System::Engine(Box::new(host)), args.load).await
+}
+
+async fn load(system: System, args: LoadArgs) -> Result<()> {
     if args.clients == 0 || args.requests == 0 || args.max_tokens == 0 || args.prompt_tokens == 0 {
         return Err(Error::bad_request("--clients, --requests, --max-tokens and --prompt-tokens must be 1 or more"));
     }
-    let client = Client::new(&args.server.url)?;
-    let prompts = prompts(&client, args.clients * args.requests, args.prompt_tokens).await?;
-    let model = |c: usize| match args.adapters.len() {
-        0 => "base".to_string(),
-        n => args.adapters[c % n].clone(),
-    };
-    let body = |c: usize, prompt: &[u64], max_tokens: usize| {
-        json!({ "model": model(c), "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true,
-            "stream": true, "stream_options": { "include_usage": true } })
-    };
-    // Adapters are loaded and pages touched before the clock starts.
-    for c in 0..args.clients.min(args.adapters.len().max(1)) {
-        request(&client, body(c, &[prompts[0][0]], 1)).await?;
+    let prompts = prompts(&system, args.clients * args.requests, args.prompt_tokens).await?;
+    let adapters = if args.ask_all { system.adapters().await? } else { args.ask.clone() };
+    if args.ask_all && adapters.is_empty() {
+        return Err(Error::bad_request("--ask-all: there are no adapters"));
+    }
+    let models = models(&args, &adapters);
+    // Each client's first adapter is loaded and pages are touched before the clock starts.
+    for models in &models {
+        system.generate(&models[0], &prompts[0][..1], 1).await?;
     }
     let start = Instant::now();
     let run = |c: usize| {
-        let (client, prompts, body) = (&client, &prompts, &body);
+        let (system, prompts, models) = (&system, &prompts, &models[c]);
         async move {
             let mut samples = Vec::with_capacity(args.requests);
-            for r in 0..args.requests {
-                samples.push(request(client, body(c, &prompts[c * args.requests + r], args.max_tokens)).await?);
+            for (r, model) in models.iter().enumerate() {
+                samples.push(system.generate(model, &prompts[c * args.requests + r], args.max_tokens).await?);
             }
             Ok::<_, Error>(samples)
         }
@@ -128,9 +246,8 @@ pub async fn serve(args: BenchServeArgs) -> Result<()> {
     let gaps = sorted(samples.iter().flat_map(|s| s.gaps.iter().copied()).collect());
     let rate = tokens as f64 / seconds;
     if args.json {
-        let quantiles =
-            |d: &[Duration]| json!({ "p50": quantile(d, 0.5), "p95": quantile(d, 0.95), "max": quantile(d, 1.0) });
-        let report = json!({ "clients": args.clients, "requests": samples.len(), "adapters": args.adapters,
+        let quantiles = |d: &[Duration]| json!({ "p50": quantile(d, 0.5), "p95": quantile(d, 0.95), "p99": quantile(d, 0.99), "max": quantile(d, 1.0) });
+        let report = json!({ "clients": args.clients, "requests": samples.len(), "adapters": adapters.len(),
             "prompt_tokens": args.prompt_tokens, "generated_tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
             "ttft_ms": quantiles(&first), "token_ms": quantiles(&gaps), "request_ms": quantiles(&whole) });
         println!("{report}");
@@ -141,11 +258,11 @@ pub async fn serve(args: BenchServeArgs) -> Result<()> {
         args.clients,
         samples.len(),
         args.prompt_tokens,
-        args.adapters.len()
+        adapters.len()
     );
     for (name, d) in [("first token", &first), ("between tokens", &gaps), ("whole request", &whole)] {
-        let (p50, p95, max) = (quantile(d, 0.5), quantile(d, 0.95), quantile(d, 1.0));
-        println!("{name:>15}: p50 {p50:8.1} ms  p95 {p95:8.1} ms  max {max:8.1} ms");
+        let [p50, p95, p99, max] = [0.5, 0.95, 0.99, 1.0].map(|q| quantile(d, q));
+        println!("{name:>15}: p50 {p50:8.1} ms  p95 {p95:8.1} ms  p99 {p99:8.1} ms  max {max:8.1} ms");
     }
     Ok(())
 }

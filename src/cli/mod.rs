@@ -49,6 +49,7 @@ pub fn run() -> Result<()> {
             Command::Classify(args) => interruptible(oneshot::classify(args)).await,
             Command::Adapters(command) => adapters::run(command).await,
             Command::Bench(BenchCommand::Serve(args)) => bench::serve(args).await,
+            Command::Bench(BenchCommand::Engine(args)) => bench::engine(args).await,
             Command::Serve(_) | Command::Fetch { .. } => unreachable!("answered above"),
         }
     })

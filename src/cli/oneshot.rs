@@ -13,11 +13,14 @@ use crate::engine::{Event, Generate, Request, Sampling, Task};
 use crate::lora::PackedAdapter;
 use crate::{Error, Result};
 
-type NamedAdapter = (Arc<str>, Arc<PackedAdapter>);
+pub(super) type NamedAdapter = (Arc<str>, Arc<PackedAdapter>);
 
 /// The base, and the adapter by name, or by path and then read where it lies. The store is an empty one that goes with
 /// the returned folder.
-async fn start(args: &ModelArgs, adapter: Option<&str>) -> Result<(Host, Option<NamedAdapter>, tempfile::TempDir)> {
+pub(super) async fn start(
+    args: &ModelArgs,
+    adapter: Option<&str>,
+) -> Result<(Host, Option<NamedAdapter>, tempfile::TempDir)> {
     let store = tempfile::tempdir()?;
     let limits = Limits {
         store: store.path().join("store"),

@@ -6,12 +6,77 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{AHEAD, CACHE_LINE, Codes, NEAR, Rounded, STEP, Scales, Weights};
+use super::{AHEAD, CACHE_LINE, Codes, NEAR, Rounded, STEP, Scales, Weights, in_memory};
 use crate::base::simd::{LANES, Target};
 
 const HALF: usize = LANES / 2;
 /// Rows of the largest tile: 16 registers hold their sums beside weights, numbers and constants.
 const ROWS: usize = 4;
+/// Rows for which codes of 4 bits are taken apart once for all, and their scales made f32.
+const MANY: usize = 3 * ROWS;
+
+/// How a panel's codes lie in memory: as in [`Codes::Nibbles`], a byte each in the same order of steps, or as in
+/// [`Codes::Bytes`].
+const NIBBLES: u8 = 0;
+const APART: u8 = 1;
+const BYTES: u8 = 2;
+
+/// A panel's weights.
+struct Panel<'a> {
+    codes: *const u8,
+    numbers: Numbers<'a>,
+    features: usize,
+}
+
+/// The scales and minima of a panel's groups.
+enum Numbers<'a> {
+    /// From this index on.
+    Packed(&'a Weights, usize),
+    /// A scale and a minimum for each group.
+    Apart(*const [[f32; LANES]; 2]),
+}
+
+/// A panel whose codes of 4 bits are bytes, and its scales and minima f32. Room for one after the other.
+struct Apart {
+    codes: Vec<u8>,
+    numbers: Vec<[[f32; LANES]; 2]>,
+}
+
+impl Apart {
+    fn new(weights: &Weights) -> Self {
+        let groups = weights.k / weights.group;
+        Apart { codes: vec![0; weights.k * LANES], numbers: vec![[[0.0; LANES]; 2]; groups] }
+    }
+
+    #[target_feature(enable = "avx2,f16c")]
+    fn take(&mut self, weights: &Weights, codes: &[u8], panel: usize) {
+        let mask = _mm256_set1_epi8(15);
+        let length = weights.k * HALF;
+        let steps = codes[panel * length..][..length].as_chunks::<{ STEP * HALF }>().0;
+        for (both, out) in steps.iter().zip(self.codes.as_chunks_mut::<{ STEP * LANES }>().0) {
+            // SAFETY: a step has so many bytes.
+            unsafe {
+                let both = _mm256_loadu_si256(both.as_ptr().cast());
+                let halves = [both, _mm256_srli_epi16::<4>(both)].map(|half| _mm256_and_si256(half, mask));
+                _mm256_storeu_si256(out.as_mut_ptr().cast(), halves[0]);
+                _mm256_storeu_si256(out[STEP * HALF..].as_mut_ptr().cast(), halves[1]);
+            }
+        }
+        let groups = self.numbers.len();
+        let scales = [Some(&weights.scales), weights.mins.as_ref()];
+        for (which, scales) in scales.into_iter().enumerate().filter_map(|(i, scales)| Some((i, scales?))) {
+            assert!(scales.len() >= (panel + 1) * groups);
+            for (g, numbers) in self.numbers.iter_mut().enumerate() {
+                // SAFETY: the assert; there are two halves.
+                unsafe {
+                    for (h, half) in scales.halves(panel * groups + g).into_iter().enumerate() {
+                        _mm256_storeu_ps(numbers[which][h * HALF..].as_mut_ptr(), half);
+                    }
+                }
+            }
+        }
+    }
+}
 
 impl Scales {
     /// The first and the second half of a panel's.
@@ -24,10 +89,7 @@ impl Scales {
         // SAFETY: the caller's promise; each holds LANES numbers.
         unsafe {
             match self {
-                Scales::F32(numbers) => {
-                    let numbers = numbers.as_ptr().add(index).cast::<f32>();
-                    [_mm256_loadu_ps(numbers), _mm256_loadu_ps(numbers.add(HALF))]
-                }
+                Scales::F32(numbers) => halves(numbers.get_unchecked(index)),
                 Scales::F16(numbers) => {
                     let numbers = numbers.as_ptr().add(index).cast::<u16>();
                     [numbers, numbers.add(HALF)].map(|half| _mm256_cvtph_ps(_mm_loadu_si128(half.cast())))
@@ -35,6 +97,13 @@ impl Scales {
             }
         }
     }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn halves(numbers: &[f32; LANES]) -> [__m256; 2] {
+    // SAFETY: there are two.
+    unsafe { [_mm256_loadu_ps(numbers.as_ptr()), _mm256_loadu_ps(numbers[HALF..].as_ptr())] }
 }
 
 /// Has the compiler work out `sum` here: it would do one half of a panel after the other, and keep the numbers of a whole
@@ -54,11 +123,14 @@ impl Weights {
         // SAFETY: the caller's promise.
         unsafe {
             match (&self.codes, self.group / STEP) {
-                (Codes::Nibbles(codes), 8) => self.avx2_tiles::<true, 8>(codes, x, rows, panels, scale, y),
-                (Codes::Nibbles(codes), _) => self.avx2_tiles::<true, 0>(codes, x, rows, panels, scale, y),
-                (Codes::Bytes(codes), 4) => self.avx2_tiles::<false, 4>(codes, x, rows, panels, scale, y),
-                (Codes::Bytes(codes), 16) => self.avx2_tiles::<false, 16>(codes, x, rows, panels, scale, y),
-                (Codes::Bytes(codes), _) => self.avx2_tiles::<false, 0>(codes, x, rows, panels, scale, y),
+                (Codes::Nibbles(codes), 8) if rows.len() >= MANY => {
+                    self.avx2_tiles::<APART, 8>(codes, x, rows, panels, scale, y)
+                }
+                (Codes::Nibbles(codes), 8) => self.avx2_tiles::<NIBBLES, 8>(codes, x, rows, panels, scale, y),
+                (Codes::Nibbles(codes), _) => self.avx2_tiles::<NIBBLES, 0>(codes, x, rows, panels, scale, y),
+                (Codes::Bytes(codes), 4) => self.avx2_tiles::<BYTES, 4>(codes, x, rows, panels, scale, y),
+                (Codes::Bytes(codes), 16) => self.avx2_tiles::<BYTES, 16>(codes, x, rows, panels, scale, y),
+                (Codes::Bytes(codes), _) => self.avx2_tiles::<BYTES, 0>(codes, x, rows, panels, scale, y),
             }
         }
     }
@@ -68,7 +140,7 @@ impl Weights {
     /// # Safety
     /// As for [`Self::avx2`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn avx2_tiles<const NIBBLES: bool, const STEPS: usize>(
+    unsafe fn avx2_tiles<const LAYOUT: u8, const STEPS: usize>(
         &self,
         codes: &[u8],
         x: &Rounded,
@@ -77,126 +149,149 @@ impl Weights {
         scale: f32,
         y: Target,
     ) {
-        let (row, panel) = (rows.start, panels.start);
+        let (row, panel, groups) = (rows.start, panels.start, x.groups_per_row);
+        let length = self.k * if LAYOUT == NIBBLES { HALF } else { LANES };
+        let mut apart = (LAYOUT == APART).then(|| Apart::new(self));
         let near = (NEAR / self.k / ROWS).max(1) * ROWS;
         for start in rows.clone().step_by(near) {
             for p in panels.clone() {
+                let features = self.features(p);
+                let weights = match &mut apart {
+                    Some(apart) => {
+                        apart.take(self, codes, p);
+                        let numbers = Numbers::Apart(apart.numbers.as_ptr());
+                        Panel { codes: apart.codes.as_ptr(), numbers, features }
+                    }
+                    None => {
+                        let codes = codes[p * length..][..length].as_ptr();
+                        Panel { codes, numbers: Numbers::Packed(self, p * groups), features }
+                    }
+                };
                 let end = rows.end.min(start + near);
                 for r in (start..end).step_by(ROWS) {
                     // SAFETY: the caller's promise.
                     unsafe {
                         let y = y.at(r - row, (p - panel) * LANES);
                         match end - r {
-                            1 => self.avx2_tile::<NIBBLES, 1, STEPS>(codes, x, r, p, scale, y),
-                            2 => self.avx2_tile::<NIBBLES, 2, STEPS>(codes, x, r, p, scale, y),
-                            3 => self.avx2_tile::<NIBBLES, 3, STEPS>(codes, x, r, p, scale, y),
-                            _ => self.avx2_tile::<NIBBLES, ROWS, STEPS>(codes, x, r, p, scale, y),
+                            1 => avx2_tile::<LAYOUT, 1, STEPS>(&weights, x, r, scale, y),
+                            2 => avx2_tile::<LAYOUT, 2, STEPS>(&weights, x, r, scale, y),
+                            3 => avx2_tile::<LAYOUT, 3, STEPS>(&weights, x, r, scale, y),
+                            _ => avx2_tile::<LAYOUT, ROWS, STEPS>(&weights, x, r, scale, y),
                         }
                     }
                 }
             }
         }
     }
+}
 
-    /// For `R` rows and a panel.
-    ///
-    /// # Safety
-    /// As for [`Self::avx2`].
-    #[target_feature(enable = "avx2,fma,f16c")]
-    #[inline(never)]
-    unsafe fn avx2_tile<const NIBBLES: bool, const R: usize, const STEPS: usize>(
-        &self,
-        codes: &[u8],
-        x: &Rounded,
-        row: usize,
-        panel: usize,
-        scale: f32,
-        y: Target,
-    ) {
-        let groups = x.groups_per_row;
-        let (steps, unroll) = if STEPS == 0 { (self.group / STEP, 1) } else { (STEPS, 4) };
-        let bytes = if NIBBLES { STEP * HALF } else { STEP * LANES };
-        debug_assert!(codes.len() >= (panel + 1) * (self.k / STEP * bytes) && row + R <= x.rows());
-        let (ones, flip, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128), _mm256_set1_epi8(15));
-        // SAFETY: the caller's promise.
-        let (mut w, mut q, mut common) = unsafe {
-            let w = codes.as_ptr().add(panel * (self.k / STEP * bytes));
-            (w, x.q.as_ptr().add(row * self.k), x.groups.as_ptr().add(row * groups))
-        };
-        let mut acc = [[_mm256_setzero_ps(); 2]; R];
-        for r in 0..R {
-            _mm_prefetch::<_MM_HINT_T0>(y.start.wrapping_add(r * y.stride).cast());
-        }
-        for g in 0..groups {
-            let mut sums = [[_mm256_setzero_si256(); 2]; R];
-            // SAFETY: there are as many codes and numbers as `k` asks for, and as many groups' scales.
-            unsafe {
-                for line in (0..steps * bytes).step_by(CACHE_LINE) {
-                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD + line).cast());
-                }
-                for _ in 0..steps / unroll {
-                    for _ in 0..unroll {
-                        let codes = if NIBBLES {
-                            let both = _mm256_loadu_si256(w.cast());
-                            [_mm256_and_si256(both, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask)]
-                        } else {
-                            [0, 1].map(|h| _mm256_xor_si256(_mm256_loadu_si256(w.add(h * STEP * HALF).cast()), flip))
-                        };
-                        let sizes = if NIBBLES { codes } else { codes.map(|codes| _mm256_abs_epi8(codes)) };
-                        unrolled!(r < R, {
-                            let x = _mm256_set1_epi32(q.add(r * self.k).cast::<i32>().read_unaligned());
-                            unrolled!(h < 2, {
-                                sums[r][h] = if NIBBLES {
-                                    // Two products are 2 * 15 * 127 at most: those of eight steps fit 16 bits.
-                                    _mm256_add_epi16(sums[r][h], _mm256_maddubs_epi16(codes[h], x))
-                                } else {
-                                    // Without its sign a code is at most 128, a number 127: two products fit 16 bits.
-                                    let pairs = _mm256_maddubs_epi16(sizes[h], _mm256_sign_epi8(x, codes[h]));
-                                    _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(pairs, ones))
-                                };
-                                in_order(&mut sums[r][h]);
-                            });
-                        });
-                        (w, q) = (w.add(bytes), q.add(STEP));
-                    }
-                }
-                let scales = self.scales.halves(panel * groups + g);
-                let mins = self.mins.as_ref().map(|mins| mins.halves(panel * groups + g));
-                unrolled!(r < R, {
-                    let common = &*common.add(r * groups);
-                    let (scale, total) = (_mm256_set1_ps(common.scale), _mm256_set1_ps(common.total));
-                    unrolled!(h < 2, {
-                        let sum = if NIBBLES { _mm256_madd_epi16(sums[r][h], ones) } else { sums[r][h] };
-                        let product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scales[h]);
-                        acc[r][h] = _mm256_fmadd_ps(product, scale, acc[r][h]);
-                        if let Some(mins) = mins {
-                            acc[r][h] = _mm256_fmadd_ps(mins[h], total, acc[r][h]);
-                        }
-                    });
-                });
-                common = common.add(1);
-            }
-        }
-        let factor = _mm256_set1_ps(scale);
-        unrolled!(r < R, {
-            // SAFETY: the caller's promise; a panel's sums have two halves.
-            unsafe {
-                let y = y.at(r, 0);
-                if self.features(panel) == LANES {
-                    for (h, acc) in acc[r].iter().enumerate() {
-                        let (start, product) = (y.start.add(h * HALF), _mm256_mul_ps(factor, *acc));
-                        let sum = if y.add { _mm256_add_ps(_mm256_loadu_ps(start), product) } else { product };
-                        _mm256_storeu_ps(start, sum);
-                    }
-                } else {
-                    let mut sums = [0.0; LANES];
-                    acc[r]
-                        .iter()
-                        .enumerate()
-                        .for_each(|(h, acc)| _mm256_storeu_ps(sums[h * HALF..].as_mut_ptr(), *acc));
-                    y.put(&sums, self.features(panel), scale);
-                }
-            }
-        });
+/// For `R` rows and a panel.
+///
+/// # Safety
+/// As for [`Self::avx2`].
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline(never)]
+unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize>(
+    weights: &Panel,
+    x: &Rounded,
+    row: usize,
+    scale: f32,
+    y: Target,
+) {
+    let groups = x.groups_per_row;
+    let (steps, unroll) = if STEPS == 0 { (x.group / STEP, 1) } else { (STEPS, 4) };
+    let bytes = if LAYOUT == NIBBLES { STEP * HALF } else { STEP * LANES };
+    let (ones, flip, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128), _mm256_set1_epi8(15));
+    // SAFETY: the caller's promise.
+    let (mut q, mut common) = unsafe { (x.q.as_ptr().add(row * x.k), x.groups.as_ptr().add(row * groups)) };
+    let mut w = weights.codes;
+    let mut acc = [[0.0f32; LANES]; R];
+    let acc = match R {
+        // Adding to memory takes longer than a group of few rows.
+        0..=2 => acc.as_mut_ptr().cast(),
+        _ => in_memory(acc.as_mut_ptr().cast()),
+    };
+    for r in 0..R {
+        _mm_prefetch::<_MM_HINT_T0>(y.start.wrapping_add(r * y.stride).cast());
     }
+    for g in 0..groups {
+        let mut sums = [[_mm256_setzero_si256(); 2]; R];
+        // SAFETY: there are as many codes and numbers as `k` asks for, and as many groups' scales.
+        unsafe {
+            for line in (0..if LAYOUT == APART { 0 } else { steps * bytes }).step_by(CACHE_LINE) {
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD + line).cast());
+            }
+            for _ in 0..steps / unroll {
+                for _ in 0..unroll {
+                    let both = _mm256_loadu_si256(w.cast());
+                    let codes = if LAYOUT == NIBBLES {
+                        [both, _mm256_srli_epi16::<4>(both)].map(|half| _mm256_and_si256(half, mask))
+                    } else {
+                        [both, _mm256_loadu_si256(w.add(STEP * HALF).cast())]
+                    };
+                    let signed = codes.map(|codes| _mm256_xor_si256(codes, flip));
+                    let sizes = signed.map(|codes| _mm256_abs_epi8(codes));
+                    unrolled!(r < R, {
+                        let numbers = q.add(r * x.k).cast::<i32>().read_unaligned();
+                        let x = _mm256_set1_epi32(numbers);
+                        unrolled!(h < 2, {
+                            sums[r][h] = if LAYOUT != BYTES {
+                                // Two products are 2 * 15 * 127 at most: those of eight steps fit 16 bits.
+                                _mm256_add_epi16(sums[r][h], _mm256_maddubs_epi16(codes[h], x))
+                            } else {
+                                // Without its sign a code is at most 128, a number 127: two products fit 16 bits.
+                                let pairs = _mm256_maddubs_epi16(sizes[h], _mm256_sign_epi8(x, signed[h]));
+                                _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(pairs, ones))
+                            };
+                            in_order(&mut sums[r][h]);
+                        });
+                    });
+                    (w, q) = (w.add(bytes), q.add(STEP));
+                }
+            }
+            let (scales, mins) = match weights.numbers {
+                Numbers::Apart(numbers) if LAYOUT == APART => {
+                    let [scales, mins] = &*numbers.add(g);
+                    (halves(scales), Some(halves(mins)))
+                }
+                Numbers::Packed(weights, first) if LAYOUT != APART => {
+                    (weights.scales.halves(first + g), weights.mins.as_ref().map(|mins| mins.halves(first + g)))
+                }
+                _ => std::hint::unreachable_unchecked(),
+            };
+            unrolled!(r < R, {
+                let common = &*common.add(r * groups);
+                let (scale, total) = (_mm256_set1_ps(common.scale), _mm256_set1_ps(common.total));
+                unrolled!(h < 2, {
+                    let sum = if LAYOUT != BYTES { _mm256_madd_epi16(sums[r][h], ones) } else { sums[r][h] };
+                    let product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scales[h]);
+                    let acc = acc.add(r * LANES + h * HALF);
+                    let mut sum = _mm256_fmadd_ps(product, scale, _mm256_loadu_ps(acc));
+                    if let Some(mins) = mins {
+                        sum = _mm256_fmadd_ps(mins[h], total, sum);
+                    }
+                    _mm256_storeu_ps(acc, sum);
+                });
+            });
+            common = common.add(1);
+        }
+    }
+    let factor = _mm256_set1_ps(scale);
+    unrolled!(r < R, {
+        // SAFETY: the caller's promise; a panel's sums have two halves.
+        unsafe {
+            let y = y.at(r, 0);
+            let sums = acc.add(r * LANES);
+            if weights.features == LANES {
+                for h in 0..2 {
+                    let (start, sum) = (y.start.add(h * HALF), _mm256_loadu_ps(sums.add(h * HALF)));
+                    let product = _mm256_mul_ps(factor, sum);
+                    let sum = if y.add { _mm256_add_ps(_mm256_loadu_ps(start), product) } else { product };
+                    _mm256_storeu_ps(start, sum);
+                }
+            } else {
+                y.put(&*sums.cast(), weights.features, scale);
+            }
+        }
+    });
 }

@@ -6,7 +6,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{AHEAD, CACHE_LINE, Codes, NEAR, Rounded, STEP, Scales, Weights};
+use super::{AHEAD, CACHE_LINE, Codes, NEAR, Rounded, STEP, Scales, Weights, in_memory};
 use crate::base::simd::{LANES, Target};
 
 /// Rows of the largest tile.
@@ -148,7 +148,12 @@ impl Weights {
             let w = codes.as_ptr().add(panel * apart);
             (w, x.q.as_ptr().add(row * self.k), x.groups.as_ptr().add(row * groups))
         };
-        let mut acc = [[_mm512_setzero_ps(); P]; R];
+        let mut acc = [[[0.0f32; LANES]; P]; R];
+        let acc = match R * P {
+            // Adding to memory takes longer than a group of few rows.
+            0..=4 => acc.as_mut_ptr().cast(),
+            _ => in_memory(acc.as_mut_ptr().cast()),
+        };
         for r in 0..R {
             for p in 0..P {
                 _mm_prefetch::<_MM_HINT_T0>(y.start.wrapping_add(r * y.stride + p * LANES).cast());
@@ -202,10 +207,12 @@ impl Weights {
                     let (scale, total) = (_mm512_set1_ps(common.scale), _mm512_set1_ps(common.total));
                     unrolled!(p < P, {
                         let product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][p]), scales[p]);
-                        acc[r][p] = _mm512_fmadd_ps(product, scale, acc[r][p]);
+                        let acc = acc.add((r * P + p) * LANES);
+                        let mut sum = _mm512_fmadd_ps(product, scale, _mm512_loadu_ps(acc));
                         if self.mins.is_some() {
-                            acc[r][p] = _mm512_fmadd_ps(mins[p], total, acc[r][p]);
+                            sum = _mm512_fmadd_ps(mins[p], total, sum);
                         }
+                        _mm512_storeu_ps(acc, sum);
                     });
                 });
                 common = common.add(1);
@@ -217,14 +224,13 @@ impl Weights {
                 // SAFETY: the caller's promise.
                 unsafe {
                     let y = y.at(r, p * LANES);
+                    let sums = acc.add((r * P + p) * LANES);
                     if self.features(panel + p) == LANES {
-                        let product = _mm512_mul_ps(factor, acc[r][p]);
+                        let product = _mm512_mul_ps(factor, _mm512_loadu_ps(sums));
                         let sum = if y.add { _mm512_add_ps(_mm512_loadu_ps(y.start), product) } else { product };
                         _mm512_storeu_ps(y.start, sum);
                     } else {
-                        let mut sums = [0.0; LANES];
-                        _mm512_storeu_ps(sums.as_mut_ptr(), acc[r][p]);
-                        y.put(&sums, self.features(panel + p), scale);
+                        y.put(&*sums.cast(), self.features(panel + p), scale);
                     }
                 }
             });
