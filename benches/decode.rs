@@ -1,7 +1,8 @@
-//! Steps of the default model: prompts, then decode steps of the base alone and with a different adapter for each row.
+//! Steps of the default model, or of another: prompts, then decode steps; of the base alone, and with different adapters.
 //!
 //!     cargo bench --bench decode            # the weights as the file has them
 //!     cargo bench --bench decode -- int8    # as `--quantize q8` has them
+//!     cargo bench --bench decode -- int8 model=llama-1b.gguf   # see serve/shape.py
 //!     cargo bench --bench decode -- 8 32 steps=300    # only so many rows, and longer, to profile
 
 use std::collections::BTreeMap;
@@ -33,7 +34,8 @@ fn median<T>(calls: usize, mut call: impl FnMut() -> T) -> f64 {
 fn main() {
     loramux::memory::keep(64 << 20);
     let steps = std::env::args().find_map(|argument| argument.strip_prefix("steps=")?.parse().ok()).unwrap_or(15);
-    let base = Base::open(DEFAULT_MODEL).expect("the default model");
+    let other = std::env::args().find_map(|argument| Some(argument.strip_prefix("model=")?.to_string()));
+    let base = Base::open(other.as_deref().unwrap_or(DEFAULT_MODEL)).expect("a model");
     let kernels = Kernels::for_device(&Device::Cpu);
     let format = std::env::args().any(|argument| argument == "int8").then_some(Format::Int8);
     let options = DecoderOptions { device: Device::Cpu, kernels, format, dtype: DType::F32 };

@@ -1,4 +1,4 @@
-"""What adapters cost a running server: many of them against one, cold ones against warm ones, and against none at all.
+"""What adapters cost a running server: eight of them against none, many against one, cold ones against warm ones.
 
     cargo build --release
     pip install --requirement benches/serve/requirements.txt
@@ -12,6 +12,7 @@ in turns, so that a slow minute of the machine hits all alike. The tables hold m
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import shlex
 import socket
@@ -29,6 +30,7 @@ from gguf import GGUFReader
 QV, ALL = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GGUF_NAMES = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
 CLIENTS = 8
+SEEDS = itertools.count(1)
 
 
 def arguments():
@@ -121,6 +123,7 @@ def server(args, folders, options):
                 if process.poll() is not None or time.monotonic() > start + 300:
                     sys.exit(f"{shlex.join(command)} does not answer; see {log.name}")
                 time.sleep(0.01)
+            process.ready = time.monotonic() - start
             yield port, process
         finally:
             process.terminate()
@@ -133,9 +136,13 @@ def memory(port):
 
 
 def load(args, port, *options):
-    """The report of `loramux bench serve`."""
-    url = f"http://127.0.0.1:{port}"
-    command = [str(args.loramux), "bench", "serve", "--url", url, "--json", "--clients", str(CLIENTS)]
+    """The report of `loramux bench serve`, or without a port of `loramux bench engine`."""
+    command = [str(args.loramux), "bench"]
+    if port:
+        command += ["serve", "--url", f"http://127.0.0.1:{port}"]
+    else:
+        command += ["engine", "--model", args.model, "--device", "cpu", *shlex.split(args.loramux_options)]
+    command += ["--json", "--clients", str(CLIENTS), "--seed", str(next(SEEDS))]
     command += ["--requests", str(args.requests), "--prompt-tokens", str(args.prompt_tokens)]
     command += ["--max-tokens", str(args.max_tokens), *options]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -180,37 +187,64 @@ def probed(args, port, neighbours, names):
     return report, took
 
 
+def resident(process):
+    """MB in use."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return round(int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) * 1024 / 1e6)
+
+
+def beside_base(args, kinds, runs):
+    """The base alone, eight adapters of two kinds, and the base on an engine without a server; memory and time to start."""
+    folders, facts = [args.work / kind for kind in ("linear", "qv")], {"ready_s": [], "resident_mb": []}
+    for _ in range(args.repetitions):
+        with server(args, folders, []) as (port, process):
+            facts["ready_s"].append(process.ready)
+            runs.setdefault("base", []).append(load(args, port))
+            facts["resident_mb"].append(resident(process))
+            for kind, row in (("linear", "8 adapters, rank 16, all linear"), ("qv", "8 adapters, rank 8, q and v")):
+                runs.setdefault(row, []).append(load(args, port, "--ask", ",".join(kinds[kind])))
+        runs.setdefault("base, engine alone", []).append(load(args, None))
+    return facts
+
+
+def over_many(args, many, each, runs):
+    """All traffic on one adapter and over many; first tokens of warm and of cold adapters beside other clients."""
+    first_tokens = {"warm": [], "cold": []}
+    fresh = iter(many[::-1])
+    with server(args, [args.work / f"many-r{args.rank}"], ["--adapter-memory", str(each * args.room)]) as (port, process):
+        first_token(args, port, many[0])
+        for _ in range(args.repetitions):
+            runs.setdefault("one adapter", []).append(load(args, port, "--ask", many[0]))
+            options = ["--ask-all", "--spread", "uniform"]
+            runs.setdefault(f"{args.many} adapters, room for {args.room}", []).append(load(args, port, *options))
+            for kind, took in first_tokens.items():
+                names = [many[0]] * 40 if kind == "warm" else [next(fresh) for _ in range(40)]
+                report, seen = probed(args, port, many[: CLIENTS - 1], names)
+                runs.setdefault(f"7 adapters, beside {kind} ones", []).append(report)
+                took += seen
+        return first_tokens, {"resident_mb_of_many": resident(process)}
+
+
 def main():
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     kinds = write_adapters(args, shapes_of(args.model))
-    many = kinds[f"many-r{args.rank}"]
-    folders = [args.work / kind for kind in kinds]
-    with server(args, folders, []) as (port, _):
+    many, runs = kinds[f"many-r{args.rank}"], {}
+    with server(args, [args.work / f"many-r{args.rank}"], []) as (port, _):
         first_token(args, port, many[0])
         each = memory(port)
-    with server(args, [args.work / f"many-r{args.rank}"], ["--adapter-memory", str(each * args.room)]) as (port, process):
-        first_token(args, port, many[0])
-        runs = {name: [] for name in ("one adapter", f"{args.many} adapters", "warm probes", "cold probes")}
-        first_tokens = {"warm probes": [], "cold probes": []}
-        fresh = iter(many[::-1])
-        for _ in range(args.repetitions):
-            runs["one adapter"].append(load(args, port, "--ask", many[0]))
-            runs[f"{args.many} adapters"].append(load(args, port, "--ask-all", "--spread", "uniform"))
-            for kind in first_tokens:
-                names = [many[0]] * 40 if kind == "warm probes" else [next(fresh) for _ in range(40)]
-                report, took = probed(args, port, many[:CLIENTS - 1], names)
-                runs[kind].append(report)
-                first_tokens[kind] += took
-        print(json.dumps({"bytes_each": each, "runs": runs, "first_tokens": first_tokens}), end="\n\n")
+    facts = {"bytes_each": each} | beside_base(args, kinds, runs)
+    first_tokens, more = over_many(args, many, each, runs)
+    print(json.dumps({**facts, **more, "runs": runs, "first_tokens": first_tokens}), end="\n\n")
     rate = lambda name: statistics.median(run["tokens_per_second"] for run in runs[name])
     p99 = lambda name, what: statistics.median(run[what]["p99"] for run in runs[name])
-    print("| traffic | tok/s | request p99 | between tokens p99 |\n|---|---|---|---|")
+    print("| traffic of 8 clients | tok/s | request p99 | between tokens p99 |\n|---|---|---|---|")
     for name in runs:
         print(f"| {name} | {rate(name):.0f} | {p99(name, 'request_ms'):.0f} ms | {p99(name, 'token_ms'):.1f} ms |")
     for kind, took in first_tokens.items():
         took = sorted(1e3 * t for t in took)
         print(f"{kind}: first token after {statistics.median(took):.0f} ms, p90 {took[len(took) * 9 // 10]:.0f} ms")
+    print(f"ready after {statistics.median(facts['ready_s']):.2f} s; {facts['resident_mb']} MB resident with base traffic")
 
 
 main()

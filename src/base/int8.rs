@@ -40,9 +40,9 @@ const MIN_GROUP: usize = 32;
 const MAX_NIBBLE_GROUP: usize = 32;
 /// Weights of one output feature that an instruction multiplies and adds up.
 const STEP: usize = 4;
-/// Bytes of rows that stay in the first-level cache, beside a panel of weights, until all panels are multiplied with them.
+/// Bytes of rows that stay in a near cache until all panels are multiplied with them.
 #[cfg(target_arch = "x86_64")]
-const NEAR: usize = 24 << 10;
+const NEAR: usize = 48 << 10;
 #[cfg(target_arch = "x86_64")]
 const CACHE_LINE: usize = 64;
 /// Bytes of codes that are fetched ahead: the processor's own prefetching ends with the page.

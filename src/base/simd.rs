@@ -499,7 +499,7 @@ pub fn multiply_group(
     }
     #[cfg(target_arch = "x86_64")]
     if let (Simd::Avx2, Group::F16(w), 1..=MAX_DIRECT) = (simd, group, rows) {
-        assert!(x.data.len() + x.stride >= rows * x.stride + k);
+        assert!(x.data.len() >= (rows - 1) * x.stride + k);
         assert!(acc.len() >= (rows - 1) * acc_stride + LANES);
         let tile = [direct_avx2::<1>, direct_avx2::<2>, direct_avx2::<3>, direct_avx2::<4>][rows - 1];
         // SAFETY: the asserts bound every access; `Avx2` is only made where the CPU has the features.

@@ -258,7 +258,7 @@ pub struct LoadArgs {
     /// How requests are spread over the adapters
     #[arg(long, value_enum, default_value_t = Spread::Turns)]
     pub spread: Spread,
-    /// Seed of the choices
+    /// Seed of the choices and the prompts: another one's are in no cache
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Print one JSON object

@@ -161,12 +161,15 @@ async fn ask_server(client: &Client, model: &str, prompt: &[u32], max_tokens: us
 /// Asks for no adapter.
 const BASE: &str = "base";
 
-/// Prompts as token ids of the model's own tokenizer, so that their length is what was asked for. Each starts with a
-/// word of its own: prompts that repeat would measure the prefix cache.
-async fn prompts(system: &System, count: usize, length: usize) -> Result<Vec<Vec<u32>>> {
+/// Prompts as token ids of the model's own tokenizer, so that their length is what was asked for. Each starts with words of
+/// its own, also those of another seed: prompts that repeat would measure the prefix cache.
+async fn prompts(system: &System, seed: u64, count: usize, length: usize) -> Result<Vec<Vec<u32>>> {
     let mut all = Vec::with_capacity(count);
     for i in 0..count {
-        let words = (0..length).map(|j| format!("{} house", (i * 7919 + j * 104_729) % 9973));
+        let words = (0..length).map(|j| match j {
+            0 => format!("{seed} house"),
+            _ => format!("{} house", (i * 7919 + (j - 1) * 104_729) % 9973),
+        });
         let text = words.collect::<Vec<_>>().join(" ");
         let ids = system.tokenize(&text).await?;
         if ids.len() < length {
@@ -212,7 +215,7 @@ async fn load(system: System, args: LoadArgs) -> Result<()> {
     if args.clients == 0 || args.requests == 0 || args.max_tokens == 0 || args.prompt_tokens == 0 {
         return Err(Error::bad_request("--clients, --requests, --max-tokens and --prompt-tokens must be 1 or more"));
     }
-    let prompts = prompts(&system, args.clients * args.requests, args.prompt_tokens).await?;
+    let prompts = prompts(&system, args.seed, args.clients * args.requests, args.prompt_tokens).await?;
     let adapters = if args.ask_all { system.adapters().await? } else { args.ask.clone() };
     if args.ask_all && adapters.is_empty() {
         return Err(Error::bad_request("--ask-all: there are no adapters"));

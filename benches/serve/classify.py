@@ -1,0 +1,86 @@
+"""Classification of sentences: a running loramux with an adapter, and transformers with PEFT on a model of its shape.
+
+    make serve     # in another terminal; or `loramux serve --adapters adapters`
+    python3 -m pip install torch transformers peft
+    python3 benches/serve/classify.py --texts reviews.csv --adapter movie-reviews
+
+The two take turns. PEFT gets as many tokens in batches of 32 sorted by length, with a mask, and random weights: speed does
+not depend on the numbers. loramux gets the sentences as they come, in requests of 32 by two clients.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import peft
+import torch
+import transformers
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", required=True, help="CSV with the texts in the first column, below a header")
+    parser.add_argument("--adapter", required=True, help="with a classification head")
+    parser.add_argument("--url", default="http://127.0.0.1:8080")
+    parser.add_argument("--count", type=int, default=640)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def post(args, path, body):
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(args.url + path, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)
+
+
+def loramux(args, texts):
+    ask = lambda part: len(post(args, "/v1/classify", {"input": part, "adapter": args.adapter})["results"])
+    parts = [texts[i : i + 32] for i in range(0, len(texts), 32)]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2) as clients:
+        answered = sum(clients.map(ask, parts))
+    return answered / (time.perf_counter() - start)
+
+
+def model():
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, num_labels=2, pad_token_id=0, tie_word_embeddings=True,
+    )
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["q_proj", "v_proj"])
+    return peft.get_peft_model(transformers.LlamaForSequenceClassification(config), lora).eval()
+
+
+def with_peft(classifier, lengths):
+    start = time.perf_counter()
+    with torch.no_grad():
+        for i in range(0, len(lengths), 32):
+            batch = torch.tensor(lengths[i : i + 32])
+            mask = (torch.arange(int(batch.max())) < batch[:, None]).long()
+            classifier(input_ids=torch.randint(1, 49152, mask.shape) * mask, attention_mask=mask)
+    return len(lengths) / (time.perf_counter() - start)
+
+
+def main():
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    with open(args.texts, newline="") as file:
+        texts = [row[0] for row in csv.reader(file)][1 : args.count + 1]
+    lengths = sorted((len(post(args, "/tokenize", {"prompt": text})["tokens"]) for text in texts), reverse=True)
+    classifier = model()
+    loramux(args, texts[:32]), with_peft(classifier, lengths[:32])
+    rates = {"loramux": [], "PEFT": []}
+    for _ in range(args.repetitions):
+        rates["loramux"].append(loramux(args, texts))
+        rates["PEFT"].append(with_peft(classifier, lengths))
+    print(json.dumps(rates))
+    print("texts/s:", {name: round(statistics.median(runs), 1) for name, runs in rates.items()})
+
+
+main()
