@@ -5,13 +5,15 @@
     python3 benches/serve/classify.py --texts reviews.csv --adapter movie-reviews
 
 The two take turns. PEFT gets as many tokens in batches of 32 sorted by length, with a mask, and random weights: speed does
-not depend on the numbers. loramux gets the sentences as they come, in requests of 32 by two clients.
+not depend on the numbers. loramux gets the sentences as they come, in requests of 32 by two clients, and none twice: it
+would find those in its cache.
 """
 
 import argparse
 import csv
 import json
 import statistics
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ def arguments():
     parser.add_argument("--texts", required=True, help="CSV with the texts in the first column, below a header")
     parser.add_argument("--adapter", required=True, help="with a classification head")
     parser.add_argument("--url", default="http://127.0.0.1:8080")
-    parser.add_argument("--count", type=int, default=640)
+    parser.add_argument("--count", type=int, default=640, help="texts of a repetition")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
@@ -71,14 +73,18 @@ def main():
     args = arguments()
     torch.set_num_threads(args.threads)
     with open(args.texts, newline="") as file:
-        texts = [row[0] for row in csv.reader(file)][1 : args.count + 1]
-    lengths = sorted((len(post(args, "/tokenize", {"prompt": text})["tokens"]) for text in texts), reverse=True)
+        texts = [row[0] for row in csv.reader(file)][1:]
+    warm, texts = texts[:32], texts[32:]
+    if len(texts) < args.count * args.repetitions:
+        sys.exit(f"{args.texts} has {len(texts)} texts; {args.count * args.repetitions} are needed")
+    length = lambda text: len(post(args, "/tokenize", {"prompt": text})["tokens"])
     classifier = model()
-    loramux(args, texts[:32]), with_peft(classifier, lengths[:32])
+    loramux(args, warm), with_peft(classifier, [32] * 32)
     rates = {"loramux": [], "PEFT": []}
-    for _ in range(args.repetitions):
-        rates["loramux"].append(loramux(args, texts))
-        rates["PEFT"].append(with_peft(classifier, lengths))
+    for start in range(0, args.count * args.repetitions, args.count):
+        part = texts[start : start + args.count]
+        rates["loramux"].append(loramux(args, part))
+        rates["PEFT"].append(with_peft(classifier, sorted(map(length, part), reverse=True)))
     print(json.dumps(rates))
     print("texts/s:", {name: round(statistics.median(runs), 1) for name, runs in rates.items()})
 
