@@ -96,3 +96,37 @@ async fn adapters_from_the_shell() {
     let error = fails(&["adapters", "rm", "mine"], url);
     assert!(error.contains("404"), "{error}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn loads_ask_a_server_and_an_engine_alike() {
+    let tiny = fixtures().join("tiny/llama");
+    let base = tiny.join("base").display().to_string();
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["adapter_qv_r4", "adapter_all_r8"] {
+        let to = folder.path().join(name);
+        std::fs::create_dir(&to).unwrap();
+        for file in std::fs::read_dir(tiny.join(name)).unwrap() {
+            let file = file.unwrap();
+            std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+        }
+    }
+    let adapters = folder.path().display().to_string();
+    let server = Server::start(&base, &["--adapters", &adapters]).await;
+    let load = ["--json", "--clients", "3", "--requests", "2", "--prompt-tokens", "3", "--max-tokens", "4"];
+    let served = [&["bench", "serve"][..], &load].concat();
+    let alone = [&["bench", "engine", "--model", &base, "--adapters", &adapters][..], &load].concat();
+    for command in [served, alone] {
+        for (options, asked) in
+            [(&[][..], 0), (&["--ask", "adapter_qv_r4"], 1), (&["--ask-all", "--spread", "zipf"], 2)]
+        {
+            let report = succeeds(&[&command[..], options].concat(), &server.url);
+            let report: Value = serde_json::from_str(&report).unwrap();
+            assert_eq!((&report["requests"], &report["generated_tokens"]), (&6.into(), &24.into()), "{report}");
+            assert_eq!(report["adapters"], asked, "{report}");
+            let quantiles = ["p50", "p95", "p99", "max"].map(|q| report["request_ms"][q].as_f64().unwrap());
+            assert!(quantiles[0] > 0.0 && quantiles.is_sorted(), "{report}");
+        }
+        let error = fails(&[&command[..], &["--ask", "nobody"]].concat(), &server.url);
+        assert!(error.contains("nobody"), "{error}");
+    }
+}
