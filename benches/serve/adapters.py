@@ -162,7 +162,7 @@ def first_token(args, port, name):
         response = connection.getresponse()
         answer = response.read()
         if response.status != 200:
-            sys.exit(f"{name}: {response.status} {answer[:500]}")
+            raise RuntimeError(f"{name}: {response.status} {answer[:500]}")
         return time.monotonic() - start
     finally:
         connection.close()

@@ -209,8 +209,7 @@ impl<T> Flight<T> {
         let held = |ready: &Ready<T>| if Arc::strong_count(&ready.value) > 1 { ready.bytes } else { 0 };
         let leaving: usize = state.leaving.values().map(|(_, bytes)| bytes).sum();
         let taken = state.ready.values().map(held).sum::<usize>() + leaving + state.reserved;
-        let fits = taken == 0 || taken + bytes <= self.cache.limit;
-        if !fits {
+        if taken > 0 && taken.saturating_add(bytes) > self.cache.limit {
             return false;
         }
         state.reserved += bytes;

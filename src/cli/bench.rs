@@ -193,6 +193,9 @@ fn models(args: &LoadArgs, adapters: &[String]) -> Vec<Vec<String>> {
     (0..args.clients).map(|client| (0..args.requests).map(|_| model(client)).collect()).collect()
 }
 
+/// What a report tells of each time: medians, tails and the longest.
+const QUANTILES: [f64; 4] = [0.5, 0.95, 0.99, 1.0];
+
 /// The value below which a share `q` of `sorted` lies, in milliseconds.
 fn quantile(sorted: &[Duration], q: f64) -> f64 {
     match sorted.len() {
@@ -249,7 +252,10 @@ async fn load(system: System, args: LoadArgs) -> Result<()> {
     let gaps = sorted(samples.iter().flat_map(|s| s.gaps.iter().copied()).collect());
     let rate = tokens as f64 / seconds;
     if args.json {
-        let quantiles = |d: &[Duration]| json!({ "p50": quantile(d, 0.5), "p95": quantile(d, 0.95), "p99": quantile(d, 0.99), "max": quantile(d, 1.0) });
+        let quantiles = |d: &[Duration]| {
+            let [p50, p95, p99, max] = QUANTILES.map(|q| quantile(d, q));
+            json!({ "p50": p50, "p95": p95, "p99": p99, "max": max })
+        };
         let report = json!({ "clients": args.clients, "requests": samples.len(), "adapters": adapters.len(),
             "prompt_tokens": args.prompt_tokens, "generated_tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
             "ttft_ms": quantiles(&first), "token_ms": quantiles(&gaps), "request_ms": quantiles(&whole) });
@@ -264,7 +270,7 @@ async fn load(system: System, args: LoadArgs) -> Result<()> {
         adapters.len()
     );
     for (name, d) in [("first token", &first), ("between tokens", &gaps), ("whole request", &whole)] {
-        let [p50, p95, p99, max] = [0.5, 0.95, 0.99, 1.0].map(|q| quantile(d, q));
+        let [p50, p95, p99, max] = QUANTILES.map(|q| quantile(d, q));
         println!("{name:>15}: p50 {p50:8.1} ms  p95 {p95:8.1} ms  p99 {p99:8.1} ms  max {max:8.1} ms");
     }
     Ok(())
