@@ -19,7 +19,7 @@ pub(crate) use client::Client;
 use args::{BenchCommand, Cli, Command, ServeArgs};
 use host::{Host, Limits};
 
-use crate::{Error, Result, server};
+use crate::{Error, Result, hosting, server};
 
 /// Lets the program's log go to standard error; `LORAMUX_LOG` says how much of it.
 pub(crate) fn log_to_stderr() {
@@ -50,6 +50,7 @@ pub fn run() -> Result<()> {
             Command::Adapters(command) => adapters::run(command).await,
             Command::Bench(BenchCommand::Serve(args)) => bench::serve(args).await,
             Command::Bench(BenchCommand::Engine(args)) => bench::engine(args).await,
+            Command::Bench(BenchCommand::Hosting(args)) => interruptible(hosting::command::run(args.options())).await,
             Command::Serve(_) | Command::Fetch { .. } => unreachable!("answered above"),
         }
     })

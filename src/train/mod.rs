@@ -36,6 +36,7 @@ use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 
 pub use examples::{Example, Goal};
+pub(crate) use export::write_model;
 pub use network::{Batch, LoraOptions, Method, Network, Passed, Purpose};
 pub use ops::Targets;
 

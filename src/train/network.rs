@@ -21,7 +21,7 @@ use crate::{Error, Result};
 pub const FAMILY: Family = Family::Llama;
 
 /// Refuses a base whose layers are others than the network's, and one that could not be written out as what it is.
-fn check(config: &ModelConfig, method: &Method) -> Result<()> {
+pub(super) fn check(config: &ModelConfig, method: &Method) -> Result<()> {
     let refuse = |what: String| Err(Error::unprocessable(format!("the base cannot be trained: {what}")));
     if config.family != FAMILY {
         return refuse(format!("it is a {}; supported: {FAMILY}", config.family));
