@@ -8,6 +8,7 @@
 //! - [`adapter`]: PEFT files to validated adapters, the registry of them, the store on disk
 //! - [`lora`]: the batched low-rank delta for rows grouped by adapter
 //! - [`train`]: makes adapters and fine-tuned models of a base; beside the layers that serve
+//! - [`hosting`]: the cost of hosting and of training, measured; beside the layers that serve
 //! - [`memory`]: what is kept of freed memory
 //! - [`base`]: configuration, weights, tokenizer, chat template and the decoder
 
@@ -16,6 +17,7 @@ pub mod base;
 pub mod cli;
 pub mod engine;
 pub mod error;
+pub mod hosting;
 pub mod lora;
 pub mod memory;
 pub mod metrics;
