@@ -11,6 +11,7 @@ mod fuzz;
 mod gguf;
 mod host;
 mod lora_gguf;
+mod methods;
 mod server;
 mod shapes;
 mod smollm2;
