@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 DATA := $(abspath $(CARGO_TARGET_DIR))/data
 
-.PHONY: serve build model test bench-train adapters lint
+.PHONY: serve build model test bench-train bench-methods adapters lint
 
 serve: build model
 	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
@@ -47,6 +47,12 @@ $(CLIENTS)/prometheus:
 bench-train: model $(DATA)/ready $(CLIENTS)/peft/ready
 	$(PYTHON) benches/train/compare.py --trainer $(CARGO_TARGET_DIR)/release/loramux-train --peft $(CLIENTS)/peft \
 	--data $(DATA)/movie-reviews/train.csv $(ARGS)
+
+# LoRA, a head and last layers beside full fine-tunes, e.g. `make bench-methods ARGS=--quick`. Half a day without.
+bench-methods: model $(DATA)/ready
+	$(CARGO_TARGET_DIR)/release/loramux bench methods --out $(DATA)/bench-methods \
+	--task sentiment=$(DATA)/movie-reviews/train.csv,$(DATA)/movie-reviews/test.csv \
+	--task topics=$(DATA)/news-topics/train.csv,$(DATA)/news-topics/test.csv $(ARGS)
 
 # The shipped adapters, all or some: `make adapters NAMES=news-topics`. Two hours on two cores.
 adapters: model $(DATA)/ready $(CLIENTS)/peft/ready

@@ -9,6 +9,7 @@
 //! - [`adapter`]: PEFT files to validated adapters, the registry of them, the store on disk
 //! - [`lora`]: the batched low-rank delta for rows grouped by adapter
 //! - [`train`]: makes adapters and fine-tuned models of a base; beside the layers that serve
+//! - [`hosting`]: the cost of hosting and of training, measured; beside the layers that serve
 //! - [`memory`]: what is kept of freed memory
 //! - [`base`]: configuration, weights, tokenizer, chat template and the decoder
 

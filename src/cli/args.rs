@@ -8,6 +8,7 @@ use super::bytes::Bytes;
 use crate::base::DEFAULT_MODEL;
 use crate::hosting::Lengths;
 use crate::hosting::command::Options;
+use crate::hosting::methods::{Kind, Size, Source};
 
 /// Serves one base LLM with many LoRA adapters: every request names its adapter, and all share every batch.
 #[derive(Parser)]
@@ -212,6 +213,8 @@ pub enum BenchCommand {
     /// Compare hosting many tasks as adapters of one base with hosting a full model for each: memory, disk, time, throughput,
     /// latency, cost. Writes report.json, report.md and report.html; a run that was stopped goes on
     Hosting(BenchHostingArgs),
+    /// Train each method on the same examples, and report accuracy, time, FLOPs, memory and storage beside each other
+    Methods(BenchMethodsArgs),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -353,4 +356,59 @@ pub struct LoadArgs {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args)]
+pub struct BenchMethodsArgs {
+    /// Directory of the report. Finished runs are kept in it and not run again
+    #[arg(long, value_name = "DIR", default_value = "bench-methods")]
+    pub out: PathBuf,
+    /// A classification: a file to learn from and one to hold out examples of, as loramux-train reads them; without the second
+    /// they are held out of the first. Repeatable
+    #[arg(long = "task", required = true, value_name = "NAME=TRAIN[,TEST]")]
+    pub tasks: Vec<Source>,
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "lora,last-layers,head,full")]
+    pub methods: Vec<Kind>,
+    /// Numbers of examples to learn from [default: 50,200,1000,all; --quick: 32,128]
+    #[arg(long, value_delimiter = ',', value_name = "SIZES")]
+    pub sizes: Vec<Size>,
+    /// Runs of each kind, with seeds from 0 on [default: 3; --quick: 2]
+    #[arg(long)]
+    pub seeds: Option<u64>,
+    /// Passes over the examples [default: 3, or as many as show --shown examples]
+    #[arg(long)]
+    pub epochs: Option<usize>,
+    /// Examples that a run sees at least, some of them again, where there are no --epochs [default: 600; --quick: 128]
+    #[arg(long, conflicts_with = "epochs")]
+    pub shown: Option<usize>,
+    /// Examples of a step
+    #[arg(long, default_value_t = 16)]
+    pub batch_size: usize,
+    /// Tokens of an example at most; what is over is cut off [default: 128; --quick: 48]
+    #[arg(long)]
+    pub max_length: Option<usize>,
+    /// Evaluations of a run
+    #[arg(long, default_value_t = 4)]
+    pub evaluations: usize,
+    /// Examples of each task to evaluate on, the same for all runs [default: 500; --quick: 100]
+    #[arg(long)]
+    pub held_out: Option<usize>,
+    /// The accuracy until which time and FLOPs are told [default: 95 % of a task's best]
+    #[arg(long)]
+    pub target: Option<f64>,
+    /// Few and short runs: minutes, and little to conclude
+    #[arg(long)]
+    pub quick: bool,
+    /// Base model, as for loramux-train
+    #[arg(long, env = "LORAMUX_MODEL", value_name = "SRC", default_value = DEFAULT_MODEL)]
+    pub model: String,
+    /// The trainer [default: loramux-train beside this program]
+    #[arg(long, value_name = "PATH")]
+    pub trainer: Option<PathBuf>,
+    /// More options of the trainer for one method, e.g. --options "lora=--rank 16 --target-modules all-linear". Repeatable
+    #[arg(long, value_name = "METHOD=OPTIONS")]
+    pub options: Vec<String>,
+    /// More options of the trainer for all methods, after --
+    #[arg(last = true, value_name = "TRAINER OPTIONS")]
+    pub more: Vec<String>,
 }

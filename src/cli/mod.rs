@@ -7,6 +7,7 @@ mod bytes;
 mod client;
 mod config;
 mod host;
+mod methods;
 mod oneshot;
 
 use std::time::Duration;
@@ -51,6 +52,7 @@ pub fn run() -> Result<()> {
             Command::Bench(BenchCommand::Serve(args)) => bench::serve(args).await,
             Command::Bench(BenchCommand::Engine(args)) => bench::engine(args).await,
             Command::Bench(BenchCommand::Hosting(args)) => interruptible(hosting::command::run(args.options())).await,
+            Command::Bench(BenchCommand::Methods(args)) => interruptible(methods::bench(args)).await,
             Command::Serve(_) | Command::Fetch { .. } => unreachable!("answered above"),
         }
     })

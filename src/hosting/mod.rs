@@ -3,6 +3,7 @@
 //! - [`command`]: both ways to host tasks, one after the other, under the same traffic
 //! - [`fleet`]: one base with adapters, or full models (made by [`copy`]), each server a [`process`]
 //! - [`traffic`]: when requests arrive and what they see; [`sender`]: whether sending is what is slow
+//! - [`methods`]: transfer learning beside full fine-tuning
 //! - [`record`]: what has been measured, on the disk
 //! - [`findings`], with [`statistics`], [`prices`] and [`extrapolation`]: what it comes to
 //! - [`pages`]: how it is told, in a [`report`], whose plots are in [`plot`]
@@ -14,6 +15,7 @@ mod extrapolation;
 mod findings;
 mod fleet;
 mod machine;
+pub mod methods;
 mod pages;
 mod plot;
 mod prices;

@@ -22,7 +22,7 @@ use super::pretrain;
 use super::push::Push;
 use super::random;
 use super::table::{self, Record};
-use super::trainer::{Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
+use super::trainer::{Account, Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
 use crate::base::Base;
 use crate::memory;
 use crate::{Error, Result};
@@ -344,7 +344,14 @@ fn train(mut args: TrainArgs, method: &Method, start: Start) -> Result<()> {
         trained,
         parameters: network.parameters(),
     };
-    let history_json = serde_json::to_string_pretty(history).map_err(Error::internal)?;
+    let account = Account {
+        history: history.clone(),
+        trained,
+        parameters: card.parameters,
+        multiplied: network.multiplied(),
+        example_tokens: data.train.iter().map(|e| e.tokens.len()).sum(),
+    };
+    let history_json = serde_json::to_string_pretty(&account).map_err(Error::internal)?;
     let texts = vec![
         ("README.md", card.markdown(history)),
         ("curves.svg", card::curves(history)?),

@@ -28,7 +28,7 @@ mod pretrain;
 mod push;
 mod schedule;
 mod stack;
-mod table;
+pub(crate) mod table;
 mod trainer;
 
 use rand::SeedableRng;
@@ -37,8 +37,11 @@ use sha2::{Digest, Sha256};
 
 pub use examples::{Example, Goal};
 pub(crate) use export::write_model;
-pub use network::{Batch, LoraOptions, Method, Network, Passed, Purpose};
+pub use network::{Batch, LoraOptions, Method, Multiplied, Network, Passed, Purpose};
 pub use ops::Targets;
+pub(crate) use trainer::{Account, Evaluation};
+#[cfg(test)]
+pub(crate) use {metrics::Confusion, trainer::History};
 
 /// Random numbers for one purpose and one of its turns: a resumed run draws what an unbroken one does.
 pub fn random(seed: u64, purpose: &str, turn: usize) -> ChaCha8Rng {

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
+use serde::{Deserialize, Serialize};
 
 use super::gradients::Gradients;
 use super::layer::{Layer, Pass};
@@ -111,6 +112,19 @@ pub struct Network {
     /// `[labels, hidden]`, for a classification.
     score: Option<Var>,
     checkpointing: bool,
+}
+
+/// How many numbers of the decoder layers' matrices each token of a step is multiplied with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Multiplied {
+    /// In the forward pass.
+    pub forward: usize,
+    /// Where that is done a second time, for activations that were not kept.
+    pub again: usize,
+    /// In the backward pass through what comes after the first trained layer's input.
+    pub backward: usize,
+    /// For the gradients of the matrices that are trained.
+    pub gradients: usize,
 }
 
 /// What a pass over a batch gives: a tensor, and where its gradients are found.
@@ -294,6 +308,23 @@ impl Network {
     pub fn parameters(&self) -> usize {
         let added = self.trained().into_iter().filter(|(name, _)| name.contains(".lora_")).map(|(_, v)| v.elem_count());
         self.all().iter().map(|(_, t)| t.elem_count()).sum::<usize>() + added.sum::<usize>()
+    }
+
+    /// Whole layers count from the first trained one on, as if each product's gradient were needed. Where nothing but a head
+    /// is trained, the layers have no part in a step.
+    pub fn multiplied(&self) -> Multiplied {
+        let mut sums = Multiplied { forward: 0, again: 0, backward: 0, gradients: 0 };
+        for (l, layer) in self.layers.iter().enumerate() {
+            for linear in layer.projections.values() {
+                let whole = linear.weight.tensor().elem_count();
+                let pair = linear.lora.as_ref().map_or(0, |lora| lora.a.elem_count() + lora.b.elem_count());
+                sums.forward += whole + pair;
+                sums.backward += if l >= self.first_trained { whole + pair } else { 0 };
+                sums.gradients += pair + if let Weight::Trained(_) = linear.weight { whole } else { 0 };
+            }
+        }
+        sums.again = if self.checkpointing { sums.backward } else { 0 };
+        sums
     }
 
     /// Goes on from an adapter whose pairs have the shapes of these. A head is taken over where the classes are as many.
@@ -598,6 +629,30 @@ mod tests {
             let error = network.start_from(&adapter).unwrap_err();
             assert!(error.message.contains(part), "{error}");
         }
+    }
+
+    #[test]
+    fn matrices_are_counted_from_the_first_that_is_trained() {
+        let base = base();
+        let count = |method: &Method| {
+            let network = Network::new(&base, method, Some(2), &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+            let Multiplied { forward, again, backward, gradients } = network.multiplied();
+            [forward, again, backward, gradients]
+        };
+        let shapes = FAMILY.projections().map(|p| base.config.shape(p));
+        let layer: usize = shapes.map(|(n, k)| n * k).sum();
+        let all = layer * base.config.layers;
+        assert!(base.config.layers > 1);
+        assert_eq!(count(&Method::Full), [all, 0, all, all]);
+        assert_eq!(count(&Method::LastLayers(1)), [all, 0, layer, layer]);
+        assert_eq!(count(&Method::Head), [all, 0, 0, 0]);
+        let (n, k) = base.config.shape(Projection::Q);
+        let pairs = 4 * (n + k) * base.config.layers;
+        assert_eq!(count(&lora(4, 8.0, &[Projection::Q])), [all + pairs, 0, all + pairs, pairs]);
+        let mut network =
+            Network::new(&base, &Method::LastLayers(1), Some(2), &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        network.checkpoint_activations();
+        assert_eq!(network.multiplied().again, layer);
     }
 
     #[test]

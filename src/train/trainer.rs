@@ -15,7 +15,7 @@ use super::checkpoint::Checkpoint;
 use super::examples::{Example, Goal};
 use super::gradients;
 use super::metrics::Confusion;
-use super::network::{Batch, Network, Passed, Purpose};
+use super::network::{Batch, Multiplied, Network, Passed, Purpose};
 use super::ops::Targets;
 use super::optimizer::{AdamW, AdamWOptions};
 use super::random;
@@ -72,6 +72,11 @@ pub struct Evaluation {
     pub loss: f64,
     /// Of a classification.
     pub confusion: Option<Confusion>,
+    /// `History::seconds` and `History::tokens` until then; evaluations take no part of the time.
+    #[serde(default)]
+    pub seconds: f64,
+    #[serde(default)]
+    pub tokens: usize,
 }
 
 impl Evaluation {
@@ -100,6 +105,19 @@ pub struct History {
     pub seconds: f64,
     /// Tokens trained on.
     pub tokens: usize,
+}
+
+/// What is known of a finished run; its `history.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Account {
+    #[serde(flatten)]
+    pub history: History,
+    /// Numbers that were trained, and all of the model with them.
+    pub trained: usize,
+    pub parameters: usize,
+    pub multiplied: Multiplied,
+    /// Tokens of the examples, each counted once.
+    pub example_tokens: usize,
 }
 
 /// For whoever watches.
@@ -410,7 +428,8 @@ impl<'a> Trainer<'a> {
                 loss += own * (self.weight(class) / total) as f64;
             }
         }
-        Ok(Evaluation { step: self.history.step, loss, confusion })
+        let History { step, seconds, tokens, .. } = self.history;
+        Ok(Evaluation { step, loss, confusion, seconds, tokens })
     }
 }
 

@@ -12,6 +12,7 @@ mod gguf;
 mod host;
 mod hosting;
 mod lora_gguf;
+mod methods;
 mod server;
 mod shapes;
 mod smollm2;
