@@ -36,7 +36,7 @@ use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 
 pub use examples::{Example, Goal};
-pub use network::{Batch, LoraOptions, Method, Network, Passed, Purpose};
+pub use network::{Batch, Held, LoraOptions, Method, Network, Passed, Purpose};
 pub use ops::Targets;
 
 /// Random numbers for one purpose and one of its turns: a resumed run draws what an unbroken one does.
