@@ -37,7 +37,7 @@ use sha2::{Digest, Sha256};
 
 pub use examples::{Example, Goal};
 pub(crate) use export::write_model;
-pub use network::{Batch, LoraOptions, Method, Multiplied, Network, Passed, Purpose};
+pub use network::{Batch, Held, LoraOptions, Method, Multiplied, Network, Passed, Purpose};
 pub use ops::Targets;
 pub(crate) use trainer::{Account, Evaluation};
 #[cfg(test)]
