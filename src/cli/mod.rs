@@ -23,14 +23,18 @@ use host::{Host, Limits};
 
 use crate::{Error, Result, hosting, server};
 
-/// Lets the program's log go to standard error; `LORAMUX_LOG` says how much of it.
+/// Lets the program's log go to standard error; `LORAMUX_LOG` says how much of it, and `LORAMUX_LOG_FORMAT=json` makes each line
+/// a JSON object.
 pub(crate) fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LORAMUX_LOG");
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
         .with_writer(std::io::stderr)
-        .with_target(false)
-        .init();
+        .with_target(false);
+    match std::env::var("LORAMUX_LOG_FORMAT").as_deref() {
+        Ok("json") => log.json().flatten_event(true).init(),
+        _ => log.init(),
+    }
 }
 
 /// Parses the command line and runs it. Results go to stdout, everything else to stderr.

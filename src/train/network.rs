@@ -707,7 +707,7 @@ mod tests {
     fn matrices_are_counted_from_the_first_that_is_trained() {
         let base = base();
         let count = |method: &Method| {
-            let network = Network::new(&base, method, Some(2), &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+            let network = Network::new(&base, method, Some(2), &Held::CPU, &mut random(0, "test", 0)).unwrap();
             let Multiplied { forward, again, backward, gradients } = network.multiplied();
             [forward, again, backward, gradients]
         };
@@ -722,8 +722,8 @@ mod tests {
         let pairs = 4 * (n + k) * base.config.layers;
         assert_eq!(count(&lora(4, 8.0, &[Projection::Q])), [all + pairs, 0, all + pairs, pairs]);
         let mut network =
-            Network::new(&base, &Method::LastLayers(1), Some(2), &Device::Cpu, &mut random(0, "test", 0)).unwrap();
-        network.checkpoint_activations();
+            Network::new(&base, &Method::LastLayers(1), Some(2), &Held::CPU, &mut random(0, "test", 0)).unwrap();
+        network.checkpoint_activations().unwrap();
         assert_eq!(network.multiplied().again, layer);
     }
 
