@@ -280,7 +280,7 @@ pub struct BenchMethodsArgs {
     pub tasks: Vec<Source>,
     #[arg(long, value_enum, value_delimiter = ',', default_value = "lora,last-layers,head,full")]
     pub methods: Vec<Kind>,
-    /// Numbers of examples to learn from [default: 50,200,1000,all; --quick: 16,48]
+    /// Numbers of examples to learn from [default: 50,200,1000,all; --quick: 16,32]
     #[arg(long, value_delimiter = ',', value_name = "SIZES")]
     pub sizes: Vec<Size>,
     /// Runs of each kind, with seeds from 0 on [default: 3; --quick: 2]

@@ -23,7 +23,7 @@ fn options(args: BenchMethodsArgs) -> Result<Options> {
     };
     let sizes = match (args.sizes.is_empty(), args.quick) {
         (false, _) => args.sizes,
-        (true, true) => vec![Size::Some(16), Size::Some(48)],
+        (true, true) => vec![Size::Some(16), Size::Some(32)],
         (true, false) => vec![Size::Some(50), Size::Some(200), Size::Some(1000), Size::All],
     };
     let mut methods: Vec<Method> = Vec::new();
