@@ -369,28 +369,28 @@ pub struct BenchMethodsArgs {
     pub tasks: Vec<Source>,
     #[arg(long, value_enum, value_delimiter = ',', default_value = "lora,last-layers,head,full")]
     pub methods: Vec<Kind>,
-    /// Numbers of examples to learn from [default: 50,200,1000,all; --quick: 32,128]
+    /// Numbers of examples to learn from [default: 50,200,1000,all; --quick: 16,32]
     #[arg(long, value_delimiter = ',', value_name = "SIZES")]
     pub sizes: Vec<Size>,
     /// Runs of each kind, with seeds from 0 on [default: 3; --quick: 2]
     #[arg(long)]
     pub seeds: Option<u64>,
-    /// Passes over the examples [default: 3, or as many as show --shown examples]
+    /// Passes over the examples [default: 3, or as many as show --shown examples; --quick: 2]
     #[arg(long)]
     pub epochs: Option<usize>,
-    /// Examples that a run sees at least, some of them again, where there are no --epochs [default: 600; --quick: 128]
+    /// Examples that a run sees at least, some of them again, where there are no --epochs [default: 600]
     #[arg(long, conflicts_with = "epochs")]
     pub shown: Option<usize>,
     /// Examples of a step
     #[arg(long, default_value_t = 16)]
     pub batch_size: usize,
-    /// Tokens of an example at most; what is over is cut off [default: 128; --quick: 48]
+    /// Tokens of an example at most; what is over is cut off [default: 128; --quick: 32]
     #[arg(long)]
     pub max_length: Option<usize>,
-    /// Evaluations of a run
-    #[arg(long, default_value_t = 4)]
-    pub evaluations: usize,
-    /// Examples of each task to evaluate on, the same for all runs [default: 500; --quick: 100]
+    /// Evaluations of a run, the last of which counts [default: 4; --quick: 2]
+    #[arg(long)]
+    pub evaluations: Option<usize>,
+    /// Examples of each task to evaluate on, the same for all runs [default: 500; --quick: 40]
     #[arg(long)]
     pub held_out: Option<usize>,
     /// The accuracy until which time and FLOPs are told [default: 95 % of a task's best]

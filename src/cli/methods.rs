@@ -13,17 +13,17 @@ pub async fn bench(args: BenchMethodsArgs) -> Result<()> {
 fn options(args: BenchMethodsArgs) -> Result<Options> {
     let quick = |short: usize, long: usize| if args.quick { short } else { long };
     let recipe = Recipe {
-        epochs: args.epochs,
-        shown: args.shown.unwrap_or(quick(128, 600)),
+        epochs: args.epochs.or((args.quick && args.shown.is_none()).then_some(2)),
+        shown: args.shown.unwrap_or(600),
         batch_size: args.batch_size,
-        max_length: args.max_length.unwrap_or(quick(48, 128)),
-        evaluations: args.evaluations,
-        held_out: args.held_out.unwrap_or(quick(100, 500)),
+        max_length: args.max_length.unwrap_or(quick(32, 128)),
+        evaluations: args.evaluations.unwrap_or(quick(2, 4)),
+        held_out: args.held_out.unwrap_or(quick(40, 500)),
         more: args.more,
     };
     let sizes = match (args.sizes.is_empty(), args.quick) {
         (false, _) => args.sizes,
-        (true, true) => vec![Size::Some(32), Size::Some(128)],
+        (true, true) => vec![Size::Some(16), Size::Some(32)],
         (true, false) => vec![Size::Some(50), Size::Some(200), Size::Some(1000), Size::All],
     };
     let mut methods: Vec<Method> = Vec::new();
@@ -87,6 +87,8 @@ mod tests {
         assert_eq!((usual.methods.len(), usual.sizes.len(), usual.seeds, usual.recipe.shown), (4, 4, 3, 600));
         let quick = parse(&["--quick", "--sizes", "9,all"]).unwrap();
         assert_eq!((quick.sizes, quick.seeds), (vec![Size::Some(9), Size::All], 2));
+        assert_eq!((quick.recipe.epochs, quick.recipe.held_out), (Some(2), 40));
+        assert_eq!(parse(&["--quick", "--shown", "90"]).unwrap().recipe.epochs, None);
         let own = ["--methods", "full,lora,lora", "--options", "lora=--rank 16 --dora", "--", "--threads", "2"];
         let own = parse(&own).unwrap();
         assert_eq!(own.recipe.more, ["--threads", "2"]);

@@ -164,8 +164,8 @@ fn methods_are_measured_and_compared() {
     assert!(!html.contains("no points"), "a plot is empty");
 
     // More of the same is added; other settings are not mixed in.
-    run(folder, &["--sizes", "8", "--methods", "head"]).unwrap();
-    assert_eq!(written(folder).len(), 18);
+    run(folder, &["--sizes", "8", "--methods", "last-layers,head"]).unwrap();
+    assert_eq!(written(folder).len(), 20);
     let refused = run(folder, &["--sizes", "16", "--batch-size", "4"]).unwrap_err();
     assert!(refused.contains("other settings") && refused.contains("batch_size was 16 and is now 4"), "{refused}");
     // What the trainer says is not lost.

@@ -1,6 +1,6 @@
 //! The runs that are asked for, one after the other, and what is written of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::document::{self, Measured};
 use super::flops::FORMULA;
 use super::run::{self, Key, Run};
-use super::task::{Data, Task};
+use super::task::{Data, Task, sha256};
 use super::{Kind, Method, Options, Recipe, Size, check, summary};
 use crate::hosting::machine;
 use crate::{Error, Result};
@@ -72,6 +72,7 @@ pub async fn bench(options: Options) -> Result<()> {
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} runs, {msg}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     tracing::info!("{} runs; what is finished stays in {} when interrupted", planned.len(), runs.display());
+    let trainer = sha256(&fs::read(&options.trainer)?);
     let mut finished = Vec::with_capacity(planned.len());
     for key in planned {
         let file = runs.join(key.file());
@@ -82,7 +83,8 @@ pub async fn bench(options: Options) -> Result<()> {
             None => {
                 let task = tasks.iter().find(|task| task.name == key.task);
                 let task = task.ok_or_else(|| Error::internal(format!("{} is planned without a task", key.task)))?;
-                let run = train(&options, task, key).await.map_err(|e| e.context(&name))?;
+                let mut run = train(&options, task, key).await.map_err(|e| e.context(&name))?;
+                run.trainer_sha256 = Some(trainer.clone());
                 write(&file, &serde_json::to_string(&run).map_err(Error::internal)?)?;
                 let accuracy = run.accuracy().unwrap_or(f64::NAN);
                 bar.suspend(|| tracing::info!("{name}: accuracy {accuracy:.3}, {:.1} s", run.wall_seconds));
@@ -218,6 +220,7 @@ async fn train(options: &Options, task: &Task, key: Key) -> Result<Run> {
         cpu_seconds: usage.cpu_seconds,
         peak_memory_bytes: usage.peak_memory_bytes,
         weights_bytes: run::weights_bytes(&out)?,
+        trainer_sha256: None,
         cpu: text("cpu"),
         date: text("date"),
         account,
@@ -252,11 +255,16 @@ fn report(options: &Options, tasks: &[Task], settings: &Settings, runs: &[Run]) 
 /// What makes times of the runs less comparable.
 fn notices(runs: &[Run], cores: Option<f64>) -> Vec<String> {
     let mut notices = Vec::new();
-    let mut cpus: Vec<&str> = runs.iter().filter_map(|run| run.cpu.as_deref()).collect();
-    cpus.sort_unstable();
-    cpus.dedup();
+    let different = |of: &dyn Fn(&Run) -> Option<&str>| -> Vec<String> {
+        runs.iter().map(|run| of(run).unwrap_or("unknown").to_string()).collect::<BTreeSet<_>>().into_iter().collect()
+    };
+    let cpus = different(&|run| run.cpu.as_deref());
     if cpus.len() > 1 {
         notices.push(format!("Runs are of different machines, so times do not compare: {}.", cpus.join("; ")));
+    }
+    let builds = different(&|run| run.trainer_sha256.as_deref()).len();
+    if builds > 1 {
+        notices.push(format!("Runs are of {builds} builds of the trainer, so times may not compare."));
     }
     let busy = runs.iter().filter_map(|run| Some(run.cpu_seconds? / (run.wall_seconds * cores?)));
     let busy: Vec<f64> = busy.filter(|share| share.is_finite()).collect();
@@ -367,5 +375,23 @@ mod tests {
         let expected = ["a-lora-20-0", "a-full-20-0", "a-lora-all-0", "a-full-all-0"];
         assert_eq!(planned[..4], expected.map(|name| format!("{name}.json")));
         assert_eq!(planned.len(), 8);
+    }
+
+    #[test]
+    fn what_does_not_compare_is_told() {
+        let of = |cpu: &str, trainer: &str, cpu_seconds: f64| Run {
+            cpu: Some(cpu.into()),
+            trainer_sha256: Some(trainer.into()),
+            cpu_seconds: Some(cpu_seconds),
+            wall_seconds: 10.0,
+            ..testing::run(Kind::Lora, 8, 0, &[(9, 200, 8, 10)])
+        };
+        let same = notices(&[of("a", "x", 20.0), of("a", "x", 10.0)], Some(2.0));
+        assert!(
+            same.len() == 1 && same[0].contains("75 %") && same[0].contains("50 % in the run with least"),
+            "{same:?}"
+        );
+        let mixed = notices(&[of("a", "x", 20.0), of("b", "y", 20.0)], None);
+        assert!(mixed.len() == 2 && mixed[0].contains("a; b") && mixed[1].contains("2 builds"), "{mixed:?}");
     }
 }

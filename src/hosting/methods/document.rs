@@ -100,16 +100,36 @@ fn reading(measured: &Measured) -> Vec<String> {
     if lines.is_empty() {
         lines.push("There is no full fine-tune to compare with.".into());
     }
+    for group in measured.groups {
+        let majority = measured.runs.iter().find(|run| run.key.task == group.task).and_then(Run::majority);
+        if group.accuracy.zip(majority).is_some_and(|(accuracy, majority)| accuracy.median <= majority) {
+            let (name, examples) = (group.method.name(), group.examples);
+            lines.push(format!(
+                "{}, {examples} examples: {name} has learned nothing that shows: it is right no more often than one who always \
+                 says the most frequent class.",
+                group.task
+            ));
+        }
+    }
     for &(task, _, held_out) in &measured.tasks {
         let best = measured.groups.iter().filter(|g| g.task == task).filter_map(|g| g.accuracy);
         let best = best.map(|s| s.median).fold(0.0, f64::max);
-        let chance = 1.96 * (best * (1.0 - best) / held_out as f64).sqrt();
+        let (low, high) = interval(best, held_out as f64);
         lines.push(format!(
-            "{task}: an accuracy of {best:.3} on {held_out} examples is known to about ±{chance:.3} (95 %); what is held out \
-             is the same for all, and so is a part of this error."
+            "{task}: what is held out is a sample, too: an accuracy of {best:.3} on {held_out} examples stands for one of \
+             {low:.3} to {high:.3} (95 %). It is the same sample for all methods, so differences are known better than that."
         ));
     }
     lines
+}
+
+/// Wilson's interval of a share that was seen in `count` examples, for 95 %.
+fn interval(share: f64, count: f64) -> (f64, f64) {
+    let z = 1.96f64;
+    let middle = share + z * z / (2.0 * count);
+    let half = z * (share * (1.0 - share) / count + z * z / (4.0 * count * count)).sqrt();
+    let scale = 1.0 + z * z / count;
+    ((middle - half) / scale, (middle + half) / scale)
 }
 
 fn compared(c: &Comparison, groups: &[Group]) -> Option<String> {
@@ -124,17 +144,15 @@ fn compared(c: &Comparison, groups: &[Group]) -> Option<String> {
         Verdict::FullMore => format!("full is better, by {points} between the medians"),
     };
     let ratio = |ratio: Option<f64>| ratio.map_or("–".into(), compact);
-    let time = match c.train_seconds {
-        Verdict::NoDifference => format!("no difference in time seen ({} of full's)", ratio(c.train_seconds_ratio)),
-        _ => format!("{} of full's time in steps", ratio(c.train_seconds_ratio)),
-    };
+    let time = if c.train_seconds == Verdict::NoDifference { " (no difference seen)" } else { "" };
     Some(format!(
-        "{}, {} examples: {name} {} against full {}: {verdict}. {name} took {time}, {} of its FLOPs and {} of its peak memory, \
-         trained {} of its parameters, and stores {} of its bytes.",
+        "{}, {} examples: {name} {} against full {}: {verdict}. Of full's time in steps {name} took {}{time}, of its FLOPs {}, of \
+         its peak memory {}; of its parameters {name} trained {}, of its bytes it stores {}.",
         c.task,
         group.examples,
         spread(group.accuracy, &score),
         spread(full.accuracy, &score),
+        ratio(c.train_seconds_ratio),
         ratio(c.flops_ratio),
         ratio(c.peak_memory_ratio),
         compact(c.trained_ratio),
@@ -198,7 +216,7 @@ fn accuracies(groups: &[&Group]) -> Table {
 fn costs(groups: &[&Group]) -> Table {
     let target = groups.first().map_or(String::new(), |group| format!("{:.3}", group.target));
     let mut columns =
-        strings(["method, examples", "in steps", "whole run", "CPU time", "tokens", "FLOPs", "peak memory"]);
+        strings(["method, examples", "time in steps", "whole run", "CPU time", "tokens", "FLOPs", "peak memory"]);
     columns.extend([format!("time to {target}"), format!("FLOPs to {target}"), "macro-F1".into()]);
     let mut sorted = groups.to_vec();
     sorted.sort_by_key(|group| group.examples);
@@ -370,14 +388,24 @@ mod tests {
         let full = |seed, right| run(Kind::Full, 8, seed, &[(4, 100, right, 10)]);
         let better = markdown(&[lora(0, 6), lora(1, 7), full(0, 8), full(1, 9)]);
         assert!(better.contains("full is better, by 20.0 points"), "{better}");
-        assert!(better.contains("lora took 0.5 of full's time in steps, 1 of its FLOPs"), "{better}");
+        assert!(better.contains("Of full's time in steps lora took 0.5, of its FLOPs 1,"), "{better}");
         assert!(better.contains("| lora, 8 |") && better.contains("| not reached | not reached |"), "{better}");
-        assert!(better.contains("stores 0.05 of its bytes"), "{better}");
+        assert!(better.contains("of its bytes it stores 0.05."), "{better}");
         let same = markdown(&[lora(0, 6), lora(1, 9), full(0, 8), full(1, 9)]);
         assert!(same.contains("no difference seen (the ranges over 2 seeds overlap)"), "{same}");
         assert!(same.contains("| lora | 0.750 (0.600 to 0.900) |"), "{same}");
         let once = markdown(&[lora(0, 6), full(0, 8)]);
         assert!(once.contains("the spread is not known"), "{once}");
         assert!(markdown(&[lora(0, 6)]).contains("no full fine-tune to compare with"));
+        // All that was held out is of one class here.
+        assert!(markdown(&[lora(0, 6)]).contains("t, 8 examples: lora has learned nothing that shows"));
+    }
+
+    #[test]
+    fn a_share_has_an_interval() {
+        let near =
+            |(low, high): (f64, f64), want: (f64, f64)| (low - want.0).abs() < 1e-3 && (high - want.1).abs() < 1e-3;
+        assert!(near(interval(0.8, 100.0), (0.711, 0.867)), "{:?}", interval(0.8, 100.0));
+        assert!(near(interval(1.0, 60.0), (0.940, 1.0)), "{:?}", interval(1.0, 60.0));
     }
 }

@@ -41,6 +41,8 @@ pub struct Run {
     pub peak_memory_bytes: Option<u64>,
     /// Of the weights' file that it wrote.
     pub weights_bytes: u64,
+    /// Which trainer, on which CPU, when.
+    pub trainer_sha256: Option<String>,
     pub cpu: Option<String>,
     pub date: Option<String>,
     pub account: Account,
@@ -215,6 +217,7 @@ pub mod testing {
             cpu_seconds: Some(2.0),
             peak_memory_bytes: Some(1 << 20),
             weights_bytes: if method.shares_base() { 100 } else { 2000 },
+            trainer_sha256: None,
             cpu: None,
             date: None,
             account: account(evaluations),

@@ -79,9 +79,11 @@ fn write(path: &Path, records: &[Record]) -> Result<PathBuf> {
 }
 
 fn hash(records: &[Record]) -> String {
-    let mut hash = Sha256::new();
-    lines(records).for_each(|line| hash.update(line));
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    sha256(lines(records).collect::<String>().as_bytes())
+}
+
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]
