@@ -1,6 +1,7 @@
 //! What a benchmark has measured so far, on the disk: a run that was stopped goes on where it was.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -41,15 +42,7 @@ impl Record {
 
     /// A measurement, if it has been made.
     pub fn find<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
-        let path = self.path(name);
-        match fs::read(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(Error::bad_request(format!("{}: {e}", path.display()))),
-            Ok(bytes) => match serde_json::from_slice(&bytes) {
-                Ok(found) => Ok(Some(found)),
-                Err(e) => Err(Error::bad_request(format!("{}: {e}; delete it to measure again", path.display()))),
-            },
-        }
+        read(&self.path(name))
     }
 
     /// Keeps a measurement: whole, or not at all.
@@ -58,12 +51,30 @@ impl Record {
     }
 }
 
+/// What a file of JSON holds; `None` where there is no file.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    match fs::read(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::bad_request(format!("{}: {e}", path.display()))),
+        Ok(bytes) => match serde_json::from_slice(&bytes) {
+            Ok(found) => Ok(Some(found)),
+            Err(e) => Err(Error::bad_request(format!("{}: {e}; delete it to measure again", path.display()))),
+        },
+    }
+}
+
 /// Writes a file whole or not at all.
 pub fn write(path: &Path, text: &str) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let named = |e: std::io::Error| Error::internal(format!("{}: {e}", path.display()));
     let mut file = tempfile::NamedTempFile::new_in(folder).map_err(named)?;
-    std::io::Write::write_all(&mut file, text.as_bytes()).map_err(named)?;
+    file.write_all(text.as_bytes()).map_err(named)?;
+    // A temporary file is its owner's alone; a report is as others here are.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        file.as_file().set_permissions(fs::Permissions::from_mode(0o644)).map_err(named)?;
+    }
     file.persist(path).map_err(|e| named(e.error))?;
     Ok(())
 }
