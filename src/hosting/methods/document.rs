@@ -2,9 +2,10 @@
 
 use super::flops::FORMULA;
 use super::run::{Run, accuracy};
-use super::summary::{Comparison, Group, Spread, Verdict};
+use super::summary::{Comparison, Group, Verdict};
 use super::{Kind, Options, Size, flops};
 use crate::hosting::report::{Axis, Block, Plot, Point, Report, Series, Table, compact};
+use crate::hosting::statistics::Spread;
 
 /// What the report is made of.
 pub struct Measured<'a> {
@@ -273,9 +274,9 @@ fn over_effort(task: &str, runs: &[Run], groups: &[&Group]) -> Vec<Plot> {
             let own: Vec<&Run> = runs.iter().filter(same).collect();
             let evaluations = own.iter().map(|run| run.account.history.evaluations.len()).min().unwrap_or(0);
             let one = |i: usize| {
-                let x = Spread::of(own.iter().map(|run| effort(run, i)))?.median;
+                let x = Spread::of_all(own.iter().map(|run| effort(run, i)))?.median;
                 let at = |run: &&Run| accuracy(run.account.history.evaluations.get(i)?);
-                Some(point(x, Spread::of(own.iter().map(at))?))
+                Some(point(x, Spread::of_all(own.iter().map(at))?))
             };
             Series {
                 name: group.method.name().into(),
