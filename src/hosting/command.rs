@@ -234,12 +234,13 @@ async fn rates(options: &Options, setup: &Setup, record: &Record, bar: &Progress
         fleet.touch().await?;
         let mut source = Source::new(options.seed, Popularity::Uniform, tasks, options.lengths)?;
         let load = traffic::closed(&fleet, &mut source, options.clients, window(options)).await;
-        capacity = capacity.min(load.answered() as f64 / load.seconds);
-        if capacity == 0.0 {
-            let seen = load.samples.iter().find_map(|s| s.error.clone()).unwrap_or_default();
-            let what = "no request was answered in --seconds; give it more, or --rates";
-            return Err(Error::unavailable(format!("{what} {seen}")));
+        // Of all requests until the last answer, so that a window that is shorter than a request says something too.
+        let good = load.samples.iter().filter(|s| s.error.is_none()).count();
+        if good == 0 {
+            let seen = load.samples.iter().find_map(|s| s.error.as_deref()).unwrap_or("none was sent");
+            return Err(Error::unavailable(format!("no request was answered: {seen}")));
         }
+        capacity = capacity.min(good as f64 / load.span());
     }
     // Two digits say enough.
     let round = |x: f64| {

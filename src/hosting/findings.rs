@@ -124,7 +124,7 @@ impl Findings {
         });
         let rooms = rooms.collect();
         let loads = cells.iter().flat_map(|c| c.open.iter().map(|o| &o.load).chain([&c.saturated]));
-        let sender_share = loads.map(|l| l.sender_cpu / span(l)).fold(0.0, f64::max);
+        let sender_share = loads.map(|l| l.sender_cpu / l.span()).fold(0.0, f64::max);
         let latencies = groups.values().flat_map(|cells| latencies(cells)).collect();
         Findings { rows, ratios, latencies, fits, assumptions, rooms, sender_share }
     }
@@ -137,11 +137,6 @@ impl Findings {
     pub fn sizes(&self) -> Vec<usize> {
         self.ratios.iter().map(|r| r.tasks).collect()
     }
-}
-
-/// Seconds until the last answer.
-fn span(load: &Load) -> f64 {
-    load.samples.iter().map(|s| (s.at + s.whole) / 1e3).fold(load.seconds, f64::max)
 }
 
 /// `cells` are repetitions of one.

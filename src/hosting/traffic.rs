@@ -149,6 +149,11 @@ impl Load {
         self.done().map(|s| s.prompt_tokens + s.generated).sum()
     }
 
+    /// Seconds until the last answer.
+    pub fn span(&self) -> f64 {
+        self.samples.iter().map(|s| (s.at + s.whole) / 1e3).fold(self.seconds, f64::max)
+    }
+
     fn done(&self) -> impl Iterator<Item = &Sample> {
         self.samples.iter().filter(|s| s.error.is_none() && s.at + s.whole <= self.seconds * 1e3)
     }
