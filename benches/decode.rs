@@ -4,19 +4,29 @@
 //!     cargo bench --bench decode -- int8    # as `--quantize q8` has them
 //!     cargo bench --bench decode -- int8 model=llama-1b.gguf   # see serve/shape.py
 //!     cargo bench --bench decode -- 8 32 steps=300    # only so many rows, and longer, to profile
+//!     cargo bench --bench decode -- prompt=512 threads=4 json   # one prompt of so many tokens; a JSON object a line
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device};
 use loramux::adapter::{Adapter, Generation, LoraPair};
 use loramux::base::matmul::Format;
-use loramux::base::{BLOCK, Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels};
+use loramux::base::{BLOCK, Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels, parallel};
 use loramux::engine::{Model, Output, Runner, Work};
 use loramux::lora::PackedAdapter;
+use serde_json::json;
 
 const RANK: usize = 16;
+/// Position of the rows of decode steps.
+const START: usize = 100;
+
+/// What follows `NAME=` among the arguments.
+fn value(name: &str) -> Option<String> {
+    std::env::args().find_map(|argument| Some(argument.strip_prefix(name)?.strip_prefix('=')?.to_string()))
+}
 
 /// Seconds that a call takes.
 fn median<T>(calls: usize, mut call: impl FnMut() -> T) -> f64 {
@@ -31,13 +41,47 @@ fn median<T>(calls: usize, mut call: impl FnMut() -> T) -> f64 {
     seconds[calls / 2]
 }
 
+/// Seconds of steps of the base alone, and with an adapter for each sequence.
+struct Pair {
+    base: f64,
+    adapters: f64,
+    /// Of a step.
+    tokens: usize,
+}
+
+impl Pair {
+    fn rate(&self, seconds: f64) -> f64 {
+        self.tokens as f64 / seconds
+    }
+
+    /// `what`, and tokens a second of both.
+    fn print_json(&self, mut what: serde_json::Value) {
+        (what["base"], what["adapters"]) = (self.rate(self.base).into(), self.rate(self.adapters).into());
+        println!("{what}");
+    }
+}
+
+impl fmt::Display for Pair {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let (base, adapters) = (self.base, self.adapters);
+        write!(f, "{:7.1}  {:5.0}  | ", base * 1e3, self.rate(base))?;
+        write!(f, "{:7.1}  {:5.0}  {:.2}", adapters * 1e3, self.rate(adapters), base / adapters)
+    }
+}
+
 fn main() {
     loramux::memory::keep(64 << 20);
-    let steps = std::env::args().find_map(|argument| argument.strip_prefix("steps=")?.parse().ok()).unwrap_or(15);
-    let other = std::env::args().find_map(|argument| Some(argument.strip_prefix("model=")?.to_string()));
+    let has = |word: &str| std::env::args().any(|argument| argument == word);
+    let number = |name: &str| -> Option<usize> { value(name)?.parse().ok() };
+    if let Some(threads) = number("threads") {
+        parallel::set_threads(threads);
+    }
+    let steps = number("steps").unwrap_or(15);
+    let other = value("model");
+    let json = has("json");
     let base = Base::open(other.as_deref().unwrap_or(DEFAULT_MODEL)).expect("a model");
     let kernels = Kernels::for_device(&Device::Cpu);
-    let format = std::env::args().any(|argument| argument == "int8").then_some(Format::Int8);
+    let format = has("int8").then_some(Format::Int8);
     let options = DecoderOptions { device: Device::Cpu, kernels, format, dtype: DType::F32 };
     let decoder = Arc::new(Decoder::load(&base.config, &base.weights, options).expect("weights"));
     let mut runner = Runner::new(decoder.clone(), 256 << 20).expect("cache");
@@ -58,8 +102,11 @@ fn main() {
     };
     let adapters: Vec<_> = (0..32).map(adapter).collect();
     // Prompts in one step, with nothing in the cache.
-    println!("prompts  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
-    for (prompts, tokens) in [(1usize, 128usize), (1, 512), (8, 64)] {
+    if !json {
+        println!("prompts  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
+    }
+    let prompts = number("prompt").map_or(vec![(1, 128), (1, 512), (8, 64)], |tokens| vec![(1, tokens)]);
+    for (prompts, tokens) in prompts {
         let blocks = tokens.div_ceil(BLOCK);
         let mut time = |with: bool| {
             let work = |i: usize| Work {
@@ -70,44 +117,36 @@ fn main() {
                 output: Output::LastLogits,
             };
             let work: Vec<Work> = (0..prompts).map(work).collect();
-            median(5, || runner.step(&work).expect("step"))
+            median(steps.min(5), || runner.step(&work).expect("step"))
         };
-        let (base, lora) = (time(false), time(true));
-        let rate = |t: f64| (prompts * tokens) as f64 / t;
-        println!(
-            "{prompts} x {tokens:3}  {:7.1}  {:5.0}  | {:7.1}  {:5.0}  {:.2}",
-            base * 1e3,
-            rate(base),
-            lora * 1e3,
-            rate(lora),
-            base / lora
-        );
+        let pair = Pair { base: time(false), adapters: time(true), tokens: prompts * tokens };
+        match json {
+            true => pair.print_json(json!({ "prompts": prompts, "tokens": tokens })),
+            false => println!("{prompts} x {tokens:3}  {pair}"),
+        }
     }
-    println!("rows  start  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
+    if !json {
+        println!("rows  start  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
+    }
     let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
     for rows in if asked.is_empty() { vec![1, 2, 4, 8, 16, 32] } else { asked } {
         let mut time = |with: bool| {
             let work: Vec<Work> = (0..rows)
                 .map(|i| Work {
                     tokens: vec![100 + i as u32],
-                    start: 100,
+                    start: START,
                     blocks: (0..8).map(|b| (i * 8 + b) as u32).collect(),
                     adapter: with.then(|| adapters[i].clone()),
                     output: Output::LastLogits,
                 })
                 .collect();
-            assert!(rows * 8 <= runner.blocks() && 101 <= 8 * BLOCK);
+            assert!(rows * 8 <= runner.blocks() && START < 8 * BLOCK);
             median(steps, || runner.step(&work).expect("step"))
         };
-        let (base, lora) = (time(false), time(true));
-        let rate = |t: f64| rows as f64 / t;
-        println!(
-            "{rows:4}    100  {:7.1}  {:5.0}  | {:7.1}  {:5.0}  {:.2}",
-            base * 1e3,
-            rate(base),
-            lora * 1e3,
-            rate(lora),
-            base / lora
-        );
+        let pair = Pair { base: time(false), adapters: time(true), tokens: rows };
+        match json {
+            true => pair.print_json(json!({ "rows": rows, "start": START })),
+            false => println!("{rows:4}    {START}  {pair}"),
+        }
     }
 }

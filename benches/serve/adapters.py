@@ -10,34 +10,36 @@ in turns, so that a slow minute of the machine hits all alike. The tables hold m
 """
 
 import argparse
-import contextlib
-import http.client
 import itertools
 import json
 import shlex
-import socket
 import statistics
-import struct
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-import numpy
-from gguf import GGUFReader
+from files import ALL, QV, linear_layers, whole, write_peft_adapter
+from report import markdown
+from server import loramux, output
 
-QV, ALL = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-GGUF_NAMES = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
 CLIENTS = 8
 SEEDS = itertools.count(1)
+# Bytes. Any load writes more, so that all of it is in use when memory is looked at.
+KV_MEMORY = 48 << 20
+
+# What the runs are called.
+BASE, ENGINE = "base", "base, engine alone"
+LINEAR, Q_AND_V = "8 adapters, rank 16, all linear", "8 adapters, rank 8, q and v"
+ONE, MANY = "one adapter", "any of many adapters"
+BESIDE = {"warm": "7 adapters, beside warm ones", "cold": "7 adapters, beside cold ones"}
 
 
-def arguments():
+def arguments(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loramux", required=True, type=Path, help="the program, a release build")
     parser.add_argument("--work", required=True, type=Path, help="folder for adapters and logs")
-    parser.add_argument("--model", required=True, help="a GGUF file of a Llama")
+    parser.add_argument("--model", required=True, type=Path, help="a GGUF file of a Llama")
     parser.add_argument("--loramux-options", default="", help="more of `loramux serve`'s")
     parser.add_argument("--many", type=int, default=2000, help="adapters of the traffic over many")
     parser.add_argument("--room", type=int, default=100, help="of these, so many fit into memory")
@@ -45,130 +47,51 @@ def arguments():
     parser.add_argument("--requests", type=int, default=16, help="of each client in a run")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--probes", type=int, default=40, help="first tokens of warm adapters in a run, and of cold ones")
     parser.add_argument("--repetitions", type=int, default=3)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def write_adapter(folder, shapes, rank, targets, seed):
-    """Random factors in bf16, as PEFT saves them."""
-    random = numpy.random.default_rng(seed)
-    header, parts, end = {}, [], 0
-    for (layer, module), (outputs, inputs) in shapes.items():
-        if module not in targets:
-            continue
-        block = "self_attn" if module in ALL[:4] else "mlp"
-        for factor, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-            numbers = random.normal(0, 0.02, shape).astype(numpy.float32).view(numpy.uint32) >> 16
-            parts.append(numbers.astype(numpy.uint16).tobytes())
-            name = f"base_model.model.model.layers.{layer}.{block}.{module}.lora_{factor}.weight"
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + len(parts[-1])]}
-            end += len(parts[-1])
-    text = json.dumps(header).encode()
-    folder.mkdir(parents=True)
-    (folder / "adapter_model.safetensors").write_bytes(b"".join([struct.pack("<Q", len(text)), text, *parts]))
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+def folder_of(args, kind, count, rank, targets):
+    """A folder of random adapters, and their names."""
+    layers = linear_layers(args.model)
+    names = [f"{kind}-{i}" for i in range(count)]
+    write = lambda i: lambda part: write_peft_adapter(part, layers, rank, targets, (count + rank) * 10_000 + i)
+    for i, name in enumerate(names):
+        whole(args.work / kind / name, write(i))
+    return args.work / kind, names
 
 
-def shapes_of(model):
-    """{(layer, module): (outputs, inputs)} of the linear layers."""
-    modules = dict(zip(GGUF_NAMES, ALL))
-    tensors = [(t.name.split("."), t.shape) for t in GGUFReader(model).tensors if t.name.startswith("blk.")]
-    found = {(int(n[1]), modules[n[2]]): (int(s[1]), int(s[0])) for n, s in tensors if n[2] in modules}
-    return dict(sorted(found.items()))
+def serve(args, folders, *options):
+    return loramux(args, args.model, folders, [*options, *shlex.split(args.loramux_options)])
 
 
-def write_adapters(args, shapes):
-    """{kind: names} of adapters, a folder of each kind: those that are compared with the base, and the many."""
-    kinds = {"linear": (8, 16, ALL), "qv": (8, 8, QV), f"many-r{args.rank}": (args.many, args.rank, QV)}
-    for kind, (count, rank, targets) in kinds.items():
-        for i in range(count):
-            folder = args.work / kind / f"{kind}-{i}"
-            if not folder.exists():
-                part = args.work / "part"
-                subprocess.run(["rm", "-rf", part], check=True)
-                write_adapter(part, shapes, rank, targets, (count + rank) * 10_000 + i)
-                folder.parent.mkdir(exist_ok=True)
-                part.rename(folder)
-    return {kind: [f"{kind}-{i}" for i in range(count)] for kind, (count, _, _) in kinds.items()}
+def adapter_bytes(server):
+    """Of adapters in memory."""
+    return int(server.metric('loramux_adapter_bytes{tier="device"}'))
 
 
-def get(port, path):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
-
-
-@contextlib.contextmanager
-def server(args, folders, options):
-    """Yields the port and the process, and stops it after the block. `ready` is how long it took to answer."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [str(args.loramux), "serve", "--model", args.model, "--device", "cpu", "--listen", f"127.0.0.1:{port}"]
-    command += ["--store", str(args.work / "store"), *options, *shlex.split(args.loramux_options)]
-    for folder in folders:
-        command += ["--adapters", str(folder)]
-    start = time.monotonic()
-    with open(args.work / "loramux.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            while True:
-                with contextlib.suppress(OSError):
-                    if get(port, "/health/ready")[0] == 200:
-                        break
-                if process.poll() is not None or time.monotonic() > start + 300:
-                    sys.exit(f"{shlex.join(command)} does not answer; see {log.name}")
-                time.sleep(0.01)
-            process.ready = time.monotonic() - start
-            yield port, process
-        finally:
-            process.terminate()
-
-
-def memory(port):
-    """Bytes of adapters in memory."""
-    lines = get(port, "/metrics")[1].decode().splitlines()
-    return int(next(line.split()[-1] for line in lines if line.startswith('loramux_adapter_bytes{tier="device"}')))
-
-
-def load(args, port, *options):
-    """The report of `loramux bench serve`, or without a port of `loramux bench engine`."""
+def load(args, server, *options):
+    """The report of `loramux bench serve`, or without a server of `loramux bench engine`."""
     command = [str(args.loramux), "bench"]
-    if port:
-        command += ["serve", "--url", f"http://127.0.0.1:{port}"]
+    if server:
+        command += ["serve", "--url", f"http://{server.address}"]
     else:
-        command += ["engine", "--model", args.model, "--device", "cpu", *shlex.split(args.loramux_options)]
+        command += ["engine", "--model", str(args.model), "--device", "cpu", *shlex.split(args.loramux_options)]
     command += ["--json", "--clients", str(CLIENTS), "--seed", str(next(SEEDS))]
     command += ["--requests", str(args.requests), "--prompt-tokens", str(args.prompt_tokens)]
-    command += ["--max-tokens", str(args.max_tokens), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{shlex.join(command)} failed: {done.stderr}")
-    return json.loads(done.stdout)
+    return json.loads(output([*command, "--max-tokens", str(args.max_tokens), *options]))
 
 
-def first_token(args, port, name):
+def first_token(args, server, name):
     """Seconds until a request's answer with one token is there."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    try:
-        prompt = f"{time.monotonic_ns()} " + "word " * (args.prompt_tokens // 2)
-        body = json.dumps({"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0})
-        start = time.monotonic()
-        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-        response = connection.getresponse()
-        answer = response.read()
-        if response.status != 200:
-            raise RuntimeError(f"{name}: {response.status} {answer[:500]}")
-        return time.monotonic() - start
-    finally:
-        connection.close()
+    prompt = f"{time.monotonic_ns()} " + "word " * (args.prompt_tokens // 2)
+    start = time.monotonic()
+    server.post("/v1/completions", {"model": name, "prompt": prompt, "max_tokens": 1, "temperature": 0})
+    return time.monotonic() - start
 
 
-def probed(args, port, neighbours, names):
+def probed(args, server, neighbours, names):
     """A load of other clients, and meanwhile a request with each of `names` in turn: the load's report, and first tokens."""
     took, ended = [], threading.Event()
 
@@ -176,75 +99,83 @@ def probed(args, port, neighbours, names):
         for name in names:
             if ended.is_set():
                 return
-            took.append(first_token(args, port, name))
+            took.append(first_token(args, server, name))
             time.sleep(0.1)
 
     thread = threading.Thread(target=probe)
     thread.start()
-    report = load(args, port, "--ask", ",".join(neighbours))
+    report = load(args, server, "--ask", ",".join(neighbours))
     ended.set()
     thread.join()
     return report, took
 
 
-def resident(process):
-    """MB in use."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return round(int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) * 1024 / 1e6)
-
-
-def beside_base(args, kinds, runs):
-    """The base alone, eight adapters of two kinds, and the base on an engine without a server; memory and time to start."""
-    folders, facts = [args.work / kind for kind in ("linear", "qv")], {"ready_s": [], "resident_mb": []}
+def beside_base(args):
+    """The base alone, eight adapters of two kinds, and the base on an engine without a server: {"runs": {name: reports}},
+    the seconds until the server was ready, its bytes in memory after the base's traffic, and those of them that are not
+    weights, KV cache or adapters."""
+    linear, linear_names = folder_of(args, "linear", 8, 16, ALL)
+    qv, qv_names = folder_of(args, "qv", 8, 8, QV)
+    result = {"runs": {}, "ready_s": [], "resident": [], "resident_beyond": []}
+    ran = lambda name, report: result["runs"].setdefault(name, []).append(report)
     for _ in range(args.repetitions):
-        with server(args, folders, []) as (port, process):
-            facts["ready_s"].append(process.ready)
-            runs.setdefault("base", []).append(load(args, port))
-            facts["resident_mb"].append(resident(process))
-            for kind, row in (("linear", "8 adapters, rank 16, all linear"), ("qv", "8 adapters, rank 8, q and v")):
-                runs.setdefault(row, []).append(load(args, port, "--ask", ",".join(kinds[kind])))
-        runs.setdefault("base, engine alone", []).append(load(args, None))
-    return facts
+        with serve(args, [linear, qv], "--kv-memory", str(KV_MEMORY)) as server:
+            result["ready_s"].append(server.ready)
+            ran(BASE, load(args, server))
+            resident = server.resident()
+            held = server.metric("loramux_base_bytes") + KV_MEMORY + adapter_bytes(server)
+            result["resident"].append(resident)
+            result["resident_beyond"].append(resident - held)
+            ran(LINEAR, load(args, server, "--ask", ",".join(linear_names)))
+            ran(Q_AND_V, load(args, server, "--ask", ",".join(qv_names)))
+        ran(ENGINE, load(args, None))
+    return result
 
 
-def over_many(args, many, each, runs):
-    """All traffic on one adapter and over many; first tokens of warm and of cold adapters beside other clients."""
-    first_tokens = {"warm": [], "cold": []}
+def over_many(args):
+    """All traffic on one adapter, and over many of which few fit into memory; first tokens of warm and of cold adapters
+    beside other clients: {"runs": {name: reports}, "first_tokens": {"warm" or "cold": seconds}}, an adapter's bytes."""
+    folder, many = folder_of(args, f"many-r{args.rank}", args.many, args.rank, QV)
+    with serve(args, [folder]) as server:
+        first_token(args, server, many[0])
+        each = adapter_bytes(server)
+    result = {"runs": {}, "first_tokens": {kind: [] for kind in BESIDE}, "bytes_each": each}
+    ran = lambda name, report: result["runs"].setdefault(name, []).append(report)
     fresh = iter(many[::-1])
-    with server(args, [args.work / f"many-r{args.rank}"], ["--adapter-memory", str(each * args.room)]) as (port, process):
-        first_token(args, port, many[0])
+    with serve(args, [folder], "--adapter-memory", str(each * args.room)) as server:
+        first_token(args, server, many[0])
         for _ in range(args.repetitions):
-            runs.setdefault("one adapter", []).append(load(args, port, "--ask", many[0]))
-            options = ["--ask-all", "--spread", "uniform"]
-            runs.setdefault(f"{args.many} adapters, room for {args.room}", []).append(load(args, port, *options))
-            for kind, took in first_tokens.items():
-                names = [many[0]] * 40 if kind == "warm" else [next(fresh) for _ in range(40)]
-                report, seen = probed(args, port, many[: CLIENTS - 1], names)
-                runs.setdefault(f"7 adapters, beside {kind} ones", []).append(report)
+            ran(ONE, load(args, server, "--ask", many[0]))
+            ran(MANY, load(args, server, "--ask-all", "--spread", "uniform"))
+            for kind, took in result["first_tokens"].items():
+                names = [many[0] if kind == "warm" else next(fresh) for _ in range(args.probes)]
+                report, seen = probed(args, server, many[: CLIENTS - 1], names)
+                ran(BESIDE[kind], report)
                 took += seen
-        return first_tokens, {"resident_mb_of_many": resident(process)}
+    return result
 
 
 def main():
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
-    kinds = write_adapters(args, shapes_of(args.model))
-    many, runs = kinds[f"many-r{args.rank}"], {}
-    with server(args, [args.work / f"many-r{args.rank}"], []) as (port, _):
-        first_token(args, port, many[0])
-        each = memory(port)
-    facts = {"bytes_each": each} | beside_base(args, kinds, runs)
-    first_tokens, more = over_many(args, many, each, runs)
-    print(json.dumps({**facts, **more, "runs": runs, "first_tokens": first_tokens}), end="\n\n")
-    rate = lambda name: statistics.median(run["tokens_per_second"] for run in runs[name])
-    p99 = lambda name, what: statistics.median(run[what]["p99"] for run in runs[name])
-    print("| traffic of 8 clients | tok/s | request p99 | between tokens p99 |\n|---|---|---|---|")
-    for name in runs:
-        print(f"| {name} | {rate(name):.0f} | {p99(name, 'request_ms'):.0f} ms | {p99(name, 'token_ms'):.1f} ms |")
-    for kind, took in first_tokens.items():
+    beside, many = beside_base(args), over_many(args)
+    runs = beside.pop("runs") | many.pop("runs")
+    print(json.dumps({**beside, **many, "runs": runs}), end="\n\n")
+    rate = lambda name: f"{statistics.median(run['tokens_per_second'] for run in runs[name]):.0f}"
+    p99 = lambda name, what: f"{statistics.median(run[what]['p99'] for run in runs[name]):.1f} ms"
+    header = [f"traffic of {CLIENTS} clients", "tok/s", "request p99", "between tokens p99"]
+    print(markdown(header, [[name, rate(name), p99(name, "request_ms"), p99(name, "token_ms")] for name in runs]))
+    print(f"many: {args.many}, with memory for {args.room}")
+    for kind, took in many["first_tokens"].items():
         took = sorted(1e3 * t for t in took)
         print(f"{kind}: first token after {statistics.median(took):.0f} ms, p90 {took[len(took) * 9 // 10]:.0f} ms")
-    print(f"ready after {statistics.median(facts['ready_s']):.2f} s; {facts['resident_mb']} MB resident with base traffic")
+    megabytes = lambda name: f"{statistics.median(beside[name]) / 1e6:.0f} MB"
+    print(f"ready after {statistics.median(beside['ready_s']):.2f} s")
+    print(f"{megabytes('resident')} resident after base traffic, {megabytes('resident_beyond')} beyond weights and KV cache")
 
 
-main()
+if __name__ == "__main__":
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(str(error))

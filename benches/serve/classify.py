@@ -15,12 +15,14 @@ import json
 import statistics
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import peft
 import torch
 import transformers
+
+from server import Server
 
 
 def arguments():
@@ -34,15 +36,9 @@ def arguments():
     return parser.parse_args()
 
 
-def post(args, path, body):
-    headers = {"content-type": "application/json"}
-    request = urllib.request.Request(args.url + path, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request) as response:
-        return json.load(response)
-
-
-def loramux(args, texts):
-    ask = lambda part: len(post(args, "/v1/classify", {"input": part, "adapter": args.adapter})["results"])
+def loramux(server, adapter, texts):
+    """Texts a second."""
+    ask = lambda part: len(server.post("/v1/classify", {"input": part, "adapter": adapter})["results"])
     parts = [texts[i : i + 32] for i in range(0, len(texts), 32)]
     start = time.perf_counter()
     with ThreadPoolExecutor(2) as clients:
@@ -69,24 +65,35 @@ def with_peft(classifier, lengths):
     return len(lengths) / (time.perf_counter() - start)
 
 
+def measure(server, adapter, texts, count, repetitions, threads):
+    """{"loramux" or "PEFT": texts a second of each repetition}. `texts` is a CSV file; a repetition has `count` of them."""
+    torch.set_num_threads(threads)
+    with open(texts, newline="") as file:
+        texts = [row[0] for row in csv.reader(file)][1:]
+    warm, rest = texts[:32], texts[32:]
+    if len(rest) < count * repetitions:
+        raise RuntimeError(f"there are {len(texts)} texts; {32 + count * repetitions} are needed")
+    length = lambda text: len(server.post("/tokenize", {"prompt": text})["tokens"])
+    classifier = model()
+    loramux(server, adapter, warm), with_peft(classifier, [32] * 32)
+    rates = {"loramux": [], "PEFT": []}
+    for start in range(0, count * repetitions, count):
+        part = rest[start : start + count]
+        rates["loramux"].append(loramux(server, adapter, part))
+        rates["PEFT"].append(with_peft(classifier, sorted(map(length, part), reverse=True)))
+    return rates
+
+
 def main():
     args = arguments()
-    torch.set_num_threads(args.threads)
-    with open(args.texts, newline="") as file:
-        texts = [row[0] for row in csv.reader(file)][1:]
-    warm, texts = texts[:32], texts[32:]
-    if len(texts) < args.count * args.repetitions:
-        sys.exit(f"{args.texts} has {len(texts)} texts; {args.count * args.repetitions} are needed")
-    length = lambda text: len(post(args, "/tokenize", {"prompt": text})["tokens"])
-    classifier = model()
-    loramux(args, warm), with_peft(classifier, [32] * 32)
-    rates = {"loramux": [], "PEFT": []}
-    for start in range(0, args.count * args.repetitions, args.count):
-        part = texts[start : start + args.count]
-        rates["loramux"].append(loramux(args, part))
-        rates["PEFT"].append(with_peft(classifier, sorted(map(length, part), reverse=True)))
+    server = Server(urlsplit(args.url).netloc)
+    rates = measure(server, args.adapter, args.texts, args.count, args.repetitions, args.threads)
     print(json.dumps(rates))
     print("texts/s:", {name: round(statistics.median(runs), 1) for name, runs in rates.items()})
 
 
-main()
+if __name__ == "__main__":
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(str(error))

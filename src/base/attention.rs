@@ -1,6 +1,6 @@
 //! Attention with grouped queries over the paged KV cache: causal, or an encoder's.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use candle_core::{D, DType, Tensor};
 
@@ -8,7 +8,7 @@ use crate::Result;
 use crate::base::ModelConfig;
 use crate::base::buffer::Buffer;
 use crate::base::decoder::RowNorm;
-use crate::base::kv::{BLOCK, LayerCache, value_width};
+use crate::base::kv::{BLOCK, KvCache, LayerCache, value_width};
 use crate::base::parallel;
 use crate::base::simd::{self, GROUP, LANES, Rows, Simd};
 
@@ -35,7 +35,7 @@ impl SequenceRows<'_> {
 }
 
 /// Rotation of each row's heads by its position (RoFormer, arXiv 2104.09864), halves split as in Hugging Face's Llama.
-pub(super) struct Rotation {
+pub struct Rotation {
     /// Pairs of numbers of a head that are turned; the numbers after them stay as they are.
     half: usize,
     /// `[rows, half]`.
@@ -199,6 +199,19 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
         }
     });
     out
+}
+
+/// [`packed`] for the first layer of a decoder without norms of heads, apart from the decoder: what `benches/kernels.rs` times.
+#[doc(hidden)]
+pub fn alone(
+    config: &ModelConfig,
+    simd: Simd,
+    rotation: &Rotation,
+    sequences: &[SequenceRows],
+    qkv: &[f32],
+    cache: &mut KvCache,
+) -> impl Deref<Target = [f32]> + use<> {
+    packed(&Attention { config, layer: 0, head_norms: None, rotation, sequences }, simd, qkv, &mut cache.layers[0])
 }
 
 /// Rows of a sequence that are computed together.

@@ -1,6 +1,6 @@
 //! The frozen base model: where it comes from, its configuration, weights, tokenizer, chat template and decoder.
 
-mod attention;
+pub mod attention;
 mod buffer;
 mod chat;
 mod config;
