@@ -14,14 +14,13 @@ import itertools
 import json
 import shlex
 import statistics
-import sys
 import threading
 import time
 from pathlib import Path
 
 from files import ALL, QV, linear_layers, whole, write_peft_adapter
 from report import markdown
-from server import loramux, output
+from server import loramux, output, script
 
 CLIENTS = 8
 SEEDS = itertools.count(1)
@@ -175,7 +174,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RuntimeError as error:
-        sys.exit(str(error))
+    script(main)

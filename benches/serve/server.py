@@ -1,11 +1,13 @@
-"""Servers that are measured: started, asked over HTTP, and stopped."""
+"""Servers and programs that are measured: started, asked over HTTP, and stopped."""
 
 import contextlib
 import http.client
 import json
 import shlex
+import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -97,3 +99,12 @@ def output(command):
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr}")
     return done.stdout
+
+
+def script(main):
+    """Runs it. A signal to end stops its servers too, and errors are told without a trace."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(str(error))

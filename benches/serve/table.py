@@ -14,7 +14,6 @@ are medians of the repetitions, ratios those of the medians. A row that was not 
 
 import argparse
 import json
-import signal
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import NamedTuple
 import adapters
 import llama
 from report import busy, machine, markdown
-from server import loramux, output
+from server import loramux, output, script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUANTIZE = "--quantize q8"
@@ -254,7 +253,6 @@ def why(error):
 
 def main():
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # servers are stopped then, too
     args.work.mkdir(parents=True, exist_ok=True)
     about = [f"{date.today()}: {machine()}; {args.threads} threads; {args.model.name}", versions(args)]
     record, measured = {"about": about}, {}
@@ -282,4 +280,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
