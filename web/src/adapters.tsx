@@ -84,6 +84,7 @@ export function Adapters() {
       <div aria-live="polite">{error && !open && <p class="alert bad">{error}</p>}</div>
       <div class="card table">
         <table>
+          <caption class="hidden">Adapters of this server</caption>
           <thead>
             <tr>
               {COLUMNS.map(({ key, label, number }) => (
@@ -137,13 +138,8 @@ export function Adapters() {
           <Upload
             replaces={open.adapter}
             current={all.find((a) => a.name === open.adapter.name)?.generation}
-            done={close}
+            close={close}
           />
-          <div class="buttons">
-            <button type="button" onClick={close}>
-              Cancel
-            </button>
-          </div>
         </Dialog>
       )}
       {open?.what === "unload" && (

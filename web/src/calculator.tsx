@@ -211,6 +211,7 @@ function Result({ inputs, setting, shape, copies, shared }: Parts) {
         )}
       </p>
       <table>
+        <caption class="hidden">Full copies and a shared base, compared</caption>
         <thead>
           <tr>
             <td />
@@ -270,6 +271,10 @@ tasks of a base = floor((GPUs * (GPU memory - reserve - overhead) - weights - KV
           traffic. Copies bring computing power with each GPU, used or not.
         </li>
         <li>All tasks are in GPU memory at the same time. A server that loads adapters on demand holds more.</li>
+        <li>
+          KV memory limits how many tokens are in flight, over all tasks of the GPU. Copies have theirs apart, one for each task; give the
+          shared base as much as its traffic needs at the same time.
+        </li>
         <li>Every task has its adapter or copy once; nothing is doubled for availability.</li>
         <li>Weights all have the precision chosen (files with 8 or 4 bits often keep some matrices larger); adapters and the KV cache have 16 bits.</li>
         <li>A model larger than one GPU is split evenly over the fewest GPUs that hold it. GiB are 2³⁰ bytes.</li>

@@ -28,6 +28,8 @@ export interface ChartProps {
   /** Ends of x; absent: those of the data. */
   range?: [number, number];
   logarithmic?: boolean;
+  /** Ticks at powers of two, for bytes. */
+  binary?: boolean;
   sync?: string;
   height?: number;
   /** Whether it is on the screen, where it has a size. */
@@ -36,6 +38,9 @@ export interface ChartProps {
   values?: (number | null)[][];
 }
 
+const POWERS = Array.from({ length: 50 }, (_, i) => 2 ** i);
+/** Seconds are told where ticks are closer than minutes. */
+const clock = (seconds: number, step: number) => new Date(seconds * 1000).toTimeString().slice(0, step < 60 ? 8 : 5);
 const FONT = "11px system-ui, sans-serif";
 
 export function Chart(props: ChartProps) {
@@ -54,11 +59,12 @@ export function Chart(props: ChartProps) {
     const ink = colour("muted");
     const grid = { stroke: colour("grid"), width: 1 };
     const axis = { stroke: ink, grid, ticks: { ...grid, size: 4 }, font: FONT };
-    const { formatX, logarithmic, sync } = latest.current;
+    const { formatX, logarithmic, binary, sync } = latest.current;
     const distr = logarithmic ? { distr: 3 as const } : {};
     const options: uPlot.Options = {
       width: Math.max(host.clientWidth, 100),
       height,
+      padding: [10, 16, 0, 0],
       legend: { show: false },
       cursor: {
         drag: { x: false, y: false },
@@ -70,8 +76,12 @@ export function Chart(props: ChartProps) {
         y: logarithmic ? { ...distr } : { range: (_, __, max) => [0, max > 0 ? max * 1.08 : 1] },
       },
       axes: [
-        { ...axis, size: 28, ...(formatX && { values: (_, ticks) => ticks.map((v) => (v == null ? "" : formatX(v))) }) },
-        { ...axis, size: 64, values: (_, ticks) => ticks.map((v) => (v == null ? "" : latest.current.format(v))) },
+        {
+          ...axis,
+          size: 26,
+          values: (_, ticks, __, ___, step) => ticks.map((v) => (v == null ? "" : formatX ? formatX(v) : clock(v, step))),
+        },
+        { ...axis, size: 62, ...(binary && { incrs: POWERS }), values: (_, ticks) => ticks.map((v) => (v == null ? "" : latest.current.format(v))) },
       ],
       series: [
         {},

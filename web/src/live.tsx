@@ -2,7 +2,7 @@ import { useMemo, useState } from "preact/hooks";
 
 import { Chart, type Line } from "./chart";
 import { bytes, duration, short } from "./format";
-import { type Histogram, type Reading, between, increase, mean, quantile } from "./metrics";
+import { type Histogram, type Reading, between, increase, mean, quantile, quantileBound } from "./metrics";
 import { interval, readings, useStore } from "./store";
 
 /** Quantiles and rates are over what came in so many seconds, so that a single request still shows. */
@@ -18,7 +18,7 @@ const LATENCY: Line[] = [
 ];
 const BATCH: Line[] = [
   { label: "Mean", colour: "series-1", fill: true },
-  { label: "p95", colour: "series-3", dashed: true },
+  { label: "95 % at most", colour: "series-3", dashed: true },
 ];
 // The largest first: each is drawn over the one before.
 const MEMORY: Line[] = [
@@ -45,7 +45,7 @@ function series(all: Reading[]) {
   const over = (name: string, of: (h: Histogram) => number | null): Row =>
     both.map(([before, now]) => of(between(before.histogram(name), now.histogram(name))));
   const quantiles = (name: string) => [over(name, (h) => quantile(h, 0.5)), over(name, (h) => quantile(h, 0.95))];
-  const batch = (name: string) => [over(name, mean), over(name, (h) => quantile(h, 0.95))];
+  const batch = (name: string) => [over(name, mean), over(name, (h) => quantileBound(h, 0.95))];
   const now = (of: (reading: Reading) => number): Row => both.map(([, reading]) => of(reading));
   const kv = now((r) => r.value("loramux_kv_blocks", { state: "used" }) * r.value("loramux_kv_block_bytes"));
   const adapters = now((r) => r.value("loramux_adapter_bytes", { tier: "device" }));
@@ -100,12 +100,54 @@ export function Live({ shown }: { shown: boolean }) {
       <Tiles all={recent} />
       {data && (
         <div class="charts">
-          <Chart {...common} title="Throughput" note="tokens a second" lines={GENERATED} data={data.throughput} format={short} />
-          <Chart {...common} title="Time to the first token" lines={LATENCY} data={data.first} format={duration} />
-          <Chart {...common} title="Time between tokens" lines={LATENCY} data={data.gap} format={duration} />
-          <Chart {...common} title="Batch size" note="sequences in a step" lines={BATCH} data={data.batch} format={short} />
-          <Chart {...common} title="Distinct adapters" note="in a step" lines={BATCH} data={data.distinct} format={short} />
-          <Chart {...common} title="Memory" note="stacked" lines={MEMORY} data={data.memory} values={data.parts} format={bytes} />
+          <Chart
+            {...common}
+            title="Throughput"
+            note="tokens a second"
+            lines={GENERATED}
+            data={data.throughput}
+            format={short}
+          />
+          <Chart
+            {...common}
+            title="Time to the first token"
+            lines={LATENCY}
+            data={data.first}
+            format={duration}
+          />
+          <Chart
+            {...common}
+            title="Time between tokens"
+            lines={LATENCY}
+            data={data.gap}
+            format={duration}
+          />
+          <Chart
+            {...common}
+            title="Batch size"
+            note="sequences in a step"
+            lines={BATCH}
+            data={data.batch}
+            format={short}
+          />
+          <Chart
+            {...common}
+            title="Distinct adapters"
+            note="in a step"
+            lines={BATCH}
+            data={data.distinct}
+            format={short}
+          />
+          <Chart
+            {...common}
+            title="Memory"
+            note="stacked"
+            lines={MEMORY}
+            data={data.memory}
+            values={data.parts}
+            format={bytes}
+            binary
+          />
         </div>
       )}
     </>

@@ -84,6 +84,14 @@ export function mean(h: Histogram): number | null {
   return count > 0 ? h.sum / count : null;
 }
 
+/** The upper bound of the bucket that the quantile lies in, for counts, which are no more than that. */
+export function quantileBound(h: Histogram, q: number): number | null {
+  const total = h.counts.at(-1) ?? 0;
+  if (total <= 0) return null;
+  const i = h.counts.findIndex((count) => count >= q * total);
+  return h.bounds[h.bounds[i] === Infinity ? i - 1 : i] ?? null;
+}
+
 /**
  * The quantile as Prometheus' histogram_quantile has it: linear within a bucket, and the last finite bound for what lies
  * beyond it. Null where there is no observation.

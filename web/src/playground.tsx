@@ -10,18 +10,19 @@ type Message = { role: string; content: string };
 const MODES: Record<Mode, string> = { prompt: "Prompt", chat: "Chat", classify: "Classify" };
 const ROLES = ["system", "user", "assistant"];
 
-/** Fields of sampling, in the order of the form. An empty one is left to the server. */
+/** Fields of sampling, in the order of the form; the first few are always shown. An empty one is left to the server. */
 const PARAMETERS = [
   { name: "temperature", label: "Temperature", initial: "0", step: "0.1", min: 0 },
   { name: "max_tokens", label: "Max tokens", initial: "128", step: "1", min: 1 },
+  { name: "seed", label: "Seed", initial: "", step: "1", min: 0 },
   { name: "top_p", label: "Top p", initial: "", step: "0.05", min: 0 },
   { name: "top_k", label: "Top k", initial: "", step: "1", min: 0 },
   { name: "min_p", label: "Min p", initial: "", step: "0.01", min: 0 },
   { name: "repetition_penalty", label: "Repetition penalty", initial: "", step: "0.05", min: 0 },
   { name: "frequency_penalty", label: "Frequency penalty", initial: "", step: "0.1", min: -2 },
   { name: "presence_penalty", label: "Presence penalty", initial: "", step: "0.1", min: -2 },
-  { name: "seed", label: "Seed", initial: "", step: "1", min: 0 },
 ] as const;
+const FIRST = 3;
 type Parameters = Record<(typeof PARAMETERS)[number]["name"], string>;
 
 /** What one side shows. */
@@ -96,6 +97,19 @@ export function Playground() {
     await refreshAdapters();
   };
 
+  const parameter = (p: (typeof PARAMETERS)[number]) => (
+    <label key={p.name}>
+      {p.label}
+      <input
+        type="number"
+        min={p.min}
+        step={p.step}
+        value={parameters[p.name]}
+        placeholder="default"
+        onInput={(event) => setParameters({ ...parameters, [p.name]: event.currentTarget.value })}
+      />
+    </label>
+  );
   const head = list?.adapters.find((a) => a.name === chosen[0])?.labels;
   return (
     <form
@@ -162,28 +176,19 @@ export function Playground() {
             </>
           )}
           {mode !== "classify" && (
-            <details open>
-              <summary>Sampling</summary>
-              <div class="parameters">
-                {PARAMETERS.map((p) => (
-                  <label key={p.name}>
-                    {p.label}
-                    <input
-                      type="number"
-                      min={p.min}
-                      step={p.step}
-                      value={parameters[p.name]}
-                      placeholder="default"
-                      onInput={(event) => setParameters({ ...parameters, [p.name]: event.currentTarget.value })}
-                    />
+            <>
+              <div class="parameters">{PARAMETERS.slice(0, FIRST).map(parameter)}</div>
+              <details>
+                <summary>More of sampling</summary>
+                <div class="parameters">
+                  {PARAMETERS.slice(FIRST).map(parameter)}
+                  <label class="wide">
+                    Stop texts, one a line
+                    <textarea rows={2} value={stops} onInput={(event) => setStops(event.currentTarget.value)} />
                   </label>
-                ))}
-                <label class="wide">
-                  Stop texts, one a line
-                  <textarea rows={2} value={stops} onInput={(event) => setStops(event.currentTarget.value)} />
-                </label>
-              </div>
-            </details>
+                </div>
+              </details>
+            </>
           )}
           <div class="row">
             <button class="primary">{mode === "classify" ? "Classify" : "Generate"}</button>

@@ -12,12 +12,13 @@ interface Props {
   replaces?: api.Adapter;
   /** Its generation now. */
   current?: string | undefined;
-  done?: () => void;
+  /** Closes the dialog that it is in. */
+  close?: () => void;
 }
 
 type Outcome = { good: boolean; text: string; conflict?: boolean };
 
-export function Upload({ replaces, current, done }: Props) {
+export function Upload({ replaces, current, close }: Props) {
   const [chosen, setChosen] = useState<Chosen | null>(null);
   const [name, setName] = useState("");
   const [expected, setExpected] = useState(replaces?.generation ?? null);
@@ -52,7 +53,7 @@ export function Upload({ replaces, current, done }: Props) {
       setChosen(null);
       setName("");
       await refreshAdapters();
-      done?.();
+      close?.();
     } catch (error) {
       const stopped = error instanceof DOMException && error.name === "AbortError";
       const conflict = error instanceof api.Refusal && error.status === 409;
@@ -137,6 +138,11 @@ export function Upload({ replaces, current, done }: Props) {
           {replaces ? "Replace" : "Upload"}
           {total > 0 && ` ${bytes(total)}`}
         </button>
+        {close && (
+          <button type="button" onClick={close}>
+            Cancel
+          </button>
+        )}
         {share !== null && (
           <>
             <progress value={share} aria-label="Uploaded" />

@@ -1,7 +1,7 @@
 import { defineConfig } from "vite";
 
 // The server that `npm run dev` talks to.
-const server = process.env["LORAMUX"] ?? "http://127.0.0.1:8080";
+const server = process.env.LORAMUX ?? "http://127.0.0.1:8080";
 
 export default defineConfig({
   base: "./",
