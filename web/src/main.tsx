@@ -122,7 +122,8 @@ function ThemeChoice() {
 }
 
 function Trouble() {
-  const what = useStore(trouble);
+  const { adapters, metrics } = useStore(trouble);
+  const what = adapters ?? metrics;
   return <div aria-live="polite">{what && <p class="alert bad">{what}</p>}</div>;
 }
 

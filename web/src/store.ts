@@ -32,8 +32,8 @@ export function useStore<T>(store: Store<T>): T {
 }
 
 export const adapters = new Store<api.AdapterList | null>(null);
-/** Why the last poll failed; null after one that did not. */
-export const trouble = new Store<string | null>(null);
+/** Why the last look at the adapters or the metrics failed, as long as no later one was answered. */
+export const trouble = new Store<{ adapters?: string; metrics?: string }>({});
 /** In the order of time. */
 export const readings = new Store<Reading[]>([]);
 /** Seconds between readings; 0 is none. */
@@ -44,26 +44,24 @@ export const HISTORY = 1800;
 /** Seconds between looks at the adapters. */
 const LIST_EVERY = 4;
 
-export async function refreshAdapters() {
+async function attempt(what: "adapters" | "metrics", look: () => Promise<void>) {
+  const { [what]: _, ...others } = trouble.value;
   try {
-    adapters.set(await api.listAdapters());
-    trouble.set(null);
+    await look();
+    trouble.set(others);
   } catch (error) {
-    trouble.set(api.describe(error));
+    trouble.set({ ...others, [what]: api.describe(error) });
   }
 }
 
-async function read() {
-  try {
-    const text = await api.metrics();
-    const reading = parse(text, Date.now() / 1000);
+export const refreshAdapters = () => attempt("adapters", async () => adapters.set(await api.listAdapters()));
+
+const readMetrics = () =>
+  attempt("metrics", async () => {
+    const reading = parse(await api.metrics(), Date.now() / 1000);
     const kept = readings.value.filter((earlier) => earlier.time > reading.time - HISTORY);
     readings.set([...kept, reading]);
-    trouble.set(null);
-  } catch (error) {
-    trouble.set(api.describe(error));
-  }
-}
+  });
 
 /** Polls for as long as the page is there, except that adapters are not looked at while it is hidden. */
 export function poll() {
@@ -73,7 +71,7 @@ export function poll() {
   };
   const metrics = async () => {
     const seconds = interval.value;
-    if (seconds > 0) await read();
+    if (seconds > 0) await readMetrics();
     setTimeout(metrics, (seconds || 1) * 1000);
   };
   void list();
