@@ -156,7 +156,7 @@ export function Adapters() {
       {open?.what === "delete" && (
         <Confirm
           title={`Delete ${open.adapter.name}?`}
-          text={`Generation ${open.adapter.generation.slice(0, 12)} and its files are removed from this server. Requests in flight finish first.`}
+          text={`Generation ${open.adapter.generation.slice(0, 12)} and its files are removed from this server. Requests in flight finish on it.`}
           action="Delete"
           error={error}
           busy={busy}

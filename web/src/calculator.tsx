@@ -114,7 +114,7 @@ export function Calculator({ shown }: { shown: boolean }) {
       </div>
       <div class="columns">
         <form class="card ask" onSubmit={(event) => event.preventDefault()}>
-          <div class="parameters">
+          <div class="parameters wider">
             {field("tasks", "Tasks (N)", 1, 1)}
             {list("shape", "Base model", SHAPES)}
             {list("precision", "Weights", PRECISIONS)}

@@ -67,13 +67,14 @@ export function Chart(props: ChartProps) {
       padding: [10, 16, 0, 0],
       legend: { show: false },
       cursor: {
+        y: false,
         drag: { x: false, y: false },
         points: { size: 7 },
         ...(sync && { sync: { key: sync, setSeries: false } }),
       },
       scales: {
         x: { time: !formatX, ...distr, range: (_, min, max) => latest.current.range ?? [min, max] },
-        y: logarithmic ? { ...distr } : { range: (_, __, max) => [0, max > 0 ? max * 1.08 : 1] },
+        y: logarithmic ? { ...distr, range: (_, min, max) => [min / 2, max * 1.5] } : { range: (_, __, max) => [0, max > 0 ? max * 1.08 : 1] },
       },
       axes: [
         {
@@ -121,6 +122,7 @@ export function Chart(props: ChartProps) {
       <figcaption>
         <h3>{title}</h3>
         {note && <span class="note">{note}</span>}
+        {at !== null && x != null && <span class="note at">{props.formatX ? props.formatX(x) : clock(x, 1)}</span>}
       </figcaption>
       <ul class="legend">
         {lines.map((line, i) => {
@@ -132,9 +134,6 @@ export function Chart(props: ChartProps) {
             </li>
           );
         })}
-        {at !== null && x != null && (
-          <li class="note">{props.formatX ? props.formatX(x) : new Date(x * 1000).toLocaleTimeString()}</li>
-        )}
       </ul>
       <div ref={box} class="plot" style={{ height: `${height}px` }} aria-hidden="true" />
     </figure>
