@@ -3,10 +3,10 @@ import { useEffect, useState } from "preact/hooks";
 
 import { Adapters } from "./adapters";
 import { Calculator } from "./calculator";
-import { bytes } from "./format";
+import { bytes, count } from "./format";
 import { Live } from "./live";
 import { Playground } from "./playground";
-import { adapters, poll, readings, trouble, useStore } from "./store";
+import { adapters, points, poll, trouble, useStore } from "./store";
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
 import { type Theme, applyTheme, storedTheme } from "./theme";
@@ -64,7 +64,7 @@ function App() {
 
 function Header({ view }: { view: View }) {
   const list = useStore(adapters);
-  const reading = useStore(readings).at(-1);
+  const point = useStore(points).at(-1);
   return (
     <header>
       <div class="brand">
@@ -84,11 +84,11 @@ function Header({ view }: { view: View }) {
       <dl class="facts">
         <div>
           <dt>Running</dt>
-          <dd>{reading ? reading.value("vllm:num_requests_running") : "–"}</dd>
+          <dd>{point ? count(point.running) : "–"}</dd>
         </div>
         <div>
           <dt>Waiting</dt>
-          <dd>{reading ? reading.value("vllm:num_requests_waiting") : "–"}</dd>
+          <dd>{point ? count(point.waiting) : "–"}</dd>
         </div>
         <div>
           <dt>Adapter memory</dt>

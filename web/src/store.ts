@@ -3,7 +3,8 @@
 import { useEffect, useState } from "preact/hooks";
 
 import * as api from "./api";
-import { type Reading, parse } from "./metrics";
+import { parse } from "./metrics";
+import { type Point, point } from "./points";
 
 /** A value that components follow. */
 export class Store<T> {
@@ -32,35 +33,33 @@ export function useStore<T>(store: Store<T>): T {
 }
 
 export const adapters = new Store<api.AdapterList | null>(null);
-/** Why the last look at the adapters or the metrics failed, as long as no later one was answered. */
+/** Why the last looks at the adapters and the metrics failed, where they did. */
 export const trouble = new Store<{ adapters?: string; metrics?: string }>({});
 /** In the order of time. */
-export const readings = new Store<Reading[]>([]);
-/** Seconds between readings; 0 is none. */
+export const points = new Store<Point[]>([]);
+/** Seconds between readings of the metrics; 0 is none. */
 export const interval = new Store(2);
 
-/** Readings are kept for this long, in seconds. */
+/** Points are kept for this long, in seconds. */
 export const HISTORY = 1800;
 /** Seconds between looks at the adapters. */
 const LIST_EVERY = 4;
 
 async function attempt(what: "adapters" | "metrics", look: () => Promise<void>) {
+  const outcome = await look().then(
+    () => ({}),
+    (error) => ({ [what]: api.describe(error) }),
+  );
   const { [what]: _, ...others } = trouble.value;
-  try {
-    await look();
-    trouble.set(others);
-  } catch (error) {
-    trouble.set({ ...others, [what]: api.describe(error) });
-  }
+  trouble.set({ ...others, ...outcome });
 }
 
 export const refreshAdapters = () => attempt("adapters", async () => adapters.set(await api.listAdapters()));
 
 const readMetrics = () =>
   attempt("metrics", async () => {
-    const reading = parse(await api.metrics(), Date.now() / 1000);
-    const kept = readings.value.filter((earlier) => earlier.time > reading.time - HISTORY);
-    readings.set([...kept, reading]);
+    const next = point(parse(await api.metrics(), Date.now() / 1000));
+    points.set([...points.value.filter((earlier) => earlier.time > next.time - HISTORY), next]);
   });
 
 /** Polls for as long as the page is there, except that adapters are not looked at while it is hidden. */

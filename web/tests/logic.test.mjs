@@ -10,6 +10,7 @@ after(() => vite.close());
 const load = (name) => vite.ssrLoadModule(`/src/${name}.ts`);
 const hosting = await load("hosting");
 const metrics = await load("metrics");
+const points = await load("points");
 const api = await load("api");
 const files = await load("files");
 const format = await load("format");
@@ -78,6 +79,36 @@ test("quantiles come from what was added between two readings", () => {
   assert.equal(metrics.quantile(metrics.between(delta, delta), 0.5), null);
   assert.deepEqual(metrics.between(h([10, 10, 10], 3), h([1, 2, 2], 4)), h([1, 2, 2], 4));
   assert.equal(metrics.increase(10, 3), 3);
+});
+
+test("a point of a chart is of what came in the seconds before it", () => {
+  const reading = (time) => {
+    const n = 10 * time;
+    const lines = [
+      `loramux_generated_tokens_total{adapter="a"} ${n}`,
+      `loramux_generated_tokens_total{adapter="b"} ${n}`,
+      `loramux_requests_total{adapter="a",status="200"} ${time}`,
+      `loramux_requests_total{adapter="a",status="499"} ${time}`,
+      `loramux_requests_total{adapter="-",status="404"} ${time}`,
+      `loramux_ttft_seconds_bucket{le="1"} ${n}`,
+      `loramux_ttft_seconds_bucket{le="+Inf"} ${n}`,
+      "loramux_base_bytes 100",
+      'loramux_adapter_bytes{tier="device"} 20',
+      'loramux_adapter_bytes{tier="disk"} 50',
+      'loramux_kv_blocks{state="used"} 3',
+      'loramux_kv_blocks{state="cached"} 1',
+      "loramux_kv_block_bytes 2",
+    ];
+    return points.point(metrics.parse(lines.join("\n"), time));
+  };
+  const all = [0, 2, 4, 6, 8, 10, 12, 14].map(reading);
+  assert.deepEqual(points.pairs(all, 10).map(([before, now]) => now.time - before.time), [2, 4, 6, 8, 10, 10, 10]);
+  const rows = points.series(all, 10);
+  assert.deepEqual(rows.throughput[1], Array(7).fill(20));
+  assert.deepEqual(rows.first[1], Array(7).fill(0.5));
+  assert.deepEqual([rows.memory[1][0], rows.memory[2][0], rows.memory[3][0]], [126, 120, 100]);
+  const last = points.pairs(all, 10).at(-1);
+  assert.deepEqual([points.rate(last, "requests"), points.rate(last, "failures"), all[0].kvShare], [2, 1, 0.75]);
 });
 
 test("events are whole however the bytes are cut", async () => {
