@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 DATA := $(abspath $(CARGO_TARGET_DIR))/data
 
-.PHONY: serve build model test deploy-check bench-train bench-methods adapters lint
+.PHONY: serve build model test deploy-check bench-train bench-methods adapters lint page page-check page-test
 
 serve: build model
 	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
@@ -79,3 +79,16 @@ $(DATA)/ready: recipes/data.py recipes/book-reviews-train.csv
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets -- -D warnings
+
+# The web page (web/README.md). It takes Node; what it builds is in the repository, so nothing else does.
+page:
+	cd web && npm ci && npm run build
+
+# Whether the page in src/server/page is what web/ builds.
+page-check: page
+	! git status --porcelain -- src/server/page | grep .
+
+# The page in Chromium (Debian's package, or the one that CHROMIUM names) before a real server.
+page-test: page
+	$(CARGO) build
+	cd web && LORAMUX_BIN=$(abspath $(CARGO_TARGET_DIR))/debug/loramux npm test

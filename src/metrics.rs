@@ -29,6 +29,7 @@ pub struct Metrics {
     pub batch_adapters: Histogram,
     pub queue_length: IntGauge,
     pub kv_blocks: IntGaugeVec,
+    pub kv_block_bytes: IntGauge,
     pub preemptions: IntCounter,
     pub adapters: IntGaugeVec,
     pub adapter_bytes: IntGaugeVec,
@@ -164,6 +165,7 @@ impl Metrics {
                 "Blocks of the KV cache: used, cached (unused but still holding a prefix) or free",
                 &["state"]
             )),
+            kv_block_bytes: register!(IntGauge::new("loramux_kv_block_bytes", "Bytes of a block of the KV cache")),
             preemptions: register!(IntCounter::new(
                 "loramux_preemptions_total",
                 "Sequences put back into the queue for want of KV cache blocks"

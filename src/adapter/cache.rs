@@ -1,10 +1,10 @@
 //! The top memory tier: values by generation, loaded once however many wait, evicted least recently used first.
 //!
-//! Whoever holds the `Arc` of a value pins it. What is pinned is never evicted. A load asks for room first
+//! What somebody holds the `Arc` of is never evicted, nor what [`Cache::pin`] names. A load asks for room first
 //! ([`Flight::reserve`]); what was loaded without it may exceed the limit, and the excess goes at the first chance after it is
 //! released. No method waits for anything but a short lock, and values are freed outside of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
@@ -24,6 +24,8 @@ struct State<T> {
     leaving: HashMap<Generation, (Weak<T>, usize)>,
     /// Loads under way, and to whom their outcomes go.
     loading: HashMap<Origin, Vec<oneshot::Sender<Outcome<T>>>>,
+    /// Generations that stay though nobody holds them, whether they are in memory yet or not.
+    pinned: HashSet<Generation>,
     /// Bytes of all values, ready and leaving.
     used: usize,
     /// Bytes that loads under way have room for.
@@ -46,6 +48,13 @@ type Outcome<T> = Result<Arc<T>>;
 /// Waits for a load. Every waiter has a channel of its own: one for all would hold the value, and so pin it, for a
 /// moment longer than anybody wants it.
 pub(super) struct Waiter<T>(oneshot::Receiver<Outcome<T>>);
+
+/// A value that is in memory.
+pub(super) struct Presence {
+    /// How many hold it beside the cache.
+    pub holders: usize,
+    pub bytes: usize,
+}
 
 /// What a look-up found.
 pub(super) enum Lookup<T> {
@@ -72,8 +81,16 @@ pub(super) struct Settled<T> {
 
 impl<T> Cache<T> {
     pub fn new(limit: usize) -> Arc<Self> {
-        let (ready, leaving, loading) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Arc::new(Cache { limit, state: Mutex::new(State { ready, leaving, loading, used: 0, reserved: 0, clock: 0 }) })
+        let state = State {
+            ready: HashMap::new(),
+            leaving: HashMap::new(),
+            loading: HashMap::new(),
+            pinned: HashSet::new(),
+            used: 0,
+            reserved: 0,
+            clock: 0,
+        };
+        Arc::new(Cache { limit, state: Mutex::new(state) })
     }
 
     /// The value of `generation`, or the load of it from the folder `from`.
@@ -97,14 +114,14 @@ impl<T> Cache<T> {
                 }
             }
         };
-        // What was pinned when the limit was exceeded may be free by now.
+        // What was in use when the limit was exceeded may be free by now.
         let evicted = state.evict_to(self.limit);
         drop(state);
         drop(evicted);
         found
     }
 
-    /// Takes a value that is ready, if it fits beside what is pinned. Returns whether the generation is ready now.
+    /// Takes a value that is ready, if it fits beside what is held or pinned. Returns whether the generation is ready now.
     pub fn offer(&self, generation: &Generation, value: Arc<T>, bytes: usize) -> bool {
         let mut state = self.state();
         if state.find(generation).is_some() {
@@ -132,12 +149,22 @@ impl<T> Cache<T> {
         drop(value);
     }
 
-    /// How many hold the value beside the cache; `None` if it is not in memory.
-    pub fn holders(&self, generation: &Generation) -> Option<usize> {
+    /// Pins these generations, and none of those that were pinned before.
+    pub fn pin(&self, generations: HashSet<Generation>) {
+        self.state().pinned = generations;
+    }
+
+    /// `None` if the value is not in memory.
+    pub fn presence(&self, generation: &Generation) -> Option<Presence> {
         let state = self.state();
-        let ready = state.ready.get(generation).map(|ready| Arc::strong_count(&ready.value) - 1);
-        let leaving = || state.leaving.get(generation).map(|(value, _)| value.strong_count()).filter(|n| *n > 0);
-        ready.or_else(leaving)
+        let ready = state.ready.get(generation).map(|r| (Arc::strong_count(&r.value) - 1, r.bytes));
+        let leaving = || state.leaving.get(generation).map(|(v, bytes)| (v.strong_count(), *bytes)).filter(|v| v.0 > 0);
+        ready.or_else(leaving).map(|(holders, bytes)| Presence { holders, bytes })
+    }
+
+    /// Bytes that values may take.
+    pub fn limit(&self) -> usize {
+        self.limit
     }
 
     /// Number and bytes of the values in memory.
@@ -183,14 +210,19 @@ impl<T> State<T> {
         });
     }
 
+    /// Whether the value is pinned or held. One strong count is the cache's own.
+    fn stays(&self, generation: &Generation, ready: &Ready<T>) -> bool {
+        Arc::strong_count(&ready.value) > 1 || self.pinned.contains(generation)
+    }
+
     /// Makes the values and what is reserved take at most `limit`, as far as values are free. Returns what is evicted, to be
     /// dropped without the lock.
     fn evict_to(&mut self, limit: usize) -> Vec<Arc<T>> {
         self.bury();
         let mut evicted = vec![];
         while self.used + self.reserved > limit {
-            // One strong count is the cache's own. It cannot grow meanwhile: clones are made from it under the lock.
-            let free = self.ready.iter().filter(|(_, ready)| Arc::strong_count(&ready.value) == 1);
+            // Counts cannot grow meanwhile: clones are made under the lock.
+            let free = self.ready.iter().filter(|(generation, ready)| !self.stays(generation, ready));
             let oldest = free.min_by_key(|(_, ready)| ready.used_at).map(|(generation, _)| generation.clone());
             let Some(ready) = oldest.and_then(|generation| self.ready.remove(&generation)) else { break };
             self.used -= ready.bytes;
@@ -201,14 +233,15 @@ impl<T> State<T> {
 }
 
 impl<T> Flight<T> {
-    /// Makes room for a value of about this many bytes, unless what is pinned or reserved by other loads leaves too little. One
-    /// that is larger than there is room at all gets it when nothing else is in use.
+    /// Makes room for a value of about this many bytes, unless what is held, pinned or reserved by other loads leaves too
+    /// little. One that is larger than there is room at all gets it when nothing else is in use.
     pub fn reserve(&mut self, bytes: usize) -> bool {
         let mut state = self.cache.state();
         state.bury();
-        let held = |ready: &Ready<T>| if Arc::strong_count(&ready.value) > 1 { ready.bytes } else { 0 };
+        let stay = state.ready.iter().filter(|(generation, ready)| state.stays(generation, ready));
+        let stay: usize = stay.map(|(_, ready)| ready.bytes).sum();
         let leaving: usize = state.leaving.values().map(|(_, bytes)| bytes).sum();
-        let taken = state.ready.values().map(held).sum::<usize>() + leaving + state.reserved;
+        let taken = stay + leaving + state.reserved;
         if taken > 0 && taken.saturating_add(bytes) > self.cache.limit {
             return false;
         }
@@ -307,7 +340,11 @@ mod tests {
     }
 
     fn has(cache: &Cache<usize>, i: usize) -> bool {
-        cache.holders(&generation(i)).is_some()
+        cache.presence(&generation(i)).is_some()
+    }
+
+    fn holders(cache: &Cache<usize>, i: usize) -> Option<usize> {
+        cache.presence(&generation(i)).map(|p| p.holders)
     }
 
     #[test]
@@ -325,11 +362,28 @@ mod tests {
         let cache = Cache::new(20);
         let held: Vec<_> = (0..4).map(|i| put(&cache, i, 10)).collect();
         assert_eq!(cache.totals(), (4, 40));
-        assert_eq!(cache.holders(&generation(0)), Some(1));
+        assert_eq!(holders(&cache, 0), Some(1));
         drop(held);
         put(&cache, 3, 10);
         assert_eq!(cache.totals(), (2, 20));
         assert!(has(&cache, 3) && has(&cache, 2));
+    }
+
+    #[test]
+    fn what_is_pinned_stays_and_leaves_less_room() {
+        let cache = Cache::new(20);
+        // Before it is there, as after a replacement that did not fit.
+        cache.pin([generation(1)].into());
+        for i in [1, 2, 3] {
+            put(&cache, i, 10);
+        }
+        assert_eq!([1, 2, 3].map(|i| has(&cache, i)), [true, false, true]);
+        assert!(!cache.offer(&generation(4), Arc::new(4), 11));
+        let Lookup::Load(mut flight, _) = look_up(&cache, 5) else { panic!("nobody loads it") };
+        assert!(!flight.reserve(11));
+        cache.pin(HashSet::new());
+        assert!(flight.reserve(11));
+        assert_eq!(cache.totals(), (0, 0));
     }
 
     #[test]
@@ -350,10 +404,10 @@ mod tests {
         let held = put(&cache, 1, 10);
         cache.forget(&generation(1));
         // It is in memory as long as it is held, and leaves no room for others.
-        assert_eq!((cache.totals(), *held, cache.holders(&generation(1))), ((1, 10), 1, Some(1)));
+        assert_eq!((cache.totals(), *held, holders(&cache, 1)), ((1, 10), 1, Some(1)));
         assert!(!cache.offer(&generation(2), Arc::new(2), 11));
         drop(held);
-        assert_eq!((cache.totals(), cache.holders(&generation(1))), ((0, 0), None));
+        assert_eq!((cache.totals(), holders(&cache, 1)), ((0, 0), None));
         assert!(cache.offer(&generation(2), Arc::new(2), 11));
     }
 
@@ -482,9 +536,9 @@ mod tests {
                 }
                 // A look-up evicts whatever the limit demands.
                 drop(look_up(&cache, 99));
-                let pinned: usize = (0..8).filter(|&i| cache.holders(&generation(i)).is_some_and(|n| n > 0)).map(size).sum();
+                let held: usize = (0..8).filter(|&i| holders(&cache, i).is_some_and(|n| n > 0)).map(size).sum();
                 let (_, used) = cache.totals();
-                prop_assert!(used <= 40.max(pinned), "{} used, {} pinned", used, pinned);
+                prop_assert!(used <= 40.max(held), "{} used, {} held", used, held);
             }
         }
     }

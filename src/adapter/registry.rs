@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -35,6 +36,8 @@ const LOAD_FACTOR: u64 = 3;
 const LOOK_FOR_ROOM: Duration = Duration::from_millis(2);
 /// How long it waits before it goes on without. Those who hold adapters may be clients that read slowly.
 const WAIT_FOR_ROOM: Duration = Duration::from_secs(5);
+/// Pinned adapters may take this part of the top tier, so that loads of others find room without waiting for it.
+const PINNED_SHARE: usize = 2;
 /// How often a request follows a name that changes while it loads, before it gives up.
 const MAX_CHASES: usize = 16;
 
@@ -98,8 +101,16 @@ pub struct AdapterInfo {
     pub parameters: usize,
     /// Size of its files.
     pub bytes: u64,
+    /// Size in memory; `None` where it is on disk only.
+    pub memory_bytes: Option<usize>,
+    /// Whether it stays in memory whatever else is wanted.
+    pub pinned: bool,
     /// Requests that hold this generation now.
     pub in_flight: usize,
+    /// Requests that were given the name's adapter since the start, alone or in a blend.
+    pub requests: u64,
+    /// Unix seconds at which the last of them got it.
+    pub last_used: Option<u64>,
     /// Unix seconds at which this generation was published.
     pub created: u64,
 }
@@ -140,6 +151,16 @@ struct Slot {
     /// other content would be a wrong answer.
     stored: Option<Result<Arc<Entry>>>,
     directory: Option<Arc<Entry>>,
+    pinned: bool,
+    usage: Arc<Usage>,
+}
+
+/// How often and when a name was asked for.
+#[derive(Debug, Default)]
+struct Usage {
+    requests: AtomicU64,
+    /// Unix seconds; 0 is never.
+    last: AtomicU64,
 }
 
 impl Slot {
@@ -232,20 +253,33 @@ impl Registry {
 
     /// In the order of names, without adapters that cannot be used.
     pub fn list(&self) -> Vec<AdapterInfo> {
-        let entries: Vec<(String, Arc<Entry>)> = {
-            let names = self.inner.names.read().unwrap_or_else(PoisonError::into_inner);
-            names.iter().filter_map(|(name, slot)| Some((name.clone(), slot.current()?.ok()?.clone()))).collect()
-        };
-        entries.iter().map(|(name, entry)| self.inner.info(name, entry)).collect()
+        let slots = self.inner.names.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let usable = slots.iter().filter_map(|(name, slot)| Some((name, slot, slot.current()?.ok()?)));
+        usable.map(|(name, slot, entry)| self.inner.info(name, slot, entry)).collect()
     }
 
     pub fn get(&self, name: &str) -> Result<AdapterInfo> {
-        Ok(self.inner.info(name, &*self.inner.entry(name)?))
+        let slot = self.inner.slot(name);
+        match slot.current() {
+            Some(entry) => Ok(self.inner.info(name, &slot, entry?)),
+            None => Err(not_found(name)),
+        }
     }
 
-    /// The generation that `name` stands for now, loaded. Holding the `Arc` pins it. Waits while it is read from disk
-    /// (one read however many wait); other adapters' requests do not wait for it.
+    /// Bytes that adapters take in the top tier, and those that they may take.
+    pub fn memory(&self) -> (usize, usize) {
+        (self.inner.cache.totals().1, self.inner.cache.limit())
+    }
+
+    /// The generation that `name` stands for now, loaded, for a request. Holding the `Arc` keeps it in memory. Waits while it
+    /// is read from disk (one read however many wait); other adapters' requests do not wait for it.
     pub async fn acquire(&self, name: &str) -> Result<Arc<PackedAdapter>> {
+        let adapter = self.loaded(name).await?;
+        self.inner.count_use([name]);
+        Ok(adapter)
+    }
+
+    async fn loaded(&self, name: &str) -> Result<Arc<PackedAdapter>> {
         let mut entry = self.inner.entry(name)?;
         // The entry whose load, begun by somebody else, failed. That one may have begun before the entry was there.
         let mut doubted: Option<Arc<Entry>> = None;
@@ -285,6 +319,12 @@ impl Registry {
     /// The blend of the generations that its names stand for now, computed if it is not in memory. It is kept there as
     /// adapters are, and goes when others need its room.
     pub async fn acquire_blend(&self, blend: &Blend) -> Result<Arc<PackedAdapter>> {
+        let adapter = self.computed(blend).await?;
+        self.inner.count_use(blend.names());
+        Ok(adapter)
+    }
+
+    async fn computed(&self, blend: &Blend) -> Result<Arc<PackedAdapter>> {
         let entries = || blend.names().map(|name| self.inner.entry(name)).collect::<Result<Vec<_>>>();
         let mut parts = entries()?;
         for _ in 0..MAX_CHASES {
@@ -342,6 +382,38 @@ impl Registry {
         let (inner, name) = (self.inner.clone(), name.to_string());
         blocking(move || inner.remove(&name, &when)).await
     }
+
+    /// Loads what `name` stands for and keeps it in memory, also what the name stands for later, until [`Self::unpin`] or the
+    /// end of the process. It is no request.
+    ///
+    /// Errors: there is no such adapter, it cannot be loaded, or pinned adapters would take too much of the top tier.
+    pub async fn pin(&self, name: &str) -> Result<AdapterInfo> {
+        let adapter = self.loaded(name).await?;
+        let (inner, own) = (self.inner.clone(), name.to_string());
+        blocking(move || inner.set_pinned(&own, Some(&adapter))).await?;
+        // After `adapter` is released, which is no request's.
+        self.get(name)
+    }
+
+    /// Lets `name` be evicted again. It stays until others need its room.
+    pub async fn unpin(&self, name: &str) -> Result<AdapterInfo> {
+        let (inner, own) = (self.inner.clone(), name.to_string());
+        blocking(move || inner.set_pinned(&own, None)).await?;
+        self.get(name)
+    }
+
+    /// Takes what `name` stands for out of the top tier; its files stay, and the next request loads it again. Requests in
+    /// flight finish on what they hold.
+    ///
+    /// Errors: there is no such adapter, or it is pinned.
+    pub fn unload(&self, name: &str) -> Result<AdapterInfo> {
+        let entry = self.inner.entry(name)?;
+        if self.inner.pinned().contains(&entry.generation) {
+            return Err(Error::conflict(format!("adapter {name:?} is pinned; unpin it before it is unloaded")));
+        }
+        self.inner.cache.forget(&entry.generation);
+        self.get(name)
+    }
 }
 
 impl Registry {
@@ -381,22 +453,77 @@ impl Inner {
         }
     }
 
-    fn info(&self, name: &str, entry: &Entry) -> AdapterInfo {
-        let holders = self.cache.holders(&entry.generation);
+    /// `entry` is the slot's current one.
+    fn info(&self, name: &str, slot: &Slot, entry: &Entry) -> AdapterInfo {
+        let presence = self.cache.presence(&entry.generation);
+        let last_used = slot.usage.last.load(Ordering::Relaxed);
         AdapterInfo {
             name: name.to_string(),
             generation: entry.generation.to_string(),
             source: entry.source,
-            tier: if holders.is_some() { Tier::Device } else { Tier::Disk },
+            tier: if presence.is_some() { Tier::Device } else { Tier::Disk },
             rank: entry.summary.rank,
             lora_alpha: entry.summary.lora_alpha,
             target_modules: entry.summary.target_modules.clone(),
             labels: entry.summary.labels.clone(),
             parameters: entry.summary.parameters,
             bytes: entry.summary.bytes,
-            in_flight: holders.unwrap_or(0),
+            memory_bytes: presence.as_ref().map(|p| p.bytes),
+            pinned: slot.pinned,
+            in_flight: presence.map_or(0, |p| p.holders),
+            requests: slot.usage.requests.load(Ordering::Relaxed),
+            last_used: (last_used > 0).then_some(last_used),
             created: entry.created,
         }
+    }
+
+    fn count_use<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
+        let slots = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        for usage in names.into_iter().filter_map(|name| Some(&slots.get(name)?.usage)) {
+            usage.requests.fetch_add(1, Ordering::Relaxed);
+            usage.last.fetch_max(now(), Ordering::Relaxed);
+        }
+    }
+
+    /// What pinned names stand for.
+    fn pinned(&self) -> HashSet<Generation> {
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let pinned = names.values().filter(|slot| slot.pinned);
+        pinned.filter_map(|slot| Some(slot.current()?.ok()?.generation.clone())).collect()
+    }
+
+    /// Tells the cache what pinned names stand for. Called under `changes`, after a change.
+    fn update_pins(&self) {
+        self.cache.pin(self.pinned());
+    }
+
+    /// Whether there is room to pin `adapter`, which `name` stands for.
+    fn check_pin(&self, name: &str, adapter: &PackedAdapter) -> Result<()> {
+        let mut pinned = self.pinned();
+        pinned.remove(&adapter.generation);
+        let others: usize = pinned.iter().filter_map(|generation| Some(self.cache.presence(generation)?.bytes)).sum();
+        let (bytes, most) = (others.saturating_add(adapter.bytes), self.cache.limit() / PINNED_SHARE);
+        match bytes <= most {
+            true => Ok(()),
+            false => Err(Error::conflict(format!(
+                "adapter {name:?} takes {} bytes and others that are pinned {others}; of the {} bytes that adapters may \
+                 take {most} may be pinned",
+                adapter.bytes,
+                self.cache.limit()
+            ))),
+        }
+    }
+
+    /// Pins `name`, which stands for `adapter`, or unpins it where there is none.
+    fn set_pinned(&self, name: &str, adapter: Option<&PackedAdapter>) -> Result<()> {
+        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        adapter.map_or(Ok(()), |adapter| self.check_pin(name, adapter))?;
+        {
+            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+            names.get_mut(name).ok_or_else(|| not_found(name))?.pinned = adapter.is_some();
+        }
+        self.update_pins();
+        Ok(())
     }
 
     /// Whether some name stands for the generation.
@@ -518,12 +645,13 @@ impl Inner {
         }
         tracing::info!("the files in {} have changed from generation {expected} to {found}", entry.path.display());
         let fresh = directory_entry(entry.path.clone(), found.clone(), summary);
-        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
-        for slot in names.values_mut() {
-            if slot.directory.as_ref().is_some_and(|e| e.path == entry.path) {
-                slot.directory = Some(fresh.clone());
-            }
+        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        {
+            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+            let same = |slot: &&mut Slot| slot.directory.as_ref().is_some_and(|e| e.path == entry.path);
+            names.values_mut().filter(same).for_each(|slot| slot.directory = Some(fresh.clone()));
         }
+        self.update_pins();
         Ok(())
     }
 
@@ -557,7 +685,7 @@ impl Inner {
         self.cache.offer(&generation, packed, bytes);
         let published = self.swap_in(name, entry, &lease, when);
         self.forget_unnamed(&generation);
-        published.map(|(entry, published)| (self.info(name, &entry), published))
+        published.map(|(entry, published)| (self.info(name, &self.slot(name), &entry), published))
     }
 
     /// The instant of publishing: checks the condition, makes the change durable, then visible.
@@ -586,6 +714,7 @@ impl Inner {
             let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
             names.entry(name.to_string()).or_default().stored = Some(Ok(entry.clone()));
         }
+        self.update_pins();
         if let Some(Ok(old)) = slot.current() {
             self.forget_unnamed(&old.generation);
         }
@@ -605,15 +734,18 @@ impl Inner {
                      name, but not removed"
                 )));
             }
-            let removed = current.map(|entry| (self.info(name, entry), entry.generation.clone()));
+            let removed = current.map(|entry| (self.info(name, &slot, entry), entry.generation.clone()));
             // As for a replacement.
             let _old = self.lease_stored(&slot);
             self.store.remove_name(name)?;
-            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
-            match &slot.directory {
-                Some(_) => names.entry(name.to_string()).or_default().stored = None,
-                None => drop(names.remove(name)),
+            {
+                let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+                match &slot.directory {
+                    Some(_) => names.entry(name.to_string()).or_default().stored = None,
+                    None => drop(names.remove(name)),
+                }
             }
+            self.update_pins();
             removed
         };
         let info = match removed {
@@ -706,7 +838,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
             }
         })
         .collect();
-    Ok(read.into_iter().map(|(name, entry)| (name, Slot { stored: None, directory: Some(entry) })).collect())
+    Ok(read.into_iter().map(|(name, entry)| (name, Slot { directory: Some(entry), ..Slot::default() })).collect())
 }
 
 fn directory_entry(path: PathBuf, generation: Generation, summary: Summary) -> Arc<Entry> {
@@ -732,7 +864,11 @@ fn unusable(name: &str) -> AdapterInfo {
         labels: None,
         parameters: 0,
         bytes: 0,
+        memory_bytes: None,
+        pinned: false,
         in_flight: 0,
+        requests: 0,
+        last_used: None,
         created: 0,
     }
 }
@@ -756,7 +892,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
     use std::time::Duration;
 
     use candle_core::Device;
@@ -921,6 +1057,84 @@ mod tests {
         );
         assert_eq!(std::fs::read_dir(world.root.path().join("store/objects")).unwrap().count(), 0);
         assert_eq!(registry.remove("mine", Condition::Always).await.unwrap_err().kind, ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_pinned_name_stays_in_memory_whatever_else_is_asked_for() {
+        let mut world = World::new();
+        (0..4).for_each(|i| drop(world.folder(&format!("a{i}"), &adapter(i))));
+        let (bytes, files) = {
+            let registry = world.open();
+            (registry.loaded("a0").await.unwrap().bytes, registry.get("a0").unwrap().bytes as usize)
+        };
+        // For one beside it while it is read, and not for two.
+        assert!(files < 2 * bytes);
+        world.memory = bytes + files.max(bytes);
+        let registry = world.open();
+        let tiers = || registry.list().iter().map(|info| info.tier == Tier::Device).collect::<Vec<_>>();
+        let info = registry.pin("a0").await.unwrap();
+        assert_eq!(
+            (info.pinned, info.tier, info.memory_bytes, info.requests, info.last_used, info.in_flight),
+            (true, Tier::Device, Some(bytes), 0, None, 0)
+        );
+        for name in ["a1", "a2", "a3"] {
+            drop(registry.acquire(name).await.unwrap());
+        }
+        assert_eq!(tiers(), [true, false, false, true]);
+        // Half of the memory is for others.
+        let error = registry.pin("a1").await.unwrap_err();
+        assert!(error.kind == ErrorKind::Conflict && error.message.contains("may be pinned"), "{error}");
+        assert_eq!(registry.unload("a0").unwrap_err().kind, ErrorKind::Conflict);
+        // The pin is the name's: it goes over to what is uploaded in the place of the folder's adapter, and back.
+        let (uploaded, _) = publish(&registry, "a0", 7).await;
+        assert!(uploaded.pinned && uploaded.tier == Tier::Device, "{uploaded:?}");
+        for name in ["a1", "a2"] {
+            drop(registry.acquire(name).await.unwrap());
+        }
+        assert_eq!(tiers(), [true, false, true, false]);
+        registry.remove("a0", Condition::Always).await.unwrap();
+        drop(registry.acquire("a0").await.unwrap());
+        for name in ["a1", "a2"] {
+            drop(registry.acquire(name).await.unwrap());
+        }
+        assert_eq!(tiers(), [true, false, true, false]);
+        assert!(!registry.unpin("a0").await.unwrap().pinned);
+        for name in ["a1", "a2"] {
+            drop(registry.acquire(name).await.unwrap());
+        }
+        assert_eq!(tiers(), [false, true, true, false]);
+        for name in ["nobody", "a0/.."] {
+            assert_eq!(registry.pin(name).await.unwrap_err().kind, ErrorKind::NotFound);
+            assert_eq!(registry.unpin(name).await.unwrap_err().kind, ErrorKind::NotFound);
+            assert_eq!(registry.unload(name).unwrap_err().kind, ErrorKind::NotFound);
+        }
+    }
+
+    #[tokio::test]
+    async fn uses_are_counted_by_name_and_unloading_frees_the_memory() {
+        let world = World::new();
+        let registry = world.open();
+        publish(&registry, "a", 1).await;
+        publish(&registry, "b", 1).await;
+        let before = now();
+        let held = registry.acquire("a").await.unwrap();
+        drop(registry.acquire("a").await.unwrap());
+        registry.acquire("nobody").await.unwrap_err();
+        let (a, b) = (registry.get("a").unwrap(), registry.get("b").unwrap());
+        assert_eq!((a.requests, b.requests, b.last_used), (2, 0, None));
+        assert!(a.last_used.is_some_and(|last| before <= last && last <= now()), "{a:?}");
+        // A replacement is the same name.
+        assert_eq!(publish(&registry, "a", 2).await.0.requests, 2);
+        registry.unload("a").unwrap();
+        assert_eq!(registry.get("a").unwrap().tier, Tier::Disk);
+        // What is held is in memory until it is released.
+        let info = registry.unload("b").unwrap();
+        assert_eq!((info.tier, info.in_flight), (Tier::Device, 1));
+        drop(held);
+        assert_eq!(registry.get("b").unwrap().memory_bytes, None);
+        assert_eq!(world.gauge(&registry, "device"), (0, 0));
+        drop(registry.acquire("b").await.unwrap());
+        assert_eq!(registry.get("b").unwrap().tier, Tier::Device);
     }
 
     #[tokio::test]

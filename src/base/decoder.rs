@@ -473,17 +473,24 @@ impl Decoder {
 
     /// A cache of as many blocks as fit into `bytes`, at least one.
     pub fn cache(&self, bytes: usize) -> Result<KvCache> {
-        // Beside products of rounded numbers it loses nothing, and reading it is a large part of a step of many rows.
-        let in_f16 = self.options.format == Some(Format::Int8);
-        let (plain, dtype) = match self.options.kernels {
-            Kernels::Packed(_) if in_f16 => (false, DType::F16),
-            Kernels::Packed(_) => (false, DType::F32),
-            Kernels::Tensor => (true, self.options.dtype),
-        };
-        let blocks = (bytes / KvCache::block_bytes(&self.config, plain, dtype)).max(1);
+        let blocks = (bytes / self.kv_block_bytes()).max(1);
+        match (self.options.kernels, self.kv_dtype()) {
+            (Kernels::Packed(_), dtype) => Ok(KvCache::packed(&self.config, blocks, dtype == DType::F16)),
+            (Kernels::Tensor, dtype) => KvCache::tensors(&self.config, blocks, dtype, &self.options.device),
+        }
+    }
+
+    /// Bytes of a block of the KV cache in all layers.
+    pub fn kv_block_bytes(&self) -> usize {
+        KvCache::block_bytes(&self.config, self.options.kernels == Kernels::Tensor, self.kv_dtype())
+    }
+
+    fn kv_dtype(&self) -> DType {
         match self.options.kernels {
-            Kernels::Packed(_) => Ok(KvCache::packed(&self.config, blocks, in_f16)),
-            Kernels::Tensor => KvCache::tensors(&self.config, blocks, dtype, &self.options.device),
+            // Beside products of rounded numbers it loses nothing, and reading it is a large part of a step of many rows.
+            Kernels::Packed(_) if self.options.format == Some(Format::Int8) => DType::F16,
+            Kernels::Packed(_) => DType::F32,
+            Kernels::Tensor => self.options.dtype,
         }
     }
 

@@ -61,6 +61,7 @@ impl Host {
         let held = DecoderOptions { device, kernels, format, dtype };
         let decoder = Arc::new(Decoder::load(&base.config, &base.weights, held)?);
         metrics.base_bytes.set(decoder.bytes() as i64);
+        metrics.kv_block_bytes.set(decoder.kv_block_bytes() as i64);
         tracing::info!("weights take {:.1} MB", decoder.bytes() as f64 / 1e6);
         let language = base.language();
         let registry = Registry::open(

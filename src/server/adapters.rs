@@ -1,4 +1,4 @@
-//! `/v1/adapters`: list, look, upload, replace, remove.
+//! `/v1/adapters`: list, look, upload, replace, remove, pin, unload.
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -23,7 +23,12 @@ const MAX_NAME: usize = 1024;
 const ARCHIVE: &str = ".archive";
 
 pub async fn list(state: Shared) -> HttpResponse {
-    HttpResponse::Ok().json(json!({ "base": state.base_id, "adapters": state.registry.list() }))
+    let (used, limit) = state.registry.memory();
+    HttpResponse::Ok().json(json!({
+        "base": state.base_id,
+        "adapters": state.registry.list(),
+        "memory": { "used": used, "limit": limit },
+    }))
 }
 
 fn info_response(status: StatusCode, info: &AdapterInfo) -> HttpResponse {
@@ -205,4 +210,19 @@ pub async fn put(
 pub async fn delete(state: Shared, http: HttpRequest, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
     let when = condition(http.headers())?.unwrap_or(Condition::Always);
     Ok(HttpResponse::Ok().json(state.registry.remove(&name, when).await?))
+}
+
+/// `PUT /v1/adapters/{name}/pin`.
+pub async fn pin(state: Shared, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    Ok(info_response(StatusCode::OK, &state.registry.pin(&name).await?))
+}
+
+/// `DELETE /v1/adapters/{name}/pin`.
+pub async fn unpin(state: Shared, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    Ok(info_response(StatusCode::OK, &state.registry.unpin(&name).await?))
+}
+
+/// `POST /v1/adapters/{name}/unload`.
+pub async fn unload(state: Shared, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    Ok(info_response(StatusCode::OK, &state.registry.unload(&name)?))
 }

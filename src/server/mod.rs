@@ -10,6 +10,7 @@ mod native;
 mod observe;
 mod openai;
 mod openapi;
+mod page;
 mod run;
 mod vllm;
 
@@ -129,10 +130,6 @@ async fn metrics(state: Shared) -> HttpResponse {
     HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(state.metrics.render())
 }
 
-async fn page() -> HttpResponse {
-    HttpResponse::Ok().content_type("text/html; charset=utf-8").body(include_str!("page.html"))
-}
-
 async fn openapi_document() -> HttpResponse {
     HttpResponse::Ok().json(openapi::document())
 }
@@ -167,6 +164,8 @@ routes! {
     "/v1/classify": post => native::classify;
     "/v1/adapters": get => adapters::list, post => adapters::post;
     "/v1/adapters/{name}": get => adapters::get, put => adapters::put, delete => adapters::delete;
+    "/v1/adapters/{name}/pin": put => adapters::pin, delete => adapters::unpin;
+    "/v1/adapters/{name}/unload": post => adapters::unload;
     "/v1/models": get => openai::models;
     "/v1/models/{id:.+}": get => openai::model;
     "/v1/completions": post => openai::completions;
@@ -185,7 +184,8 @@ routes! {
     "/health/live": get => live;
     "/health/ready": get => ready;
     "/openapi.json": get => openapi_document;
-    "/": get => page, post => lorax::either;
+    "/assets/{file}": get => page::asset;
+    "/": get => page::page, post => lorax::either;
 }
 
 /// Listens, then loads the state, then serves until SIGTERM or SIGINT and finishes what is in flight, for

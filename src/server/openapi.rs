@@ -164,6 +164,7 @@ pub fn document() -> Value {
     let json_body = |summary: &str, schema: Value| operation(summary, Some(("application/json", schema)), vec![]);
     let plain = |summary: &str| operation(summary, None, vec![]);
     let name = json!({ "name": "name", "in": "path", "required": true, "schema": text() });
+    let asset = json!({ "name": "file", "in": "path", "required": true, "schema": text() });
     let id = json!({ "name": "id", "in": "path", "required": true, "schema": text() });
     let header = |name: &str| json!({ "name": name, "in": "header", "required": false, "schema": text() });
     let query = json!({ "name": "adapter", "in": "query", "required": false, "schema": text() });
@@ -196,7 +197,14 @@ pub fn document() -> Value {
             "/v1/adapters/{name}": {
                 "get": operation("One adapter", None, vec![name.clone()]),
                 "put": put_adapter,
-                "delete": operation("Remove an uploaded adapter", None, vec![name, header("If-Match")]),
+                "delete": operation("Remove an uploaded adapter", None, vec![name.clone(), header("If-Match")]),
+            },
+            "/v1/adapters/{name}/pin": {
+                "put": operation("Keep an adapter in memory until the server ends", None, vec![name.clone()]),
+                "delete": operation("Let an adapter be evicted again", None, vec![name.clone()]),
+            },
+            "/v1/adapters/{name}/unload": {
+                "post": operation("Free an adapter's memory; its files stay", None, vec![name]),
             },
             "/v1/models": { "get": plain("The base and the adapters as OpenAI's models") },
             "/v1/models/{id}": { "get": operation("One model", None, vec![id]) },
@@ -210,6 +218,7 @@ pub fn document() -> Value {
             "/generate": { "post": json_body("LoRAX and TGI: continue a prompt", lorax.clone()) },
             "/generate_stream": { "post": json_body("LoRAX and TGI: continue a prompt, as events", lorax.clone()) },
             "/": { "get": plain("The web page"), "post": json_body("LoRAX and TGI: either of the two", lorax) },
+            "/assets/{file}": { "get": operation("Script, style and icon of the web page", None, vec![asset]) },
             "/info": { "get": plain("LoRAX and TGI: about the model") },
             "/metrics": { "get": plain("Prometheus metrics") },
             "/health": { "get": health("As /health/ready") },

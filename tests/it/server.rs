@@ -298,3 +298,64 @@ async fn an_adapter_with_a_language_of_its_own() {
     assert_eq!(status, 400, "{body}");
     assert!(body["error"]["message"].as_str().unwrap().contains("the vocabulary ends at 255"), "{body}");
 }
+
+/// Pins, unloads and what the list tells of adapters, over HTTP.
+#[tokio::test(flavor = "multi_thread")]
+async fn adapters_are_pinned_unloaded_and_counted() {
+    let server = Server::start(&tiny(), &[]).await;
+    assert_eq!(server.put_directory("mine", &fixtures().join("tiny/llama/adapter_qv_r4")).await.0, 201);
+    let ask = json!({ "adapter": "mine", "prompt": "t5 t6", "max_tokens": 1 });
+    for _ in 0..2 {
+        assert_eq!(server.post("/v1/generate", ask.clone()).await.0, 200);
+    }
+    let route = |what: &str| server.at(&format!("/v1/adapters/mine/{what}"));
+    let (status, info) = answer(server.http.put(route("pin"))).await.unwrap();
+    assert_eq!((status, &info["pinned"], &info["requests"]), (200, &json!(true), &json!(2)), "{info}");
+    assert!(info["last_used"].as_u64().is_some() && info["memory_bytes"].as_u64().is_some(), "{info}");
+    let (status, body) = answer(server.http.post(route("unload"))).await.unwrap();
+    assert_eq!((status, body["error"]["type"].as_str()), (409, Some("conflict_error")), "{body}");
+    let (_, list) = server.get("/v1/adapters").await.unwrap();
+    assert_eq!((&list["adapters"][0], &list["memory"]["used"]), (&info, &info["memory_bytes"]), "{list}");
+    let (status, info) = answer(server.http.delete(route("pin"))).await.unwrap();
+    assert_eq!((status, &info["pinned"], &info["tier"]), (200, &json!(false), &json!("device")), "{info}");
+    let (status, info) = answer(server.http.post(route("unload"))).await.unwrap();
+    assert_eq!((status, &info["tier"], &info["memory_bytes"]), (200, &json!("disk"), &Value::Null), "{info}");
+    let (_, list) = server.get("/v1/adapters").await.unwrap();
+    assert_eq!(list["memory"], json!({ "used": 0, "limit": 1 << 30 }));
+    assert_eq!(server.post("/v1/generate", ask).await.0, 200);
+    for request in
+        [server.http.put(server.at("/v1/adapters/none/pin")), server.http.post(server.at("/v1/adapters/none/unload"))]
+    {
+        assert_eq!(answer(request).await.unwrap().0, 404);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_may_load_and_ask_this_server_alone() {
+    let server = Server::start(&tiny(), &[]).await;
+    for (path, kind) in [
+        ("/", "text/html"),
+        ("/assets/app.js", "text/javascript"),
+        ("/assets/app.css", "text/css"),
+        ("/assets/icon.svg", "image/svg+xml"),
+    ] {
+        let response = server.http.get(server.at(path)).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
+        let header = |name: &str| response.headers()[name].to_str().unwrap().to_string();
+        assert!(header("content-type").starts_with(kind), "{path}: {}", header("content-type"));
+        assert_eq!(header("x-content-type-options"), "nosniff");
+        let policy = header("content-security-policy");
+        for part in policy.split("; ") {
+            let (name, sources) = part.split_once(' ').unwrap();
+            let nothing_else = sources == "'none'" || sources == "'self'" || name == "require-trusted-types-for";
+            assert!(nothing_else, "{path}: {part}");
+        }
+        assert!(policy.starts_with("default-src 'none'; "), "{policy}");
+    }
+    for path in ["/assets/", "/assets/app.ts", "/assets/..%2fpage.rs", "/assets/%2e%2e/index.html"] {
+        assert_eq!(server.get(path).await.unwrap().0, 404, "{path}");
+    }
+    let (_, metrics) = server.get("/metrics").await.unwrap();
+    let block = metrics.as_str().unwrap().lines().find_map(|l| l.strip_prefix("loramux_kv_block_bytes ")).unwrap();
+    assert!(block.parse::<u64>().unwrap() > 0);
+}

@@ -1,0 +1,249 @@
+import { useMemo, useState } from "preact/hooks";
+
+import * as api from "./api";
+import { Confirm, Dialog } from "./dialog";
+import { ago, bytes, count, date } from "./format";
+import { adapters, refreshAdapters, useStore } from "./store";
+import { Upload } from "./upload";
+
+type Key = "name" | "tier" | "rank" | "bytes" | "memory_bytes" | "requests" | "last_used" | "in_flight";
+
+const COLUMNS: { key: Key; label: string; number: boolean }[] = [
+  { key: "name", label: "Name", number: false },
+  { key: "tier", label: "Tier", number: false },
+  { key: "rank", label: "Rank", number: true },
+  { key: "bytes", label: "Files", number: true },
+  { key: "memory_bytes", label: "In memory", number: true },
+  { key: "requests", label: "Requests", number: true },
+  { key: "last_used", label: "Last use", number: true },
+  { key: "in_flight", label: "In flight", number: true },
+];
+/** Rows shown at first, and with each press of the button below. */
+const PAGE = 100;
+
+type Open = { what: "replace" | "unload" | "delete"; adapter: api.Adapter };
+
+export function Adapters() {
+  const list = useStore(adapters);
+  const [filter, setFilter] = useState("");
+  const [order, setOrder] = useState<{ key: Key; down: boolean }>({ key: "name", down: false });
+  const [rows, setRows] = useState(PAGE);
+  const [open, setOpen] = useState<Open | null>(null);
+  const [error, setError] = useState<string | null>(null);
+  const [busy, setBusy] = useState(false);
+
+  const all = list?.adapters ?? [];
+  const shown = useMemo(() => {
+    const wanted = filter.trim().toLowerCase();
+    const text = (a: api.Adapter) => [a.name, a.generation, ...(a.labels ?? [])].join(" ").toLowerCase();
+    const found = wanted ? all.filter((a) => text(a).includes(wanted)) : [...all];
+    const { key, down } = order;
+    const compare = (a: api.Adapter, b: api.Adapter) => {
+      const [x, y] = [a[key] ?? -1, b[key] ?? -1];
+      return typeof x === "string" ? x.localeCompare(String(y)) : x - Number(y);
+    };
+    return found.sort((a, b) => (down ? -compare(a, b) : compare(a, b)));
+  }, [all, filter, order]);
+
+  const act = async (change: () => Promise<unknown>) => {
+    setBusy(true);
+    setError(null);
+    try {
+      await change();
+      setOpen(null);
+    } catch (e) {
+      setError(api.describe(e));
+    } finally {
+      setBusy(false);
+      await refreshAdapters();
+    }
+  };
+  const show = (what: Open["what"], adapter: api.Adapter) => {
+    setError(null);
+    setOpen({ what, adapter });
+  };
+  const close = () => setOpen(null);
+
+  return (
+    <>
+      <div class="bar">
+        <h2>Adapters</h2>
+        <span class="note" role="status">
+          {list ? (filter ? `${count(shown.length)} of ${count(all.length)}` : count(all.length)) : "…"}
+        </span>
+        <label>
+          <span class="hidden">Filter by name, label or generation</span>
+          <input
+            type="search"
+            placeholder="Filter by name, label, generation"
+            value={filter}
+            onInput={(event) => setFilter(event.currentTarget.value)}
+          />
+        </label>
+      </div>
+      <div aria-live="polite">{error && !open && <p class="alert bad">{error}</p>}</div>
+      <div class="card table">
+        <table>
+          <caption class="hidden">Adapters of this server</caption>
+          <thead>
+            <tr>
+              {COLUMNS.map(({ key, label, number }) => (
+                <th
+                  key={key}
+                  scope="col"
+                  class={number ? "number" : undefined}
+                  aria-sort={order.key === key ? (order.down ? "descending" : "ascending") : undefined}
+                >
+                  <button
+                    type="button"
+                    class="sort"
+                    onClick={() => setOrder({ key, down: order.key === key ? !order.down : number })}
+                  >
+                    {label}
+                    <span aria-hidden="true">{order.key === key ? (order.down ? " ↓" : " ↑") : ""}</span>
+                  </button>
+                </th>
+              ))}
+              <th scope="col">Generation</th>
+              <th scope="col">
+                <span class="hidden">Actions</span>
+              </th>
+            </tr>
+          </thead>
+          <tbody>
+            {shown.slice(0, rows).map((a) => (
+              <Row key={a.name} adapter={a} show={show} act={act} />
+            ))}
+          </tbody>
+        </table>
+        {list && shown.length === 0 && (
+          <p class="empty">{all.length ? "No adapter matches the filter." : "No adapters yet. Upload the first one below."}</p>
+        )}
+        {shown.length > rows && (
+          <button type="button" class="more" onClick={() => setRows(rows + PAGE)}>
+            Show more ({count(shown.length - rows)} left)
+          </button>
+        )}
+      </div>
+      <div class="card">
+        <h3>Upload a new adapter</h3>
+        <Upload />
+      </div>
+      {open?.what === "replace" && (
+        <Dialog title={`Replace ${open.adapter.name}`} close={close}>
+          <p>
+            In the place of generation <code title={open.adapter.generation}>{open.adapter.generation.slice(0, 12)}</code>, and
+            of no other. Requests in flight finish on it.
+          </p>
+          <Upload
+            replaces={open.adapter}
+            current={all.find((a) => a.name === open.adapter.name)?.generation}
+            close={close}
+          />
+        </Dialog>
+      )}
+      {open?.what === "unload" && (
+        <Confirm
+          title={`Unload ${open.adapter.name}?`}
+          text="Its memory is freed. The files stay, and the next request for it loads it again."
+          action="Unload"
+          error={error}
+          busy={busy}
+          confirm={() => void act(() => api.unload(open.adapter.name))}
+          close={close}
+        />
+      )}
+      {open?.what === "delete" && (
+        <Confirm
+          title={`Delete ${open.adapter.name}?`}
+          text={`Generation ${open.adapter.generation.slice(0, 12)} and its files are removed from this server. Requests in flight finish on it.`}
+          action="Delete"
+          error={error}
+          busy={busy}
+          confirm={() => void act(() => api.remove(open.adapter.name, open.adapter.generation))}
+          close={close}
+        />
+      )}
+    </>
+  );
+}
+
+interface RowProps {
+  adapter: api.Adapter;
+  show: (what: Open["what"], adapter: api.Adapter) => void;
+  act: (change: () => Promise<unknown>) => Promise<void>;
+}
+
+function Row({ adapter: a, show, act }: RowProps) {
+  const now = Date.now() / 1000;
+  const loaded = a.tier === "device";
+  const details = [
+    `alpha ${a.lora_alpha}`,
+    `${count(a.parameters)} parameters`,
+    a.source === "directory" ? "from a read-only folder" : "uploaded",
+    date(a.created),
+  ].join(" · ");
+  return (
+    <tr>
+      <th scope="row" title={details}>
+        <span class="name">{a.name}</span>
+        <span class="chips">
+          {a.labels?.slice(0, 6).map((label) => (
+            <span key={label} class="chip">
+              {label}
+            </span>
+          ))}
+          {a.labels && a.labels.length > 6 && <span class="chip">+{a.labels.length - 6}</span>}
+        </span>
+      </th>
+      <td>
+        <span class={loaded ? "tier device" : "tier"}>{loaded ? "memory" : "disk"}</span>
+        {a.pinned && <span class="tier pinned">pinned</span>}
+      </td>
+      <td class="number" title={a.target_modules.join(", ")}>
+        {a.rank}
+      </td>
+      <td class="number" title={`${count(a.bytes)} bytes`}>
+        {bytes(a.bytes)}
+      </td>
+      <td class="number" title={a.memory_bytes === null ? undefined : `${count(a.memory_bytes)} bytes`}>
+        {a.memory_bytes === null ? "–" : bytes(a.memory_bytes)}
+      </td>
+      <td class="number">{count(a.requests)}</td>
+      <td class="number" title={a.last_used === null ? undefined : date(a.last_used)}>
+        {a.last_used === null ? "never" : ago(a.last_used, now)}
+      </td>
+      <td class="number">{a.in_flight}</td>
+      <td>
+        <code title={a.generation}>{a.generation.slice(0, 12)}</code>
+      </td>
+      <td class="actions">
+        <Action name={a.name} verb="Replace" onClick={() => show("replace", a)} />
+        <Action
+          name={a.name}
+          verb={a.pinned ? "Unpin" : "Pin"}
+          title={a.pinned ? "Let it be evicted again" : "Keep it in memory until the server ends"}
+          onClick={() => void act(() => api.setPinned(a.name, !a.pinned))}
+        />
+        {loaded && <Action name={a.name} verb="Unload" onClick={() => show("unload", a)} />}
+        {a.source === "store" && <Action name={a.name} verb="Delete" danger onClick={() => show("delete", a)} />}
+      </td>
+    </tr>
+  );
+}
+
+interface ActionProps {
+  name: string;
+  verb: string;
+  title?: string;
+  danger?: boolean;
+  onClick: () => void;
+}
+
+function Action({ name, verb, title, danger, onClick }: ActionProps) {
+  return (
+    <button type="button" class={danger ? "small danger" : "small"} aria-label={`${verb} ${name}`} title={title} onClick={onClick}>
+      {verb}
+    </button>
+  );
+}

@@ -1,0 +1,133 @@
+import { render } from "preact";
+import { useEffect, useState } from "preact/hooks";
+
+import { Adapters } from "./adapters";
+import { Calculator } from "./calculator";
+import { bytes, count } from "./format";
+import { Live } from "./live";
+import { Playground } from "./playground";
+import { adapters, points, poll, trouble, useStore } from "./store";
+import "uplot/dist/uPlot.min.css";
+import "./style.css";
+import { type Theme, applyTheme, storedTheme } from "./theme";
+
+const VIEWS = { adapters: "Adapters", playground: "Playground", live: "Live", hosting: "Hosting cost" } as const;
+type View = keyof typeof VIEWS;
+
+const viewOf = (hash: string): View => {
+  const name = hash.replace(/^#\/?/, "");
+  return name in VIEWS ? (name as View) : "adapters";
+};
+
+function App() {
+  const [view, setView] = useState(viewOf(location.hash));
+  useEffect(() => {
+    const follow = () => setView(viewOf(location.hash));
+    addEventListener("hashchange", follow);
+    return () => removeEventListener("hashchange", follow);
+  }, []);
+  useEffect(() => {
+    document.title = `${VIEWS[view]} · loramux`;
+  }, [view]);
+  // All views stay, so that a generation goes on and fields keep what they hold.
+  return (
+    <>
+      <a
+        class="skip"
+        href="#main"
+        onClick={(event) => {
+          event.preventDefault();
+          document.getElementById("main")?.focus();
+        }}
+      >
+        Skip to the content
+      </a>
+      <Header view={view} />
+      <main id="main" tabIndex={-1}>
+        <Trouble />
+        <section hidden={view !== "adapters"} aria-label={VIEWS.adapters}>
+          <Adapters />
+        </section>
+        <section hidden={view !== "playground"} aria-label={VIEWS.playground}>
+          <Playground />
+        </section>
+        <section hidden={view !== "live"} aria-label={VIEWS.live}>
+          <Live shown={view === "live"} />
+        </section>
+        <section hidden={view !== "hosting"} aria-label={VIEWS.hosting}>
+          <Calculator shown={view === "hosting"} />
+        </section>
+      </main>
+    </>
+  );
+}
+
+function Header({ view }: { view: View }) {
+  const list = useStore(adapters);
+  const point = useStore(points).at(-1);
+  return (
+    <header>
+      <div class="brand">
+        <img src="./assets/icon.svg" alt="" width="26" height="26" />
+        <h1>loramux</h1>
+        <span class="base" title="The base model">
+          {list?.base ?? "…"}
+        </span>
+      </div>
+      <nav aria-label="Views">
+        {Object.entries(VIEWS).map(([name, label]) => (
+          <a key={name} href={`#${name}`} aria-current={name === view ? "page" : undefined}>
+            {label}
+          </a>
+        ))}
+      </nav>
+      <dl class="facts">
+        <div>
+          <dt>Running</dt>
+          <dd>{point ? count(point.running) : "–"}</dd>
+        </div>
+        <div>
+          <dt>Waiting</dt>
+          <dd>{point ? count(point.waiting) : "–"}</dd>
+        </div>
+        <div>
+          <dt>Adapter memory</dt>
+          <dd>{list?.memory ? `${bytes(list.memory.used)} of ${bytes(list.memory.limit)}` : "–"}</dd>
+        </div>
+      </dl>
+      <ThemeChoice />
+    </header>
+  );
+}
+
+function ThemeChoice() {
+  const [theme, setTheme] = useState<Theme>(storedTheme());
+  return (
+    <label class="theme">
+      <span class="hidden">Theme</span>
+      <select
+        value={theme}
+        onChange={(event) => {
+          const chosen = event.currentTarget.value as Theme;
+          setTheme(chosen);
+          applyTheme(chosen);
+        }}
+      >
+        <option value="system">System theme</option>
+        <option value="light">Light</option>
+        <option value="dark">Dark</option>
+      </select>
+    </label>
+  );
+}
+
+function Trouble() {
+  const { adapters, metrics } = useStore(trouble);
+  const what = adapters ?? metrics;
+  return <div aria-live="polite">{what && <p class="alert bad">{what}</p>}</div>;
+}
+
+applyTheme(storedTheme());
+const root = document.getElementById("app");
+if (root) render(<App />, root);
+poll();
