@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 DATA := $(abspath $(CARGO_TARGET_DIR))/data
 
-.PHONY: serve build model test bench-train bench-methods adapters lint
+.PHONY: serve build model test deploy-check bench-train bench-methods adapters lint
 
 serve: build model
 	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
@@ -42,6 +42,18 @@ $(CLIENTS)/prometheus:
 	if command -v prometheus; then ln -sf "$$(command -v prometheus)" $@; \
 	else cd $(CLIENTS)/deb && { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } \
 	&& dpkg -x prometheus_*.deb . && ln -sf deb/usr/bin/prometheus $@; fi
+
+# Images, units, manifests, alerts and the dashboard in deploy/. What has no program here is skipped, and said to be.
+deploy-check: build $(CLIENTS)/deploy/ready $(CLIENTS)/prometheus
+	PYTHONPATH=$(CLIENTS)/deploy/python $(PYTHON) deploy/check.py --loramux $(CARGO_TARGET_DIR)/release/loramux \
+	--prometheus $(CLIENTS)/prometheus --modules $(CLIENTS)/deploy/node_modules $(ARGS)
+
+$(CLIENTS)/deploy/ready: deploy/requirements.txt deploy/checks/package.json
+	$(PYTHON) -m pip install --quiet --upgrade --target $(@D)/python --requirement $<
+	cp deploy/checks/package.json $(@D)
+	if command -v npm; then npm install --prefix $(@D) --ignore-scripts --no-audit --no-fund --no-package-lock \
+	--loglevel error; fi
+	touch $@
 
 # The trainer beside PEFT, e.g. `make bench-train ARGS='--methods lora --repetitions 5'`.
 bench-train: model $(DATA)/ready $(CLIENTS)/peft/ready

@@ -37,11 +37,13 @@ pub struct Error {
     pub message: String,
     /// The request field at fault, where there is one.
     pub param: Option<String>,
+    /// Seconds after which it makes sense to try again, where that is known.
+    pub retry_after: Option<u64>,
 }
 
 impl Error {
     pub fn new(kind: ErrorKind, message: impl Display) -> Self {
-        Error { kind, message: message.to_string(), param: None }
+        Error { kind, message: message.to_string(), param: None, retry_after: None }
     }
     pub fn bad_request(message: impl Display) -> Self {
         Self::new(ErrorKind::BadRequest, message)
@@ -67,6 +69,11 @@ impl Error {
     /// Names the request field at fault.
     pub fn param(mut self, param: impl Into<String>) -> Self {
         self.param = Some(param.into());
+        self
+    }
+    /// Says when to try again.
+    pub fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after = Some(seconds);
         self
     }
     /// Puts where it happened in front of the message.

@@ -3,6 +3,7 @@
 //! The layers, each knowing only the ones below it:
 //!
 //! - [`cli`]: the program: options, one-shot commands, the load benchmark
+//! - [`hosting`]: what hosting costs, measured on servers of their own processes
 //! - [`server`]: HTTP dialects into one internal request, events back out
 //! - [`engine`]: scheduler, paged KV cache blocks, sampler; one thread steps the model
 //! - [`adapter`]: PEFT files to validated adapters, the registry of them, the store on disk

@@ -38,4 +38,4 @@ pub use rope::Rope;
 pub use source::{Base, DEFAULT_MODEL};
 pub use tokenizer::Tokenizer;
 pub use weights::{RawTensor, Stored, Weights};
-pub(crate) use weights::{hugging_face_name, split_halves};
+pub(crate) use weights::{hugging_face_name, split_halves, tensors};

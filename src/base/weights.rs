@@ -328,7 +328,7 @@ impl Weights {
 }
 
 /// What the decoder reads, by name, with its shape.
-fn tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+pub fn tensors(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
     let (names, a, hidden) = (config.family.names(), &config.architecture, config.hidden_size);
     let mut tensors = BTreeMap::new();
     let mut add = |module: &str, shape: &[usize], bias: bool| {

@@ -6,6 +6,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::bytes::Bytes;
 use crate::base::DEFAULT_MODEL;
+use crate::hosting::Lengths;
+use crate::hosting::command::Options;
 use crate::hosting::methods::{Kind, Size, Source};
 
 /// Serves one base LLM with many LoRA adapters: every request names its adapter, and all share every batch.
@@ -208,6 +210,9 @@ pub enum BenchCommand {
     Serve(BenchServeArgs),
     /// The same load on an engine in this program, without HTTP
     Engine(BenchEngineArgs),
+    /// Compare hosting many tasks as adapters of one base with hosting a full model for each: memory, disk, time, throughput,
+    /// latency, cost. Writes report.json, report.md and report.html; a run that was stopped goes on
+    Hosting(BenchHostingArgs),
     /// Train each method on the same examples, and report accuracy, time, FLOPs, memory and storage beside each other
     Methods(BenchMethodsArgs),
 }
@@ -236,6 +241,90 @@ pub struct BenchEngineArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub load: LoadArgs,
+}
+
+#[derive(Args)]
+pub struct BenchHostingArgs {
+    /// Base model, as for `serve`; one whose full fine-tunes loramux-train could write
+    #[arg(long, env = "LORAMUX_MODEL", value_name = "SRC", default_value = DEFAULT_MODEL)]
+    pub model: String,
+    /// Folder of the adapters that tasks are made of, in turns
+    #[arg(long, value_name = "DIR", default_value = "adapters")]
+    pub adapters: PathBuf,
+    /// Numbers of tasks [default: 1,2,4,8,16; quick: 1,4]
+    #[arg(long, value_delimiter = ',', value_name = "N")]
+    pub tasks: Vec<usize>,
+    /// Where the report goes, with what it is made of
+    #[arg(long, value_name = "DIR", default_value = "hosting")]
+    pub out: PathBuf,
+    /// Options of every server, as one text
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        default_value = "--quantize q8 --kv-memory 256MiB",
+        allow_hyphen_values = true
+    )]
+    pub serve_options: String,
+    /// TOML file with what machines cost [default: examples]
+    #[arg(long, value_name = "FILE")]
+    pub prices: Option<PathBuf>,
+    /// Requests a second that arrive, one load each [default: 0.3, 0.6 and 0.9 of what the smallest fleet of adapters answers]
+    #[arg(long, value_delimiter = ',', value_name = "RATE")]
+    pub rates: Vec<f64>,
+    /// Seconds of each load [default: 20; quick: 4]
+    #[arg(long)]
+    pub seconds: Option<f64>,
+    /// How often each fleet is started and measured [default: 3; quick: 1]
+    #[arg(long)]
+    pub repetitions: Option<usize>,
+    /// Clients that find out what a fleet can do at most, each asking again when it has its answer
+    #[arg(long, default_value_t = 16)]
+    pub clients: usize,
+    /// Words of a prompt or of a text to classify, from half to one and a half times as many
+    #[arg(long, default_value_t = 48)]
+    pub prompt_words: usize,
+    /// Tokens that a request generates, from half to one and a half times as many
+    #[arg(long, default_value_t = 32)]
+    pub max_tokens: usize,
+    /// Memory in which as many tasks as possible are hosted [default: 4GiB; quick: 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    pub memory_budget: Option<Bytes>,
+    /// Tasks that are tried there at most; more are extrapolated [default: 500; quick: 50]
+    #[arg(long, value_name = "N")]
+    pub budget_tasks: Option<usize>,
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Take what is over in less than five minutes on two cores
+    #[arg(long)]
+    pub quick: bool,
+}
+
+impl BenchHostingArgs {
+    pub fn options(self) -> Options {
+        let quick = |full, quick| if self.quick { quick } else { full };
+        let mut tasks = self.tasks;
+        if tasks.is_empty() {
+            tasks = if self.quick { vec![1, 4] } else { vec![1, 2, 4, 8, 16] };
+        }
+        tasks.sort();
+        tasks.dedup();
+        Options {
+            model: self.model,
+            adapters: self.adapters,
+            tasks,
+            out: self.out,
+            serve_options: self.serve_options.split_whitespace().map(String::from).collect(),
+            prices: self.prices,
+            rates: self.rates,
+            seconds: self.seconds.unwrap_or(if self.quick { 4.0 } else { 20.0 }),
+            repetitions: self.repetitions.unwrap_or(quick(3, 1)),
+            clients: self.clients,
+            lengths: Lengths { words: self.prompt_words, tokens: self.max_tokens },
+            memory_budget: self.memory_budget.map_or(if self.quick { 1 << 30 } else { 4 << 30 }, |b| b.0),
+            budget_tasks: self.budget_tasks.unwrap_or(quick(500, 50)),
+            seed: self.seed,
+        }
+    }
 }
 
 #[derive(Args)]

@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
 use rand::SeedableRng;
 use rand::distr::Distribution;
 use rand::distr::weighted::WeightedIndex;
@@ -10,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 use super::args::{BenchEngineArgs, BenchServeArgs, LoadArgs, Spread};
-use super::client::{Client, read_error};
+use super::client::Client;
 use super::host::Host;
 use super::oneshot;
 use crate::engine::{Event, Generate, Request, Sampling, Task};
@@ -126,36 +125,16 @@ async fn ask_server(client: &Client, model: &str, prompt: &[u32], max_tokens: us
     let body = json!({ "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true,
         "stream": true, "stream_options": { "include_usage": true } });
     let mut clock = Clock::start();
-    let response = client.send(client.http.post(client.at("/v1/completions")).json(&body)).await?;
-    if !response.status().is_success() {
-        return Err(read_error(response).await);
-    }
-    let mut stream = response.bytes_stream();
-    let (mut buffer, mut tokens, mut done) = (Vec::new(), 0, false);
-    while let Some(chunk) = stream.next().await {
-        buffer.extend_from_slice(&chunk.map_err(|e| Error::unavailable(format!("the stream broke off: {e}")))?);
-        while let Some(end) = buffer.windows(2).position(|w| w == b"\n\n") {
-            let event: Vec<u8> = buffer.drain(..end + 2).collect();
-            let text = String::from_utf8_lossy(&event);
-            let Some(data) = text.trim().strip_prefix("data:").map(str::trim) else { continue };
-            if data == "[DONE]" {
-                done = true;
-                continue;
-            }
-            let event: Value =
-                serde_json::from_str(data).map_err(|e| Error::internal(format!("bad event {data:?}: {e}")))?;
-            if let Some(message) = event["error"]["message"].as_str() {
-                return Err(Error::internal(message));
-            }
-            if let Some(n) = event["usage"]["completion_tokens"].as_u64() {
-                tokens = n;
-            }
-            if event["choices"].as_array().is_some_and(|c| !c.is_empty()) {
-                clock.chunk();
-            }
+    let mut tokens = 0;
+    let request = client.http.post(client.at("/v1/completions")).json(&body);
+    let events = client.events(request, |event| {
+        tokens = event["usage"]["completion_tokens"].as_u64().unwrap_or(tokens);
+        if event["choices"].as_array().is_some_and(|c| !c.is_empty()) {
+            clock.chunk();
         }
-    }
-    clock.end(if done { tokens } else { 0 })
+    });
+    events.await?;
+    clock.end(tokens)
 }
 
 /// Asks for no adapter.

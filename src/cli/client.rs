@@ -1,5 +1,6 @@
 //! The HTTP client of the commands that talk to a running server.
 
+use futures::StreamExt;
 use serde_json::Value;
 
 use crate::{Error, ErrorKind, Result};
@@ -33,6 +34,36 @@ impl Client {
             return Err(read_error(response).await);
         }
         response.json().await.map_err(|e| Error::internal(format!("{} did not answer with JSON: {e}", self.url)))
+    }
+
+    /// Reads the server-sent events that answer `request`, to their end, and gives each one's JSON to `event`. An error status or
+    /// an event that tells an error becomes an error with the server's message; so does a stream without an end.
+    pub async fn events(&self, request: reqwest::RequestBuilder, mut event: impl FnMut(&Value)) -> Result<()> {
+        let response = self.send(request).await?;
+        if !response.status().is_success() {
+            return Err(read_error(response).await);
+        }
+        // To the end also after the last event, so that the connection can be used again.
+        let (mut stream, mut buffer, mut done) = (response.bytes_stream(), Vec::new(), false);
+        while let Some(chunk) = stream.next().await {
+            buffer.extend_from_slice(&chunk.map_err(|e| Error::unavailable(format!("the stream broke off: {e}")))?);
+            while let Some(end) = buffer.windows(2).position(|w| w == b"\n\n") {
+                let text: Vec<u8> = buffer.drain(..end + 2).collect();
+                let text = String::from_utf8_lossy(&text);
+                let Some(data) = text.trim().strip_prefix("data:").map(str::trim) else { continue };
+                if data == "[DONE]" {
+                    done = true;
+                    continue;
+                }
+                let json: Value =
+                    serde_json::from_str(data).map_err(|e| Error::internal(format!("bad event {data:?}: {e}")))?;
+                if let Some(message) = json["error"]["message"].as_str() {
+                    return Err(Error::internal(message));
+                }
+                event(&json);
+            }
+        }
+        if done { Ok(()) } else { Err(Error::internal("the answer ended early")) }
     }
 
     pub async fn post(&self, path: &str, body: &Value) -> Result<Value> {

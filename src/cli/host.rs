@@ -104,7 +104,8 @@ impl Host {
     }
 }
 
-fn device(name: &str) -> Result<Device> {
+/// The device of a name in `--device`.
+pub fn device(name: &str) -> Result<Device> {
     let cuda =
         |ordinal: usize| Device::new_cuda(ordinal).map_err(|e| Error::bad_request(format!("--device {name}: {e}")));
     match name.split_once(':') {

@@ -16,20 +16,25 @@ use tokio::sync::Semaphore;
 
 pub(crate) use adapters::push;
 pub(crate) use client::Client;
+pub(crate) use host::device;
 
 use args::{BenchCommand, Cli, Command, ServeArgs};
 use host::{Host, Limits};
 
-use crate::{Error, Result, server};
+use crate::{Error, Result, hosting, server};
 
-/// Lets the program's log go to standard error; `LORAMUX_LOG` says how much of it.
+/// Lets the program's log go to standard error; `LORAMUX_LOG` says how much of it, and `LORAMUX_LOG_FORMAT=json` makes each line
+/// a JSON object.
 pub(crate) fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LORAMUX_LOG");
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
         .with_writer(std::io::stderr)
-        .with_target(false)
-        .init();
+        .with_target(false);
+    match std::env::var("LORAMUX_LOG_FORMAT").as_deref() {
+        Ok("json") => log.json().flatten_event(true).init(),
+        _ => log.init(),
+    }
 }
 
 /// Parses the command line and runs it. Results go to stdout, everything else to stderr.
@@ -51,6 +56,7 @@ pub fn run() -> Result<()> {
             Command::Adapters(command) => adapters::run(command).await,
             Command::Bench(BenchCommand::Serve(args)) => bench::serve(args).await,
             Command::Bench(BenchCommand::Engine(args)) => bench::engine(args).await,
+            Command::Bench(BenchCommand::Hosting(args)) => interruptible(hosting::command::run(args.options())).await,
             Command::Bench(BenchCommand::Methods(args)) => interruptible(methods::bench(args)).await,
             Command::Serve(_) | Command::Fetch { .. } => unreachable!("answered above"),
         }

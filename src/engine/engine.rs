@@ -3,7 +3,7 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Instant;
 
 use tokio::sync::Notify;
@@ -44,6 +44,7 @@ pub(super) struct Shared {
     /// The thread has ended.
     dead: AtomicBool,
     seeds_drawn: AtomicUsize,
+    pace: Mutex<Pace>,
     /// Told when `in_flight` becomes 0.
     idle: Notify,
 }
@@ -76,14 +77,49 @@ impl QueueSlot {
         let more = |queued| (queued < max).then_some(queued + 1);
         match shared.queued.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more) {
             Ok(_) => Ok(QueueSlot(shared.clone())),
-            Err(_) => Err(Error::new(ErrorKind::QueueFull, format!("{max} requests wait already; try again later"))),
+            Err(queued) => {
+                let wait = shared.pace.lock().unwrap_or_else(PoisonError::into_inner).wait(queued);
+                let message = format!("{max} requests wait already; try again in {wait} s");
+                Err(Error::new(ErrorKind::QueueFull, message).retry_after(wait))
+            }
         }
     }
 }
 
 impl Drop for QueueSlot {
     fn drop(&mut self) {
-        self.0.queued.fetch_sub(1, Ordering::SeqCst);
+        let others = self.0.queued.fetch_sub(1, Ordering::SeqCst) > 1;
+        self.0.pace.lock().unwrap_or_else(PoisonError::into_inner).left(Instant::now(), others);
+    }
+}
+
+/// How fast requests leave the queue.
+#[derive(Default)]
+struct Pace {
+    /// When one left while others waited on: until the next one leaves, it is the engine that is waited for.
+    last: Option<Instant>,
+    /// Seconds between two that leave, a running mean.
+    interval: f64,
+}
+
+impl Pace {
+    /// Share of the mean that one interval is.
+    const WEIGHT: f64 = 0.1;
+    /// Longer waits are not foretold.
+    const LONGEST: f64 = 60.0;
+
+    fn left(&mut self, now: Instant, others_wait: bool) {
+        let last = std::mem::replace(&mut self.last, others_wait.then_some(now));
+        if let Some(last) = last {
+            let interval = now.saturating_duration_since(last).as_secs_f64().min(Self::LONGEST);
+            let weight = if self.interval == 0.0 { 1.0 } else { Self::WEIGHT };
+            self.interval += weight * (interval - self.interval);
+        }
+    }
+
+    /// Whole seconds until as many as wait now have left, 1 or more.
+    fn wait(&self, queued: usize) -> u64 {
+        (self.interval * queued as f64).clamp(1.0, Self::LONGEST).ceil() as u64
     }
 }
 
@@ -241,5 +277,28 @@ fn answer_at_once(request: &Request, reply: &mut Reply) -> bool {
             true
         }
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_wait_is_foretold_from_the_pace() {
+        let (mut pace, start) = (Pace::default(), Instant::now());
+        assert_eq!(pace.wait(100), 1);
+        // One every quarter of a second while others wait, then an hour in which nobody does.
+        for i in 0..40 {
+            pace.left(start + Duration::from_millis(250 * i), i < 39);
+        }
+        pace.left(start + Duration::from_secs(3600), true);
+        assert_eq!([1, 40, 42, 100_000].map(|queued| pace.wait(queued)), [1, 10, 11, 60]);
+        for i in 1..100 {
+            pace.left(start + Duration::from_secs(3600 + i), true);
+        }
+        assert_eq!(pace.wait(20), 20);
     }
 }

@@ -81,7 +81,7 @@ impl ResponseError for ApiError {
         }
         let mut response = HttpResponse::build(self.status_code());
         if matches!(self.error.kind, ErrorKind::QueueFull | ErrorKind::Unavailable) {
-            response.insert_header(("Retry-After", "1"));
+            response.insert_header(("Retry-After", self.error.retry_after.unwrap_or(1)));
         }
         response.json(self.body())
     }

@@ -1,4 +1,5 @@
-//! Counts every request, and times it to the last byte of its answer. Answers for the server where it is not there yet.
+//! Counts every request, and times it to the last byte of its answer; gives it an id and logs its end. Answers for the server
+//! where it is not there yet.
 
 use std::cell::RefCell;
 use std::pin::Pin;
@@ -11,6 +12,7 @@ use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{Payload, ServiceRequest, ServiceResponse};
 use actix_web::error::PayloadError;
 use actix_web::http::ConnectionType;
+use actix_web::http::header::{HeaderName, HeaderValue};
 use actix_web::middleware::Next;
 use actix_web::web::Bytes;
 use actix_web::{Error, HttpMessage, ResponseError};
@@ -29,20 +31,42 @@ impl Counted {
     }
 }
 
+/// By which a request is found in the logs of all that it went through.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// A client's id may have so many characters.
+const MAX_ID: usize = 128;
+
+/// The id that the client or a proxy gave the request, if it is one to log, else a new one.
+fn request_id(request: &ServiceRequest) -> String {
+    let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
+    let fits = |id: &&str| (1..=MAX_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+    given.filter(fits).map_or_else(|| format!("{:032x}", rand::random::<u128>()), str::to_string)
+}
+
+fn identified(mut response: ServiceResponse<Observed>, id: &str) -> ServiceResponse<Observed> {
+    // It is of visible ASCII, so it is a header's value.
+    if let Ok(value) = HeaderValue::from_str(id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}
+
 pub async fn observe(
     mut request: ServiceRequest,
     next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<Observed>, Error> {
+    let id = request_id(&request);
     let payload = Held(Rc::new(RefCell::new(request.take_payload())));
     request.set_payload(Payload::Stream { payload: Box::pin(payload.clone()) });
     let state = match enter(request.app_data()) {
         Ok(state) => state,
-        Err(e) => return Ok(alone(request, e, payload)),
+        Err(e) => return Ok(identified(alone(request, e, payload), &id)),
     };
     let counted = Counted::default();
     request.extensions_mut().insert(counted.clone());
     let mut end = End {
         start: Instant::now(),
+        id: id.clone(),
         state,
         route: request.match_pattern().unwrap_or_else(|| "other".into()),
         counted,
@@ -55,7 +79,10 @@ pub async fn observe(
     if end.state.is_draining() {
         response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
     }
-    Ok(response.map_body(|_, body| Observed { body: body.boxed(), _payload: payload, _end: Some(end) }))
+    Ok(identified(
+        response.map_body(|_, body| Observed { body: body.boxed(), _payload: payload, _end: Some(end) }),
+        &id,
+    ))
 }
 
 /// The answer of a server that is still loading: it is alive, and nothing else.
@@ -83,6 +110,7 @@ impl Stream for Held {
 /// Counts when it is dropped: at the end of the body, or when the client has hung up.
 struct End {
     start: Instant,
+    id: String,
     state: Arc<State>,
     route: String,
     counted: Counted,
@@ -99,7 +127,11 @@ impl Drop for End {
             Some(name) => metrics.adapter_label(name.as_deref()),
         };
         metrics.requests.with_label_values(&[&self.route, adapter, &self.status.to_string()]).inc();
-        metrics.request_seconds.with_label_values(&[&self.route]).observe(self.start.elapsed().as_secs_f64());
+        let seconds = self.start.elapsed().as_secs_f64();
+        metrics.request_seconds.with_label_values(&[&self.route]).observe(seconds);
+        // Below what is logged by default: a busy server has thousands a second.
+        let (route, status) = (&*self.route, self.status);
+        tracing::debug!(request_id = self.id, route, adapter, status, seconds, "answered");
     }
 }
 

@@ -194,7 +194,14 @@ pub struct RunArgs {
     /// Tokens computed at a time; a step of more is done in parts that add up to the same
     #[arg(long, default_value_t = 2048)]
     pub max_batch_tokens: usize,
-    /// Keep only each layer's input for the backward pass and compute the rest again: less memory, more time
+    /// Where it is trained: auto, cpu, cuda or cuda:N
+    #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto")]
+    pub device: String,
+    /// Numbers that frozen weights and layers are computed in [default: bf16 on a GPU, f32 on a CPU, where there is no other].
+    /// What is trained is f32
+    #[arg(long, value_enum)]
+    pub compute: Option<Dtype>,
+    /// Keep only each layer's input for the backward pass and compute the rest again: less memory, more time (CPU)
     #[arg(long)]
     pub checkpoint_activations: bool,
     /// [default: 5e-4; full and last-layers: 5e-5; head: 5e-3; pretrain: 1e-3]

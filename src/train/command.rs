@@ -6,17 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::seq::SliceRandom;
 use sha2::{Digest, Sha256};
 
-use super::args::{self, Cli, Command, LoraArgs, ShapeArgs, Task, TrainArgs};
+use super::args::{self, Cli, Command, LoraArgs, RunArgs, ShapeArgs, Task, TrainArgs};
 use super::card::{self, Card};
 use super::examples::{self, Columns, Example, Goal};
 use super::export::{Export, taken};
-use super::network::{LoraOptions, Method, Network};
+use super::network::{Held, LoraOptions, Method, Network};
 use super::optimizer::AdamWOptions;
 use super::pretrain;
 use super::push::Push;
@@ -24,8 +24,7 @@ use super::random;
 use super::table::{self, Record};
 use super::trainer::{Account, Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
 use crate::base::Base;
-use crate::memory;
-use crate::{Error, Result};
+use crate::{Error, Result, cli, memory};
 
 /// Largest rank, as the server takes it.
 const MAX_RANK: usize = 4096;
@@ -276,6 +275,20 @@ fn fingerprint(settings: &[(&str, String)], data: &Data, init: Option<&Path>) ->
     Ok(format!("{}; data={data}", settings.join("; ")))
 }
 
+/// Where the options say that it is to be trained, and in which numbers.
+fn held(run: &RunArgs) -> Result<Held> {
+    let device = cli::device(&run.device)?;
+    let dtype = match run.compute {
+        None if device.is_cpu() => DType::F32,
+        None | Some(args::Dtype::Bf16) => DType::BF16,
+        Some(args::Dtype::F32) => DType::F32,
+    };
+    match device.is_cpu() && dtype != DType::F32 {
+        true => Err(Error::bad_request("--compute bf16 needs a GPU (--device cuda); a CPU trains in f32")),
+        false => Ok(Held { device, dtype }),
+    }
+}
+
 fn train(mut args: TrainArgs, method: &Method, start: Start) -> Result<()> {
     if args.run.threads > 0 {
         // Fails only where the pool is there already; then its size stands.
@@ -301,19 +314,23 @@ fn train(mut args: TrainArgs, method: &Method, start: Start) -> Result<()> {
         }
     };
     let run = &args.run;
+    let held = held(run)?;
     let data = data(&args, &base, &records)?;
     drop(records);
     let labels = data.labels.as_ref().map(Vec::len);
-    let mut network = Network::new(&base, method, labels, &Device::Cpu, &mut random(run.seed, "weights", 0))?;
+    let mut network = Network::new(&base, method, labels, &held, &mut random(run.seed, "weights", 0))?;
     if run.checkpoint_activations {
-        network.checkpoint_activations();
+        network.checkpoint_activations()?;
     }
     let init = if let Start::Adapter(folder) = &start { Some(folder.as_path()) } else { None };
     if let Some(init) = init {
         let adapter = crate::adapter::load(init, &base.config, &base.id)?.adapter;
         network.start_from(&adapter).map_err(|e| e.context(format!("--init-adapter {}", init.display())))?;
     }
-    let settings = settings(&args, method, &start);
+    let mut settings = settings(&args, method, &start);
+    if held.dtype != DType::F32 {
+        settings.push(("computed in", held.dtype.as_str().into()));
+    }
     let options = options(&args, method, &data, fingerprint(&settings, &data, init)?)?;
     let checkpoint = options.checkpoint.clone();
     std::fs::create_dir_all(run.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;

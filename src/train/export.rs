@@ -7,7 +7,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::network::{FAMILY, LoraOptions, Method, Network};
+use super::network::{self, FAMILY, LoraOptions, Method, Network};
 use crate::base::{Base, Projection};
 use crate::{Error, Result};
 
@@ -78,7 +78,7 @@ impl Export<'_> {
             }
         };
         let tensors = tensors.into_iter().map(|(name, t)| (format!("{PREFIX}{name}"), t)).collect();
-        self.tensors(&folder.join("adapter_model.safetensors"), tensors)?;
+        write_tensors(&folder.join("adapter_model.safetensors"), tensors, self.dtype)?;
         write_json(&folder.join("adapter_config.json"), &self.adapter_config(&options))?;
         match self.labels {
             Some(labels) => write_json(&folder.join("labels.json"), &json!(labels)),
@@ -107,72 +107,85 @@ impl Export<'_> {
         })
     }
 
-    /// A Hugging Face model directory.
     fn model(&self, folder: &Path) -> Result<()> {
-        self.tensors(&folder.join("model.safetensors"), self.network.all())?;
-        let c = self.network.config();
-        let dtype = if self.dtype == DType::BF16 { "bfloat16" } else { "float32" };
-        let mut config = json!({
-            "architectures": [if self.labels.is_some() { "LlamaForSequenceClassification" } else { "LlamaForCausalLM" }],
-            "model_type": c.family.name(),
-            "vocab_size": c.vocab_size,
-            "hidden_size": c.hidden_size,
-            "intermediate_size": c.intermediate_size,
-            "num_hidden_layers": c.layers,
-            "num_attention_heads": c.heads,
-            "num_key_value_heads": c.kv_heads,
-            "head_dim": c.head_dim,
-            "hidden_act": "silu",
-            "rms_norm_eps": c.norm_eps,
-            "rope_theta": c.rope.as_ref().map(|rope| rope.theta),
-            "max_position_embeddings": c.context,
-            "tie_word_embeddings": c.tie_word_embeddings,
-            "attention_bias": false,
-            "mlp_bias": false,
-            "bos_token_id": c.bos_token,
-            "eos_token_id": c.eos_tokens,
-            "torch_dtype": dtype,
-        });
-        if let Some(labels) = self.labels {
-            let by_number: Map<String, Value> =
-                labels.iter().enumerate().map(|(i, l)| (i.to_string(), json!(l))).collect();
-            let by_name: Map<String, Value> = labels.iter().enumerate().map(|(i, l)| (l.clone(), json!(i))).collect();
-            config["id2label"] = by_number.into();
-            config["label2id"] = by_name.into();
-            // transformers finds the last token of a padded text by this.
-            config["pad_token_id"] = json!(c.eos_tokens.first());
-        }
-        write_json(&folder.join("config.json"), &config)?;
-        let failed = |e: std::io::Error| Error::internal(format!("{}: {e}", folder.display()));
-        fs::write(folder.join("tokenizer.json"), self.base.tokenizer.to_json()?).map_err(failed)?;
-        let spelled = |id: Option<u32>| id.map(|id| self.base.tokenizer.decode(&[id], false));
-        let mut settings = json!({
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": spelled(c.bos_token),
-            "eos_token": spelled(c.eos_tokens.first().copied()),
-            "pad_token": spelled(c.eos_tokens.first().copied()),
-            "model_max_length": c.context,
-        });
-        if let Some(chat) = &self.base.chat {
-            settings["chat_template"] = json!(chat.source()?);
-        }
-        write_json(&folder.join("tokenizer_config.json"), &settings)
+        write_model(folder, self.base, self.network.all(), self.labels, self.dtype)
     }
+}
 
-    fn tensors(&self, path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
-        let converted: Vec<(String, Tensor)> = tensors
-            .into_iter()
-            .map(|(name, t)| Ok((name, t.to_device(&candle_core::Device::Cpu)?.to_dtype(self.dtype)?.contiguous()?)))
-            .collect::<Result<_>>()?;
-        // transformers looks for this word.
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        let failed = |e: std::io::Error| Error::internal(format!("{}: {e}", path.display()));
-        // The library's file is its owner's alone; a server may run as somebody else.
-        let usual = File::create(path).and_then(|file| file.metadata()).map_err(failed)?.permissions();
-        safetensors::serialize_to_file(converted, Some(metadata), path)
-            .map_err(|e| Error::internal(format!("{}: {e}", path.display())))?;
-        fs::set_permissions(path, usual).map_err(failed)
+/// Fills `folder` with a Hugging Face model directory: `tensors` by their names there, and configuration and tokenizer of
+/// `base`, whose layers they are. With `labels` it is a classification.
+///
+/// Errors: a base whose configuration this cannot say.
+pub(crate) fn write_model(
+    folder: &Path,
+    base: &Base,
+    tensors: Vec<(String, Tensor)>,
+    labels: Option<&[String]>,
+    dtype: DType,
+) -> Result<()> {
+    network::check(&base.config, &Method::Full)?;
+    write_tensors(&folder.join("model.safetensors"), tensors, dtype)?;
+    let c = &base.config;
+    let dtype = if dtype == DType::BF16 { "bfloat16" } else { "float32" };
+    let mut config = json!({
+        "architectures": [if labels.is_some() { "LlamaForSequenceClassification" } else { "LlamaForCausalLM" }],
+        "model_type": c.family.name(),
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope.as_ref().map(|rope| rope.theta),
+        "max_position_embeddings": c.context,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "attention_bias": false,
+        "mlp_bias": false,
+        "bos_token_id": c.bos_token,
+        "eos_token_id": c.eos_tokens,
+        "torch_dtype": dtype,
+    });
+    if let Some(labels) = labels {
+        let by_number: Map<String, Value> = labels.iter().enumerate().map(|(i, l)| (i.to_string(), json!(l))).collect();
+        let by_name: Map<String, Value> = labels.iter().enumerate().map(|(i, l)| (l.clone(), json!(i))).collect();
+        config["id2label"] = by_number.into();
+        config["label2id"] = by_name.into();
+        // transformers finds the last token of a padded text by this.
+        config["pad_token_id"] = json!(c.eos_tokens.first());
     }
+    write_json(&folder.join("config.json"), &config)?;
+    let failed = |e: std::io::Error| Error::internal(format!("{}: {e}", folder.display()));
+    fs::write(folder.join("tokenizer.json"), base.tokenizer.to_json()?).map_err(failed)?;
+    let spelled = |id: Option<u32>| id.map(|id| base.tokenizer.decode(&[id], false));
+    let mut settings = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": spelled(c.bos_token),
+        "eos_token": spelled(c.eos_tokens.first().copied()),
+        "pad_token": spelled(c.eos_tokens.first().copied()),
+        "model_max_length": c.context,
+    });
+    if let Some(chat) = &base.chat {
+        settings["chat_template"] = json!(chat.source()?);
+    }
+    write_json(&folder.join("tokenizer_config.json"), &settings)
+}
+
+fn write_tensors(path: &Path, tensors: Vec<(String, Tensor)>, dtype: DType) -> Result<()> {
+    let converted: Vec<(String, Tensor)> = tensors
+        .into_iter()
+        .map(|(name, t)| Ok((name, t.to_device(&candle_core::Device::Cpu)?.to_dtype(dtype)?.contiguous()?)))
+        .collect::<Result<_>>()?;
+    // transformers looks for this word.
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let failed = |e: std::io::Error| Error::internal(format!("{}: {e}", path.display()));
+    // The library's file is its owner's alone; a server may run as somebody else.
+    let usual = File::create(path).and_then(|file| file.metadata()).map_err(failed)?.permissions();
+    safetensors::serialize_to_file(converted, Some(metadata), path)
+        .map_err(|e| Error::internal(format!("{}: {e}", path.display())))?;
+    fs::set_permissions(path, usual).map_err(failed)
 }
 
 /// The error of an output directory that is there already.

@@ -24,9 +24,13 @@ impl Gradients {
     }
 }
 
-/// Adds `gradient` to `sum`, in place.
-pub fn add(sum: &Tensor, gradient: &Tensor) -> Result<()> {
-    Ok(sum.inplace_op2(gradient, &Add)?)
+/// The sum of both; on a CPU in the place of `sum`.
+pub fn add(sum: Tensor, gradient: &Tensor) -> Result<Tensor> {
+    if !ops::is_plain_f32(&sum) {
+        return Ok((sum + gradient)?);
+    }
+    sum.inplace_op2(gradient, &Add)?;
+    Ok(sum)
 }
 
 struct Add;

@@ -1,6 +1,6 @@
 //! A linear layer, with its low-rank pair.
 
-use candle_core::{D, Device, Tensor, Var};
+use candle_core::{D, DType, Device, Tensor, Var};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -15,6 +15,11 @@ pub enum Weight {
 }
 
 impl Weight {
+    /// In the numbers that a pass computes in.
+    pub fn cast(&self, dtype: DType) -> candle_core::Result<Tensor> {
+        self.tensor().to_dtype(dtype)
+    }
+
     pub fn tensor(&self) -> &Tensor {
         match self {
             Weight::Frozen(t) => t,
@@ -55,7 +60,8 @@ pub struct Dora {
 impl Dora {
     /// The magnitudes with which a fresh pair changes nothing. `weight` is `[out, in]` and stays as it is.
     pub fn new(weight: &Tensor) -> Result<Self> {
-        let squares: Vec<f32> = weight.sqr()?.sum(D::Minus1)?.to_device(&Device::Cpu)?.to_vec1()?;
+        let squares: Vec<f32> =
+            weight.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.to_device(&Device::Cpu)?.to_vec1()?;
         let norms: Vec<f32> = squares.iter().map(|s| s.sqrt()).collect();
         let magnitude = Var::from_tensor(&Tensor::from_vec(norms, squares.len(), weight.device())?)?;
         Ok(Dora { magnitude, squares })
@@ -107,19 +113,21 @@ impl Lora {
 }
 
 impl Linear {
-    /// The layer made of candle's operations.
+    /// The layer made of candle's operations, in the numbers of `x`.
     pub fn plain(&self, x: &Tensor, noise: Option<Noise>) -> Result<Tensor> {
-        let weight = self.weight.tensor();
+        let weight = self.weight.cast(x.dtype())?;
         let y = x.matmul(&weight.t()?)?;
         let Some(lora) = &self.lora else { return Ok(y) };
+        let (a, b) = (lora.a.to_dtype(x.dtype())?, lora.b.to_dtype(x.dtype())?);
         let dropped = match lora.mask(noise, x.elem_count()) {
             Some(mask) => (x * Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(x.dtype())?)?,
             None => x.clone(),
         };
-        let y = (y + (dropped.matmul(&lora.a.t()?)? * lora.scale)?.matmul(&lora.b.t()?)?)?;
+        let y = (y + (dropped.matmul(&a.t()?)? * lora.scale)?.matmul(&b.t()?)?)?;
         let Some(dora) = &lora.dora else { return Ok(y) };
-        let norm = (weight + (lora.b.matmul(&lora.a)? * lora.scale)?)?.sqr()?.sum(D::Minus1)?.sqrt()?.detach();
-        Ok(y.broadcast_mul(&(dora.magnitude.as_tensor() / norm)?)?)
+        let sum = (self.weight.cast(DType::F32)? + (lora.b.matmul(&lora.a)? * lora.scale)?)?;
+        let norm = sum.sqr()?.sum(D::Minus1)?.sqrt()?.detach();
+        Ok(y.broadcast_mul(&(dora.magnitude.as_tensor() / norm)?.to_dtype(x.dtype())?)?)
     }
 
     /// Adds `x Wᵀ + scale x Aᵀ Bᵀ` to `y`, for `x` `[rows, in]`; with DoRA, that multiplied by `magnitude / norm`.

@@ -36,7 +36,8 @@ use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 
 pub use examples::{Example, Goal};
-pub use network::{Batch, LoraOptions, Method, Multiplied, Network, Passed, Purpose};
+pub(crate) use export::write_model;
+pub use network::{Batch, Held, LoraOptions, Method, Multiplied, Network, Passed, Purpose};
 pub use ops::Targets;
 pub(crate) use trainer::{Account, Evaluation};
 #[cfg(test)]

@@ -22,7 +22,7 @@ use crate::{Error, Result};
 pub const FAMILY: Family = Family::Llama;
 
 /// Refuses a base whose layers are others than the network's, and one that could not be written out as what it is.
-fn check(config: &ModelConfig, method: &Method) -> Result<()> {
+pub(super) fn check(config: &ModelConfig, method: &Method) -> Result<()> {
     let refuse = |what: String| Err(Error::unprocessable(format!("the base cannot be trained: {what}")));
     if config.family != FAMILY {
         return refuse(format!("it is a {}; supported: {FAMILY}", config.family));
@@ -101,7 +101,7 @@ impl Batch {
 
 pub struct Network {
     config: ModelConfig,
-    device: Device,
+    held: Held,
     embedding: Weight,
     layers: Vec<Arc<Layer>>,
     /// The first layer in which something is trained, or their number.
@@ -148,17 +148,34 @@ pub enum Purpose<'a> {
     Train(&'a mut ChaCha8Rng),
 }
 
+/// Where a network computes, and in what.
+#[derive(Debug, Clone)]
+pub struct Held {
+    pub device: Device,
+    /// Numbers of frozen matrices and of what passes through the layers. What is trained is f32, and so are norms, weights of
+    /// attention, losses and gradients of what is trained (mixed precision, arXiv 1710.03740).
+    pub dtype: DType,
+}
+
+impl Held {
+    pub const CPU: Held = Held { device: Device::Cpu, dtype: DType::F32 };
+}
+
 struct Loader<'a> {
     weights: &'a Weights,
-    device: &'a Device,
+    held: &'a Held,
 }
 
 impl Loader<'_> {
     fn get(&self, name: &str, trained: bool) -> Result<Weight> {
         let raw = self.weights.get(name)?;
         let numbers = raw.to_f32().map_err(|e| e.context(name))?;
-        let tensor = Tensor::from_vec(numbers, raw.shape.as_slice(), self.device)?;
-        Ok(if trained { Weight::Trained(Var::from_tensor(&tensor)?) } else { Weight::Frozen(tensor) })
+        let tensor = Tensor::from_vec(numbers, raw.shape.as_slice(), &self.held.device)?;
+        let is_matrix = raw.shape.len() > 1;
+        Ok(match trained {
+            true => Weight::Trained(Var::from_tensor(&tensor)?),
+            false => Weight::Frozen(if is_matrix { tensor.to_dtype(self.held.dtype)? } else { tensor }),
+        })
     }
 }
 
@@ -174,19 +191,14 @@ pub(super) fn normal(rng: &mut ChaCha8Rng, shape: (usize, usize), deviation: f32
 }
 
 impl Network {
-    /// The base in f32 with fresh trained parts: A as `kaiming_uniform_(a=sqrt(5))` and B zero as in PEFT's
+    /// The base with fresh trained parts: A as `kaiming_uniform_(a=sqrt(5))` and B zero as in PEFT's
     /// `reset_lora_parameters`, a head of normal numbers of deviation 0.02 as transformers makes it. `labels` is the
     /// number of classes, for a classification.
-    pub fn new(
-        base: &Base,
-        method: &Method,
-        labels: Option<usize>,
-        device: &Device,
-        rng: &mut ChaCha8Rng,
-    ) -> Result<Self> {
+    pub fn new(base: &Base, method: &Method, labels: Option<usize>, held: &Held, rng: &mut ChaCha8Rng) -> Result<Self> {
+        let device = &held.device;
         let config = base.config.clone();
         check(&config, method)?;
-        let loader = Loader { weights: &base.weights, device };
+        let loader = Loader { weights: &base.weights, held };
         let full = *method == Method::Full;
         let first_whole = match method {
             Method::Full => 0,
@@ -238,8 +250,8 @@ impl Network {
         };
         let score = labels.map(|n| normal(rng, (n, config.hidden_size), 0.02, device)).transpose()?;
         let checkpointing = false;
-        let device = device.clone();
-        Ok(Network { config, device, embedding, layers, first_trained, norm, lm_head, score, checkpointing })
+        let held = held.clone();
+        Ok(Network { config, held, embedding, layers, first_trained, norm, lm_head, score, checkpointing })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -247,7 +259,7 @@ impl Network {
     }
 
     pub fn device(&self) -> &Device {
-        &self.device
+        &self.held.device
     }
 
     /// What is trained, by the name it has in Hugging Face's and PEFT's files (without PEFT's prefix), in a fixed order.
@@ -337,7 +349,7 @@ impl Network {
                     var.dims()
                 )));
             }
-            Ok(var.set(&Tensor::from_slice(numbers, var.shape(), &self.device)?)?)
+            Ok(var.set(&Tensor::from_slice(numbers, var.shape(), self.device())?)?)
         };
         if let Some(what) = adapter.beyond_dora() {
             return Err(Error::unprocessable(format!(
@@ -386,8 +398,14 @@ impl Network {
     }
 
     /// From now on keeps only the layers' inputs for a backward pass and computes the rest again: less memory, more time.
-    pub fn checkpoint_activations(&mut self) {
+    ///
+    /// Errors: a network that does not compute in f32 on a CPU, whose graph is candle's.
+    pub fn checkpoint_activations(&mut self) -> Result<()> {
+        if !self.held.device.is_cpu() || self.held.dtype != DType::F32 {
+            return Err(Error::bad_request("--checkpoint-activations works on a CPU only"));
+        }
         self.checkpointing = true;
+        Ok(())
     }
 
     /// Final hidden states, one row a token: `[rows, hidden]`.
@@ -396,8 +414,8 @@ impl Network {
         let rope = Rope::new(&batch.lengths, c.rope.as_ref().map_or(&[][..], |rope| &rope.frequencies));
         let (lengths, checkpointing) = (batch.lengths.clone(), self.checkpointing);
         let pass = Arc::new(Pass { lengths, rope, checkpointing, gradients: Gradients::default() });
-        let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), &self.device)?;
-        let mut x = self.embedding.tensor().index_select(&tokens, 0)?;
+        let tokens = Tensor::from_slice(&batch.tokens, batch.tokens.len(), self.device())?;
+        let mut x = self.embedding.tensor().index_select(&tokens, 0)?.to_dtype(self.held.dtype)?;
         let evaluated = matches!(purpose, Purpose::Evaluate);
         if evaluated {
             x = x.detach();
@@ -421,10 +439,10 @@ impl Network {
         Ok(Passed { output, layers: Some(pass) })
     }
 
-    /// The final hidden state of each sequence's last token: `[sequences, hidden]`.
+    /// The final hidden state of each sequence's last token, in f32: `[sequences, hidden]`.
     pub fn pooled(&self, batch: &Batch, purpose: Purpose) -> Result<Passed> {
-        let ends = Tensor::new(batch.ends(), &self.device)?;
-        self.hidden(batch, purpose)?.then(|x| Ok(x.index_select(&ends, 0)?))
+        let ends = Tensor::new(batch.ends(), self.device())?;
+        self.hidden(batch, purpose)?.then(|x| Ok(x.index_select(&ends, 0)?.to_dtype(DType::F32)?))
     }
 
     /// Logits of the classes for pooled states: `[sequences, labels]`.
@@ -440,7 +458,7 @@ impl Network {
 
     /// The weighted loss of predicting `targets` at `rows` of the batch, a scalar.
     pub fn language_loss(&self, batch: &Batch, rows: &[u32], targets: &Targets, purpose: Purpose) -> Result<Passed> {
-        let rows = Tensor::from_slice(rows, rows.len(), &self.device)?;
+        let rows = Tensor::from_slice(rows, rows.len(), self.device())?;
         let evaluated = matches!(purpose, Purpose::Evaluate);
         let head = self.lm_head.as_ref().unwrap_or(&self.embedding).tensor();
         let head = if evaluated { head.detach() } else { head.clone() };
@@ -533,14 +551,14 @@ mod tests {
         let base = base();
         let adapter = crate::adapter::load(&folder().join("adapter_all_r8"), &base.config, "").unwrap().adapter;
         let method = lora(8, 16.0, &FAMILY.projections().collect::<Vec<_>>());
-        let mut network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        let mut network = Network::new(&base, &method, None, &Held::CPU, &mut random(0, "test", 0)).unwrap();
         network.start_from(&adapter).unwrap();
         let (batch, rows, targets) = batch();
         for _ in 0..2 {
             let mut rng = random(0, "test", 1);
             let loss = network.language_loss(&batch, &rows, &targets, Purpose::Train(&mut rng)).unwrap();
             check("generate", &network, loss);
-            network.checkpoint_activations();
+            network.checkpoint_activations().unwrap();
         }
     }
 
@@ -555,7 +573,7 @@ mod tests {
         let alpha = pair.rank as f64 * pair.scale as f64;
         let options = LoraOptions { rank: pair.rank, alpha, rslora: false, dropout: 0.0, dora: true, targets };
         let plain = Method::Lora(LoraOptions { dora: false, ..options.clone() });
-        let new = |method: &Method| Network::new(&base, method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        let new = |method: &Method| Network::new(&base, method, None, &Held::CPU, &mut random(0, "test", 0)).unwrap();
         assert!(new(&plain).start_from(&adapter).unwrap_err().message.contains("without DoRA"));
         let network = new(&Method::Lora(options));
         let (batch, rows, targets) = batch();
@@ -577,7 +595,7 @@ mod tests {
         let pair = adapter.pairs.values().next().unwrap();
         let method = lora(pair.rank, pair.rank as f64 * pair.scale as f64, &[Projection::Q, Projection::V]);
         let labels = adapter.head.as_ref().map(|h| h.labels.len());
-        let network = Network::new(&base, &method, labels, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        let network = Network::new(&base, &method, labels, &Held::CPU, &mut random(0, "test", 0)).unwrap();
         network.start_from(&adapter).unwrap();
         let classes: Vec<u32> = serde_json::from_value(json("gradients.json")["classes"].clone()).unwrap();
         let weights = vec![1.0 / classes.len() as f32; classes.len()];
@@ -589,17 +607,73 @@ mod tests {
 
     #[test]
     fn a_step_of_everything_is_that_of_transformers() {
-        let network = Network::new(&base(), &Method::Full, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+        let network = Network::new(&base(), &Method::Full, None, &Held::CPU, &mut random(0, "test", 0)).unwrap();
         let (batch, rows, targets) = batch();
         let mut rng = random(0, "test", 1);
         check("full", &network, network.language_loss(&batch, &rows, &targets, Purpose::Train(&mut rng)).unwrap());
+    }
+
+    /// On a CPU f16 takes the way that bf16 takes on a GPU: candle's operations, what is trained in f32.
+    #[test]
+    fn mixed_precision_is_close_to_f32() {
+        let (base, (batch, rows, targets)) = (base(), batch());
+        let half = Held { dtype: DType::F16, ..Held::CPU };
+        let adapter = crate::adapter::load(&folder().join("adapter_dora_r4"), &base.config, "").unwrap().adapter;
+        let pair = adapter.pairs.values().next().unwrap();
+        let mut of_adapter: Vec<Projection> = adapter.pairs.keys().map(|(_, projection)| *projection).collect();
+        of_adapter.sort();
+        of_adapter.dedup();
+        let dora = Method::Lora(LoraOptions {
+            rank: pair.rank,
+            alpha: pair.rank as f64 * pair.scale as f64,
+            rslora: false,
+            dropout: 0.0,
+            dora: true,
+            targets: of_adapter,
+        });
+        for (method, labels) in
+            [(dora, None), (Method::Full, None), (Method::LastLayers(1), Some(3)), (Method::Head, Some(3))]
+        {
+            let run = |held: &Held| {
+                let network = Network::new(&base, &method, labels, held, &mut random(0, "test", 0)).unwrap();
+                if let Method::Lora(_) = method {
+                    network.start_from(&adapter).unwrap();
+                }
+                assert!(network.trained().iter().all(|(_, v)| v.dtype() == DType::F32));
+                let loss = match labels {
+                    None => network.language_loss(&batch, &rows, &targets, Purpose::Train(&mut random(0, "test", 1))),
+                    Some(_) => {
+                        let pooled = network.pooled(&batch, Purpose::Train(&mut random(0, "test", 1))).unwrap();
+                        let n = batch.lengths.len();
+                        let targets = Targets {
+                            classes: (0..n as u32).map(|i| i % 3).collect(),
+                            weights: vec![1.0 / n as f32; n],
+                            smoothing: 0.1,
+                        };
+                        pooled.then(|p| network.classification_loss(&p, &targets))
+                    }
+                };
+                let loss = loss.unwrap();
+                let value = loss.output.to_scalar::<f32>().unwrap();
+                let flat = |t: Option<Tensor>| t.unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                (value, network.gradients(&loss).unwrap().into_iter().map(flat).collect::<Vec<_>>())
+            };
+            let (exact, mixed) = (run(&Held::CPU), run(&half));
+            assert!((exact.0 - mixed.0).abs() < 1e-2 && exact.0 != mixed.0, "{method:?}: {} {}", exact.0, mixed.0);
+            for (exact, mixed) in exact.1.iter().zip(&mixed.1) {
+                let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
+                let error = norm(&mut exact.iter().zip(mixed).map(|(a, b)| a - b));
+                let size = norm(&mut exact.iter().copied());
+                assert!(error < 2e-2 * size + 1e-6, "{method:?}: {error} of {size}");
+            }
+        }
     }
 
     #[test]
     fn a_fresh_pair_changes_nothing_and_the_last_layers_train_no_others() {
         let (base, (batch, rows, targets)) = (base(), batch());
         let loss = |method: &Method| {
-            let network = Network::new(&base, method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+            let network = Network::new(&base, method, None, &Held::CPU, &mut random(0, "test", 0)).unwrap();
             let names: Vec<String> = network.trained().into_iter().map(|(name, _)| name).collect();
             let loss = network.language_loss(&batch, &rows, &targets, Purpose::Evaluate).unwrap();
             (loss.output.to_scalar::<f32>().unwrap(), names)
@@ -611,9 +685,7 @@ mod tests {
         assert!(names.iter().all(|n| n.starts_with("model.layers.1.") || n == "model.norm.weight"), "{names:?}");
         assert_eq!(names.len(), 10);
         for n in [0, 3] {
-            assert!(
-                Network::new(&base, &Method::LastLayers(n), None, &Device::Cpu, &mut random(0, "test", 0)).is_err()
-            );
+            assert!(Network::new(&base, &Method::LastLayers(n), None, &Held::CPU, &mut random(0, "test", 0)).is_err());
         }
     }
 
@@ -625,7 +697,7 @@ mod tests {
             (lora(4, 8.0, &FAMILY.projections().collect::<Vec<_>>()), "numbers"),
             (lora(8, 8.0, &[Projection::Q]), "modules"),
         ] {
-            let network = Network::new(&base, &method, None, &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+            let network = Network::new(&base, &method, None, &Held::CPU, &mut random(0, "test", 0)).unwrap();
             let error = network.start_from(&adapter).unwrap_err();
             assert!(error.message.contains(part), "{error}");
         }
@@ -635,7 +707,7 @@ mod tests {
     fn matrices_are_counted_from_the_first_that_is_trained() {
         let base = base();
         let count = |method: &Method| {
-            let network = Network::new(&base, method, Some(2), &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+            let network = Network::new(&base, method, Some(2), &Held::CPU, &mut random(0, "test", 0)).unwrap();
             let Multiplied { forward, again, backward, gradients } = network.multiplied();
             [forward, again, backward, gradients]
         };
@@ -650,8 +722,8 @@ mod tests {
         let pairs = 4 * (n + k) * base.config.layers;
         assert_eq!(count(&lora(4, 8.0, &[Projection::Q])), [all + pairs, 0, all + pairs, pairs]);
         let mut network =
-            Network::new(&base, &Method::LastLayers(1), Some(2), &Device::Cpu, &mut random(0, "test", 0)).unwrap();
-        network.checkpoint_activations();
+            Network::new(&base, &Method::LastLayers(1), Some(2), &Held::CPU, &mut random(0, "test", 0)).unwrap();
+        network.checkpoint_activations().unwrap();
         assert_eq!(network.multiplied().again, layer);
     }
 
@@ -660,7 +732,7 @@ mod tests {
         let tiny = folder().parent().unwrap().to_path_buf();
         let refusal = |model: &str, method: &Method| {
             let base = Base::open(tiny.join(model).join("base").to_str().unwrap()).unwrap();
-            let network = Network::new(&base, method, None, &Device::Cpu, &mut random(0, "test", 0));
+            let network = Network::new(&base, method, None, &Held::CPU, &mut random(0, "test", 0));
             network.err().map(|e| e.message)
         };
         for model in ["mistral_window", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"] {
@@ -672,7 +744,7 @@ mod tests {
         assert!(refusal("llama3_rope_untied", &Method::Full).unwrap().contains("rope is scaled"));
         let mut base = base();
         base.config.architecture.qkv_bias = true;
-        let network = Network::new(&base, &Method::Head, None, &Device::Cpu, &mut random(0, "test", 0));
+        let network = Network::new(&base, &Method::Head, None, &Held::CPU, &mut random(0, "test", 0));
         assert!(network.err().unwrap().message.contains("biases"));
     }
 }

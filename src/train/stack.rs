@@ -1,8 +1,8 @@
 //! Decoder layers one after the other.
 //!
 //! On a CPU all layers are one operation of candle's graph: between them nothing is copied or added twice, no thread waits
-//! for candle's, and how much is kept for the backward pass is ours to say. On other devices they are made of candle's
-//! operations.
+//! for candle's, and how much is kept for the backward pass is ours to say. On other devices, and in other numbers than f32,
+//! they are made of candle's operations.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -35,13 +35,17 @@ pub fn forward(layers: &[Arc<Layer>], x: &Tensor, pass: &Arc<Pass>, aim: Aim) ->
     if layers.is_empty() {
         return Ok(x.clone());
     }
-    if x.device().is_cpu() {
+    if ops::is_plain_f32(x) {
         let op = Stack { layers: layers.to_vec(), pass: pass.clone(), aim, kept: Mutex::default() };
         return Ok(x.contiguous()?.apply_op1(op)?);
     }
     let mut x = x.clone();
     for (l, layer) in layers.iter().enumerate() {
         x = layer.plain(&x, pass, aim.noise(l))?;
+        if let Aim::Output = aim {
+            // Else candle would keep what a backward pass needs.
+            x = x.detach();
+        }
     }
     Ok(x)
 }

@@ -158,7 +158,7 @@ impl<'a> Trainer<'a> {
         eval: &'a [Example],
     ) -> Result<Self> {
         let variables: Vec<Var> = network.trained().into_iter().map(|(_, v)| v.clone()).collect();
-        let optimizer = AdamW::new(variables.clone(), options.adamw.clone());
+        let optimizer = AdamW::new(variables.clone(), options.adamw.clone())?;
         let mut trainer = Trainer {
             network,
             options,
@@ -213,7 +213,7 @@ impl<'a> Trainer<'a> {
         for (var, numbers) in self.variables.iter().zip(&saved.numbers) {
             var.set(numbers)?;
         }
-        self.optimizer.restore(saved.moments, saved.history.step);
+        self.optimizer.restore(saved.moments, saved.history.step)?;
         let before = self.history.seconds;
         (self.best, self.history) = (saved.best, saved.history);
         self.history.seconds += before;
@@ -222,7 +222,7 @@ impl<'a> Trainer<'a> {
 
     fn save(&self) -> Result<()> {
         let numbers = self.variables.iter().map(|v| v.as_tensor().clone()).collect();
-        let (moments, best) = (self.optimizer.moments(), self.best.clone());
+        let (moments, best) = (self.optimizer.moments()?, self.best.clone());
         let checkpoint = Checkpoint { numbers, moments, best, history: self.history.clone() };
         checkpoint.write(&self.options.checkpoint, &self.options.fingerprint)
     }
@@ -322,11 +322,10 @@ impl<'a> Trainer<'a> {
                 let (share, of_share) = result?;
                 loss += share;
                 for (sum, gradient) in gradients.iter_mut().zip(of_share) {
-                    match (sum.as_ref(), gradient) {
-                        (_, None) => {}
-                        (None, gradient) => *sum = gradient,
-                        (Some(sum), Some(gradient)) => gradients::add(sum, &gradient)?,
-                    }
+                    *sum = match (sum.take(), gradient) {
+                        (Some(sum), Some(gradient)) => Some(gradients::add(sum, &gradient)?),
+                        (sum, gradient) => sum.or(gradient),
+                    };
                 }
             }
         }
@@ -474,11 +473,9 @@ fn deal(chosen: &[usize], examples: &[Example], count: usize) -> Vec<Vec<usize>>
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
     use crate::base::Base;
-    use crate::train::network::Method;
+    use crate::train::network::{Held, Method};
 
     fn options() -> TrainerOptions {
         TrainerOptions {
@@ -507,7 +504,7 @@ mod tests {
     fn the_time_of_a_head_has_the_bases() {
         let base = Base::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny/llama/base")).unwrap();
         let seconds = |method: &Method| {
-            let network = Network::new(&base, method, Some(2), &Device::Cpu, &mut random(0, "test", 0)).unwrap();
+            let network = Network::new(&base, method, Some(2), &Held::CPU, &mut random(0, "test", 0)).unwrap();
             let examples = [Example { tokens: vec![5, 6], goal: Goal::Class(1) }];
             Trainer::new(&network, options(), &examples, &[]).unwrap().history().seconds
         };

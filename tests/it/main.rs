@@ -10,6 +10,7 @@ mod common;
 mod fuzz;
 mod gguf;
 mod host;
+mod hosting;
 mod lora_gguf;
 mod methods;
 mod server;

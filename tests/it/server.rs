@@ -204,6 +204,24 @@ async fn a_client_that_hangs_up_is_counted() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_has_its_requests_id() {
+    let server = Server::start(&tiny(), &[]).await;
+    let ask = async |path: &str, id: Option<&str>| {
+        let request = server.http.get(server.at(path));
+        let request = id.into_iter().fold(request, |request, id| request.header("X-Request-Id", id));
+        let response = request.send().await.unwrap();
+        response.headers().get("x-request-id").unwrap().to_str().unwrap().to_string()
+    };
+    assert_eq!(ask("/health/ready", Some("trace-7/a")).await, "trace-7/a");
+    assert_eq!(ask("/no/such/route", Some("b")).await, "b");
+    let fresh = [ask("/health/ready", None).await, ask("/health/ready", None).await];
+    assert!(fresh[0] != fresh[1] && fresh.iter().all(|id| id.len() == 32), "{fresh:?}");
+    for id in ["two words", "", &"x".repeat(129)] {
+        assert_eq!(ask("/health/ready", Some(id)).await.len(), 32, "{id}");
+    }
+}
+
 /// An adapter that knows four more tokens, with a tokenizer that spells them, a chat template and an end token.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_adapter_with_a_language_of_its_own() {

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -15,7 +14,7 @@ use super::flops::FORMULA;
 use super::run::{self, Key, Run};
 use super::task::{Data, Task, sha256};
 use super::{Kind, Method, Options, Recipe, Size, check, summary};
-use crate::hosting::machine;
+use crate::hosting::{machine, record};
 use crate::{Error, Result};
 
 /// What runs must have in common to stand in one report. Tasks and methods may be added later.
@@ -85,7 +84,7 @@ pub async fn bench(options: Options) -> Result<()> {
                 let task = task.ok_or_else(|| Error::internal(format!("{} is planned without a task", key.task)))?;
                 let mut run = train(&options, task, key).await.map_err(|e| e.context(&name))?;
                 run.trainer_sha256 = Some(trainer.clone());
-                write(&file, &serde_json::to_string(&run).map_err(Error::internal)?)?;
+                record::write(&file, &serde_json::to_string(&run).map_err(Error::internal)?)?;
                 let accuracy = run.accuracy().unwrap_or(f64::NAN);
                 bar.suspend(|| tracing::info!("{name}: accuracy {accuracy:.3}, {:.1} s", run.wall_seconds));
                 run
@@ -115,13 +114,13 @@ fn settings(options: &Options, tasks: &[Task]) -> Result<Settings> {
 
 /// Writes the settings, or refuses those that do not go with what `path` holds already.
 fn agree(path: &Path, mut settings: Settings) -> Result<Settings> {
-    if let Some(earlier) = json_file::<Settings>(path)? {
+    if let Some(earlier) = record::read::<Settings>(path)? {
         settings.join(earlier).map_err(|what| {
             let folder = path.parent().unwrap_or(path).display();
             Error::bad_request(format!("{folder} holds runs of other settings: {what}; choose another --out"))
         })?;
     }
-    write(path, &serde_json::to_string_pretty(&settings).map_err(Error::internal)?)?;
+    record::write(path, &serde_json::to_string_pretty(&settings).map_err(Error::internal)?)?;
     Ok(settings)
 }
 
@@ -149,37 +148,13 @@ fn plan(options: &Options, tasks: &[Task]) -> Vec<Key> {
 
 /// The run in a file, if it is there.
 fn read(file: &Path, key: &Key) -> Result<Option<Run>> {
-    let run = json_file::<Run>(file)?;
+    let run = record::read::<Run>(file)?;
     match run {
         Some(run) if run.key != *key => {
             Err(Error::bad_request(format!("{} is of another run; remove it to run it again", file.display())))
         }
         run => Ok(run),
     }
-}
-
-fn json_file<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Option<T>> {
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::bad_request(format!("{}: {e}", path.display()))),
-    };
-    serde_json::from_str(&text).map(Some).map_err(|e| Error::bad_request(format!("{}: {e}", path.display())))
-}
-
-/// A file that is whole or not there.
-fn write(path: &Path, text: &str) -> Result<()> {
-    let failed = |e: std::io::Error| Error::bad_request(format!("{}: {e}", path.display()));
-    let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new("."))).map_err(failed)?;
-    file.write_all(text.as_bytes()).and_then(|()| file.write_all(b"\n")).map_err(failed)?;
-    // A temporary file is its owner's alone; a report is as others here are.
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        file.as_file().set_permissions(fs::Permissions::from_mode(0o644)).map_err(failed)?;
-    }
-    file.persist(path).map_err(|e| failed(e.error))?;
-    Ok(())
 }
 
 async fn train(options: &Options, task: &Task, key: Key) -> Result<Run> {
@@ -209,7 +184,7 @@ async fn train(options: &Options, task: &Task, key: Key) -> Result<Run> {
     let mut command = Command::new(&options.trainer);
     command.args(&arguments).arg("--out").arg(&out);
     let usage = run::watch(command, &folder.path().join("log")).await?;
-    let account = json_file(&out.join("history.json"))?;
+    let account = record::read(&out.join("history.json"))?;
     let account = account.ok_or_else(|| Error::internal("the trainer wrote no history.json"))?;
     let machine = machine();
     let text = |name: &str| machine[name].as_str().map(str::to_string);
@@ -245,9 +220,9 @@ fn report(options: &Options, tasks: &[Task], settings: &Settings, runs: &[Run]) 
     let all = json!({ "machine": machine, "settings": settings, "flops": FORMULA, "groups": groups,
         "comparisons": comparisons, "notices": measured.notices, "runs": runs });
     let path = |name: &str| options.out.join(name);
-    write(&path("report.json"), &serde_json::to_string_pretty(&all).map_err(Error::internal)?)?;
-    write(&path("report.md"), document.markdown().trim_end())?;
-    write(&path("report.html"), document.html()?.trim_end())?;
+    record::write(&path("report.json"), &(serde_json::to_string_pretty(&all).map_err(Error::internal)? + "\n"))?;
+    record::write(&path("report.md"), &document.markdown())?;
+    record::write(&path("report.html"), &document.html()?)?;
     println!("{}", path("report.html").display());
     Ok(())
 }
@@ -339,7 +314,7 @@ mod tests {
             let message = refused(change);
             assert!(message.contains("other settings") && message.contains(word), "{message}");
         }
-        assert_eq!(json_file::<Settings>(&path).unwrap().unwrap(), both);
+        assert_eq!(record::read::<Settings>(&path).unwrap().unwrap(), both);
     }
 
     #[test]
@@ -348,7 +323,7 @@ mod tests {
         let run = testing::run(Kind::Lora, 8, 3, &[(5, 100, 6, 10), (9, 200, 8, 10)]);
         let file = folder.path().join(run.key.file());
         assert!(read(&file, &run.key).unwrap().is_none());
-        write(&file, &serde_json::to_string(&run).unwrap()).unwrap();
+        record::write(&file, &serde_json::to_string(&run).unwrap()).unwrap();
         let again = read(&file, &run.key).unwrap().unwrap();
         assert_eq!((json!(again), again.flops(), again.accuracy()), (json!(run), run.flops(), Some(0.8)));
         let other = Key { seed: 4, ..run.key };

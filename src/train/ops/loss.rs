@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Matrix, Target, multiply, slice};
+use super::{Matrix, Target, is_plain_f32, multiply, slice};
 use crate::base::simd::{self, Simd};
 
 /// Rows whose logits are in memory at a time.
@@ -42,8 +42,8 @@ pub fn cross_entropy(logits: &Tensor, targets: &Targets) -> Result<Tensor> {
 /// `cross_entropy(x Wᵀ)` for `x` `[rows, in]` and `W` `[classes, in]`, without all logits in memory at once: forward and
 /// backward go through [`CHUNK`] rows at a time in one pass.
 pub fn linear_cross_entropy(x: &Tensor, weight: &Tensor, targets: &Targets) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return cross_entropy(&x.matmul(&weight.t()?)?, targets);
+    if !is_plain_f32(x) {
+        return cross_entropy(&x.matmul(&weight.to_dtype(x.dtype())?.t()?)?, targets);
     }
     // What nobody can ask gradients of is only evaluated.
     let op = LinearCrossEntropy {

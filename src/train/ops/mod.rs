@@ -1,8 +1,8 @@
 //! Differentiable operations on rows of packed sequences.
 //!
 //! Sequences lie one after the other in the rows, without padding. On a CPU the operations are plain functions on f32, a
-//! forward and a backward one each, from which [`super::layer`] is put together; on other devices they are made of candle's
-//! operations, whose gradients candle knows.
+//! forward and a backward one each, from which [`super::layer`] is put together; on other devices, and in other numbers, they
+//! are made of candle's operations, whose gradients candle knows.
 
 mod attention;
 mod loss;
@@ -17,7 +17,12 @@ pub use rope::{Rope, rope};
 
 use std::ops::{Deref, Range};
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+
+/// Whether the functions on f32 here are for it; candle's operations are for other numbers and devices.
+pub fn is_plain_f32(x: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() == DType::F32
+}
 
 /// The numbers of a contiguous f32 tensor in memory.
 pub fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {

@@ -1,23 +1,24 @@
 //! RMSNorm (arXiv 1910.07467).
 
-use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{numbers, slice};
+use super::{is_plain_f32, numbers, slice};
 use crate::base::simd::{self, Simd};
 
 /// `x / sqrt(mean(x²) + eps) * weight`, row by row; `x` is `[rows, width]`, `weight` `[width]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !is_plain_f32(x) {
         return plain(x, weight, eps);
     }
     x.contiguous()?.apply_op2(weight, RmsNorm { eps: eps as f32, trained: weight.is_variable() })
 }
 
-/// [`rms_norm`] made of candle's operations.
+/// [`rms_norm`] made of candle's operations, computed in f32.
 pub fn plain(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let (dtype, x, weight) = (x.dtype(), x.to_dtype(DType::F32)?, weight.to_dtype(DType::F32)?);
     let scale = ((x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?).recip()?;
-    x.broadcast_mul(&scale)?.broadcast_mul(weight)
+    x.broadcast_mul(&scale)?.broadcast_mul(&weight)?.to_dtype(dtype)
 }
 
 struct RmsNorm {

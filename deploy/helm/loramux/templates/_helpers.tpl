@@ -1,0 +1,45 @@
+{{- define "loramux.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* 52 characters at most: the pods' names and the controller's hash are appended. */}}
+{{- define "loramux.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" -}}
+{{- else if contains (include "loramux.name" .) .Release.Name -}}
+{{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name (include "loramux.name" .) | trunc 52 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "loramux.selector" -}}
+app.kubernetes.io/name: {{ include "loramux.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "loramux.labels" -}}
+{{ include "loramux.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end -}}
+
+{{- define "loramux.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "loramux.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The file of --config. JSON's strings, numbers, booleans and lists are TOML's. */}}
+{{- define "loramux.config" -}}
+{{- $options := merge (dict "model" .Values.model.source "drain-timeout" .Values.drainTimeout) .Values.config -}}
+{{- if .Values.adapters.volume -}}
+{{- $_ := set $options "adapters" (list "/adapters") -}}
+{{- end -}}
+{{- range $key, $value := $options }}
+{{ $key }} = {{ $value | toJson }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,91 @@
+//! Medians, tails and lines through measurements.
+
+use serde::Serialize;
+
+/// A number that was measured several times.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Spread {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
+}
+
+impl Spread {
+    /// `None` of nothing.
+    pub fn of(numbers: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let mut all: Vec<f64> = numbers.into_iter().filter(|x| x.is_finite()).collect();
+        all.sort_by(f64::total_cmp);
+        let (min, max) = (*all.first()?, *all.last()?);
+        let middle = all.len() / 2;
+        let median = if all.len().is_multiple_of(2) { (all[middle - 1] + all[middle]) / 2.0 } else { all[middle] };
+        Some(Spread { median, min, max })
+    }
+
+    /// Whether the two have values in common.
+    pub fn overlaps(&self, other: &Spread) -> bool {
+        self.min <= other.max && other.min <= self.max
+    }
+}
+
+/// The value that a share `q` of `numbers` does not exceed (nearest rank); `None` of nothing.
+pub fn quantile(numbers: &[f64], q: f64) -> Option<f64> {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (q * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied()
+}
+
+/// A line `at_zero + slope * x`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Line {
+    pub at_zero: f64,
+    pub slope: f64,
+}
+
+impl Line {
+    /// The one through `points` with the least squares; `None` where they do not make a line.
+    pub fn through(points: &[(f64, f64)]) -> Option<Self> {
+        let n = points.len() as f64;
+        let mean = |f: &dyn Fn(&(f64, f64)) -> f64| points.iter().map(f).sum::<f64>() / n;
+        let (x, y) = (mean(&|p| p.0), mean(&|p| p.1));
+        let (xx, xy) = (mean(&|p| (p.0 - x).powi(2)), mean(&|p| (p.0 - x) * (p.1 - y)));
+        (xx > 0.0).then(|| Line { at_zero: y - xy / xx * x, slope: xy / xx })
+    }
+
+    pub fn at(&self, x: f64) -> f64 {
+        self.at_zero + self.slope * x
+    }
+
+    /// The largest whole `x` at which the line, which goes up, is not above `y`; `None` where there is none or no largest.
+    pub fn fits(&self, y: f64) -> Option<u64> {
+        let x = (y - self.at_zero) / self.slope;
+        (self.slope > 0.0 && x >= 0.0).then_some(x as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spreads_and_quantiles() {
+        assert_eq!(Spread::of([3.0, 1.0, 2.0]), Some(Spread { median: 2.0, min: 1.0, max: 3.0 }));
+        assert_eq!(Spread::of([4.0, 1.0]).unwrap().median, 2.5);
+        assert_eq!(Spread::of([f64::NAN]), None);
+        let all: Vec<f64> = (1..=100).rev().map(f64::from).collect();
+        assert_eq!([0.0, 0.5, 0.95, 0.99, 1.0].map(|q| quantile(&all, q).unwrap()), [1.0, 50.0, 95.0, 99.0, 100.0]);
+        assert_eq!(quantile(&[], 0.5), None);
+        let spread = |min, max| Spread { median: min, min, max };
+        assert!(spread(1.0, 2.0).overlaps(&spread(2.0, 3.0)) && !spread(1.0, 2.0).overlaps(&spread(2.1, 3.0)));
+    }
+
+    #[test]
+    fn a_line_is_found_and_told_how_far_it_fits() {
+        let line = Line::through(&[(1.0, 5.0), (2.0, 7.0), (4.0, 11.0)]).unwrap();
+        assert!((line.at_zero - 3.0).abs() < 1e-9 && (line.slope - 2.0).abs() < 1e-9, "{line:?}");
+        assert_eq!(line.fits(10.0), Some(3));
+        assert_eq!(line.fits(2.0), None);
+        assert_eq!(Line { at_zero: 1.0, slope: 0.0 }.fits(5.0), None);
+        assert_eq!(Line::through(&[(1.0, 5.0), (1.0, 6.0)]), None);
+    }
+}
