@@ -2,9 +2,10 @@
 
 use super::flops::FORMULA;
 use super::run::{Run, accuracy};
-use super::summary::{Comparison, Group, Spread, Verdict};
+use super::summary::{self, Comparison, Group, Verdict};
 use super::{Kind, Options, Size, flops};
 use crate::hosting::report::{Axis, Block, Plot, Point, Report, Series, Table, compact};
+use crate::hosting::statistics::Spread;
 
 /// What the report is made of.
 pub struct Measured<'a> {
@@ -273,9 +274,9 @@ fn over_effort(task: &str, runs: &[Run], groups: &[&Group]) -> Vec<Plot> {
             let own: Vec<&Run> = runs.iter().filter(same).collect();
             let evaluations = own.iter().map(|run| run.account.history.evaluations.len()).min().unwrap_or(0);
             let one = |i: usize| {
-                let x = Spread::of(own.iter().map(|run| effort(run, i)))?.median;
+                let x = summary::spread(own.iter().map(|run| effort(run, i)))?.median;
                 let at = |run: &&Run| accuracy(run.account.history.evaluations.get(i)?);
-                Some(point(x, Spread::of(own.iter().map(at))?))
+                Some(point(x, summary::spread(own.iter().map(at))?))
             };
             Series {
                 name: group.method.name().into(),
@@ -319,7 +320,7 @@ fn method(measured: &Measured) -> Vec<Block> {
          the examples too. Whole run: from the program's start to its end, with loading, evaluations and writing."
             .into(),
         "CPU time and peak memory are the trainer process's own, as the system counts them for its parent (wait4: ru_utime, \
-         ru_stime, ru_maxrss); no peak is told below the benchmark program's own size."
+         ru_stime, ru_maxrss); no peak is told below the benchmark program's own size, and none has what a GPU holds."
             .into(),
         "FLOPs are computed, not measured. The learning rates are the trainer's defaults for each method unless options say \
          otherwise; no method was tuned for these tasks."
@@ -342,8 +343,8 @@ fn method(measured: &Measured) -> Vec<Block> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hosting::methods::Recipe;
     use crate::hosting::methods::run::testing::run;
-    use crate::hosting::methods::{Recipe, summary};
 
     fn markdown(runs: &[Run]) -> String {
         let recipe = Recipe {

@@ -4,29 +4,11 @@ use serde::Serialize;
 
 use super::run::Run;
 use super::{Kind, Size};
+use crate::hosting::statistics::Spread;
 
-/// The smallest, middle and largest of some numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Spread {
-    pub min: f64,
-    pub median: f64,
-    pub max: f64,
-}
-
-impl Spread {
-    /// `None` of nothing, or where a number is missing.
-    pub fn of(numbers: impl Iterator<Item = Option<f64>>) -> Option<Self> {
-        let mut all: Vec<f64> = numbers.collect::<Option<_>>()?;
-        all.sort_by(f64::total_cmp);
-        let (min, max) = (*all.first()?, *all.last()?);
-        let middle = all.len() / 2;
-        let median = if all.len() % 2 == 1 { all[middle] } else { (all[middle - 1] + all[middle]) / 2.0 };
-        Some(Spread { min, median, max })
-    }
-
-    fn overlaps(&self, other: &Spread) -> bool {
-        self.min <= other.max && other.min <= self.max
-    }
+/// `None` of nothing, and where a number is missing.
+pub fn spread(numbers: impl Iterator<Item = Option<f64>>) -> Option<Spread> {
+    Spread::of(numbers.collect::<Option<Vec<f64>>>()?)
 }
 
 /// The runs of one method on so many examples of a task.
@@ -116,7 +98,7 @@ pub fn groups(runs: &[Run], target: Option<f64>) -> Vec<Group> {
     };
     let target = |task: &str| {
         let medians = kinds.iter().filter(|kind| kind.0 == task);
-        let medians = medians.filter_map(|&kind| Spread::of(of(kind).iter().map(|run| run.accuracy())));
+        let medians = medians.filter_map(|&kind| spread(of(kind).iter().map(|run| run.accuracy())));
         target.unwrap_or(0.95 * medians.map(|s| s.median).fold(0.0, f64::max))
     };
     kinds.iter().filter_map(|&kind| group(&of(kind), target(kind.0))).collect()
@@ -124,7 +106,7 @@ pub fn groups(runs: &[Run], target: Option<f64>) -> Vec<Group> {
 
 fn group(runs: &[&Run], target: f64) -> Option<Group> {
     let first = runs.first()?;
-    let spread = |number: &dyn Fn(&Run) -> Option<f64>| Spread::of(runs.iter().map(|run| number(run)));
+    let of = |number: &dyn Fn(&Run) -> Option<f64>| spread(runs.iter().map(|run| number(run)));
     let reached: Vec<(f64, f64)> = runs.iter().filter_map(|run| run.reached(target)).collect();
     let account = &first.account;
     Some(Group {
@@ -136,20 +118,20 @@ fn group(runs: &[&Run], target: f64) -> Option<Group> {
         trained: account.trained,
         parameters: account.parameters,
         share: account.trained as f64 / account.parameters.max(1) as f64,
-        accuracy: spread(&Run::accuracy),
-        macro_f1: spread(&Run::macro_f1),
-        train_seconds: spread(&|run| Some(run.account.history.seconds)),
-        wall_seconds: spread(&|run| Some(run.wall_seconds)),
-        cpu_seconds: spread(&|run| run.cpu_seconds),
-        tokens: spread(&|run| Some(run.account.history.tokens as f64)),
-        flops: spread(&|run| Some(run.flops())),
-        peak_memory_bytes: spread(&|run| run.peak_memory_bytes.map(|bytes| bytes as f64)),
-        weights_bytes: spread(&|run| Some(run.weights_bytes as f64)),
+        accuracy: of(&Run::accuracy),
+        macro_f1: of(&Run::macro_f1),
+        train_seconds: of(&|run| Some(run.account.history.seconds)),
+        wall_seconds: of(&|run| Some(run.wall_seconds)),
+        cpu_seconds: of(&|run| run.cpu_seconds),
+        tokens: of(&|run| Some(run.account.history.tokens as f64)),
+        flops: of(&|run| Some(run.flops())),
+        peak_memory_bytes: of(&|run| run.peak_memory_bytes.map(|bytes| bytes as f64)),
+        weights_bytes: of(&|run| Some(run.weights_bytes as f64)),
         shares_base: first.key.method.shares_base(),
         target,
         reached: reached.len(),
-        seconds_to_target: Spread::of(reached.iter().map(|r| Some(r.0))),
-        flops_to_target: Spread::of(reached.iter().map(|r| Some(r.1))),
+        seconds_to_target: Spread::of(reached.iter().map(|r| r.0)),
+        flops_to_target: Spread::of(reached.iter().map(|r| r.1)),
     })
 }
 
@@ -190,12 +172,9 @@ mod tests {
     use crate::hosting::methods::run::testing::run;
 
     #[test]
-    fn the_middle_and_the_ends() {
-        let of = |numbers: &[f64]| Spread::of(numbers.iter().map(|&n| Some(n)));
-        assert_eq!(of(&[3.0, 1.0, 2.0]), Some(Spread { min: 1.0, median: 2.0, max: 3.0 }));
-        assert_eq!(of(&[4.0, 1.0]), Some(Spread { min: 1.0, median: 2.5, max: 4.0 }));
-        assert_eq!(of(&[]), None);
-        assert_eq!(Spread::of([Some(1.0), None].into_iter()), None);
+    fn a_missing_number_leaves_no_spread() {
+        assert_eq!(spread([Some(3.0), Some(1.0)].into_iter()), Some(Spread { min: 1.0, median: 2.0, max: 3.0 }));
+        assert_eq!((spread([Some(1.0), None].into_iter()), spread([].into_iter())), (None, None));
     }
 
     #[test]
