@@ -54,6 +54,8 @@ pub struct Comparison {
     pub accuracy: Verdict,
     pub train_seconds_ratio: Option<f64>,
     pub train_seconds: Verdict,
+    /// Of the whole program, which other programs lengthen less than its time.
+    pub cpu_seconds_ratio: Option<f64>,
     pub flops_ratio: Option<f64>,
     pub peak_memory_ratio: Option<f64>,
     pub weights_ratio: Option<f64>,
@@ -159,6 +161,7 @@ fn comparison(group: &Group, full: &Group) -> Comparison {
         accuracy: verdict(group.accuracy.as_ref(), full.accuracy.as_ref(), seeds),
         train_seconds_ratio: ratio(group.train_seconds, full.train_seconds),
         train_seconds: verdict(group.train_seconds.as_ref(), full.train_seconds.as_ref(), seeds),
+        cpu_seconds_ratio: ratio(group.cpu_seconds, full.cpu_seconds),
         flops_ratio: ratio(group.flops, full.flops),
         peak_memory_ratio: ratio(group.peak_memory_bytes, full.peak_memory_bytes),
         weights_ratio: ratio(group.weights_bytes, full.weights_bytes),
