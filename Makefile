@@ -60,11 +60,13 @@ bench-train: model $(DATA)/ready $(CLIENTS)/peft/ready
 	$(PYTHON) benches/train/compare.py --trainer $(CARGO_TARGET_DIR)/release/loramux-train --peft $(CLIENTS)/peft \
 	--data $(DATA)/movie-reviews/train.csv $(ARGS)
 
+NIGHT := --sizes 50,200,1000
+
 # LoRA, a head and last layers beside full fine-tunes, e.g. `make bench-methods ARGS=--quick`. A night without.
 bench-methods: model $(DATA)/ready
 	$(CARGO_TARGET_DIR)/release/loramux bench methods --out $(DATA)/bench-methods$(findstring -quick,$(ARGS)) \
 	--task sentiment=$(DATA)/movie-reviews/train.csv,$(DATA)/movie-reviews/test.csv \
-	--task topics=$(DATA)/news-topics/train.csv,$(DATA)/news-topics/test.csv $(or $(ARGS),--sizes 50,200,1000)
+	--task topics=$(DATA)/news-topics/train.csv,$(DATA)/news-topics/test.csv $(or $(ARGS),$(NIGHT))
 
 # The shipped adapters, all or some: `make adapters NAMES=news-topics`. Two hours on two cores.
 adapters: model $(DATA)/ready $(CLIENTS)/peft/ready

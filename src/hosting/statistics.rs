@@ -21,11 +21,6 @@ impl Spread {
         Some(Spread { median, min, max })
     }
 
-    /// `None` also where a number is missing.
-    pub fn of_all(numbers: impl Iterator<Item = Option<f64>>) -> Option<Self> {
-        Self::of(numbers.collect::<Option<Vec<_>>>()?)
-    }
-
     /// Whether the two have values in common.
     pub fn overlaps(&self, other: &Spread) -> bool {
         self.min <= other.max && other.min <= self.max

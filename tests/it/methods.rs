@@ -135,6 +135,7 @@ fn methods_are_measured_and_compared() {
         let (group, full) = (find(&c["method"]), find(&"full".into()));
         for (ratio, of) in [
             ("train_seconds_ratio", "train_seconds"),
+            ("cpu_seconds_ratio", "cpu_seconds"),
             ("flops_ratio", "flops"),
             ("peak_memory_ratio", "peak_memory_bytes"),
             ("weights_ratio", "weights_bytes"),

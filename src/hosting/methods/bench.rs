@@ -54,8 +54,8 @@ fn differ(what: &str, then: &Value, now: &Value) -> Result<(), String> {
     if then == now { Ok(()) } else { Err(format!("{what} was {then} and is now {now}")) }
 }
 
-/// Trains what has not been trained yet, and writes `report.json`, `report.md` and `report.html`. Dropped before its end,
-/// it leaves the finished runs to the next one.
+/// Trains what has not been trained yet, and writes `report.json`, `report.md` and `report.html`. Dropped before its
+/// end, it leaves the finished runs to the next one.
 pub async fn bench(options: Options) -> Result<()> {
     check(&options)?;
     let runs = options.out.join("runs");

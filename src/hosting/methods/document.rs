@@ -2,7 +2,7 @@
 
 use super::flops::FORMULA;
 use super::run::{Run, accuracy};
-use super::summary::{Comparison, Group, Verdict};
+use super::summary::{self, Comparison, Group, Verdict};
 use super::{Kind, Options, Size, flops};
 use crate::hosting::report::{Axis, Block, Plot, Point, Report, Series, Table, compact};
 use crate::hosting::statistics::Spread;
@@ -70,9 +70,10 @@ pub fn report(measured: &Measured) -> Report {
 
 fn introduction(measured: &Measured) -> Vec<Block> {
     let Options { model, seeds, .. } = measured.options;
+    let times = if *seeds == 1 { "once".to_string() } else { format!("with {seeds} seeds") };
     let kinds: Vec<&str> = measured.options.methods.iter().map(|method| method.kind.name()).collect();
     let text = format!(
-        "{} of {model}, each trained {seeds} times ({} runs) on the same examples. Cells have the median over the seeds and, \
+        "{} of {model}, each trained {times} ({} runs) on the same examples. Cells have the median over the seeds and, \
          in brackets, the smallest and largest. A seed decides which examples are learned from, in which order, and the \
          numbers that new parts begin with; what is held out is the same for all.",
         kinds.join(", "),
@@ -147,13 +148,14 @@ fn compared(c: &Comparison, groups: &[Group]) -> Option<String> {
     let ratio = |ratio: Option<f64>| ratio.map_or("–".into(), compact);
     let time = if c.train_seconds == Verdict::NoDifference { " (no difference seen)" } else { "" };
     Some(format!(
-        "{}, {} examples: {name} {} against full {}: {verdict}. Of full's time in steps {name} took {}{time}, of its FLOPs {}, of \
-         its peak memory {}; of its parameters {name} trained {}, of its bytes it stores {}.",
+        "{}, {} examples: {name} {} against full {}: {verdict}. Of full's time in steps {name} took {}{time}, of its whole run's \
+         CPU time {}, of its FLOPs {}, of its peak memory {}; of its parameters {name} trained {}, of its bytes it stores {}.",
         c.task,
         group.examples,
         spread(group.accuracy, &score),
         spread(full.accuracy, &score),
         ratio(c.train_seconds_ratio),
+        ratio(c.cpu_seconds_ratio),
         ratio(c.flops_ratio),
         ratio(c.peak_memory_ratio),
         compact(c.trained_ratio),
@@ -274,9 +276,9 @@ fn over_effort(task: &str, runs: &[Run], groups: &[&Group]) -> Vec<Plot> {
             let own: Vec<&Run> = runs.iter().filter(same).collect();
             let evaluations = own.iter().map(|run| run.account.history.evaluations.len()).min().unwrap_or(0);
             let one = |i: usize| {
-                let x = Spread::of_all(own.iter().map(|run| effort(run, i)))?.median;
+                let x = summary::spread(own.iter().map(|run| effort(run, i)))?.median;
                 let at = |run: &&Run| accuracy(run.account.history.evaluations.get(i)?);
-                Some(point(x, Spread::of_all(own.iter().map(at))?))
+                Some(point(x, summary::spread(own.iter().map(at))?))
             };
             Series {
                 name: group.method.name().into(),
@@ -320,7 +322,7 @@ fn method(measured: &Measured) -> Vec<Block> {
          the examples too. Whole run: from the program's start to its end, with loading, evaluations and writing."
             .into(),
         "CPU time and peak memory are the trainer process's own, as the system counts them for its parent (wait4: ru_utime, \
-         ru_stime, ru_maxrss); no peak is told below the benchmark program's own size."
+         ru_stime, ru_maxrss); no peak is told below the benchmark program's own size, and none has what a GPU holds."
             .into(),
         "FLOPs are computed, not measured. The learning rates are the trainer's defaults for each method unless options say \
          otherwise; no method was tuned for these tasks."
@@ -343,8 +345,8 @@ fn method(measured: &Measured) -> Vec<Block> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hosting::methods::Recipe;
     use crate::hosting::methods::run::testing::run;
-    use crate::hosting::methods::{Recipe, summary};
 
     fn markdown(runs: &[Run]) -> String {
         let recipe = Recipe {
@@ -389,7 +391,10 @@ mod tests {
         let full = |seed, right| run(Kind::Full, 8, seed, &[(4, 100, right, 10)]);
         let better = markdown(&[lora(0, 6), lora(1, 7), full(0, 8), full(1, 9)]);
         assert!(better.contains("full is better, by 20.0 points"), "{better}");
-        assert!(better.contains("Of full's time in steps lora took 0.5, of its FLOPs 1,"), "{better}");
+        assert!(
+            better.contains("Of full's time in steps lora took 0.5, of its whole run's CPU time 1, of its FLOPs 1,"),
+            "{better}"
+        );
         assert!(better.contains("| lora, 8 |") && better.contains("| not reached | not reached |"), "{better}");
         assert!(better.contains("of its bytes it stores 0.05."), "{better}");
         let same = markdown(&[lora(0, 6), lora(1, 9), full(0, 8), full(1, 9)]);

@@ -6,6 +6,11 @@ use super::run::Run;
 use super::{Kind, Size};
 use crate::hosting::statistics::Spread;
 
+/// `None` of nothing, and where a number is missing.
+pub fn spread(numbers: impl Iterator<Item = Option<f64>>) -> Option<Spread> {
+    Spread::of(numbers.collect::<Option<Vec<f64>>>()?)
+}
+
 /// The runs of one method on so many examples of a task.
 #[derive(Debug, Clone, Serialize)]
 pub struct Group {
@@ -49,6 +54,8 @@ pub struct Comparison {
     pub accuracy: Verdict,
     pub train_seconds_ratio: Option<f64>,
     pub train_seconds: Verdict,
+    /// Of the whole program, which other programs lengthen less than its time.
+    pub cpu_seconds_ratio: Option<f64>,
     pub flops_ratio: Option<f64>,
     pub peak_memory_ratio: Option<f64>,
     pub weights_ratio: Option<f64>,
@@ -93,7 +100,7 @@ pub fn groups(runs: &[Run], target: Option<f64>) -> Vec<Group> {
     };
     let target = |task: &str| {
         let medians = kinds.iter().filter(|kind| kind.0 == task);
-        let medians = medians.filter_map(|&kind| Spread::of_all(of(kind).iter().map(|run| run.accuracy())));
+        let medians = medians.filter_map(|&kind| spread(of(kind).iter().map(|run| run.accuracy())));
         target.unwrap_or(0.95 * medians.map(|s| s.median).fold(0.0, f64::max))
     };
     kinds.iter().filter_map(|&kind| group(&of(kind), target(kind.0))).collect()
@@ -101,7 +108,7 @@ pub fn groups(runs: &[Run], target: Option<f64>) -> Vec<Group> {
 
 fn group(runs: &[&Run], target: f64) -> Option<Group> {
     let first = runs.first()?;
-    let spread = |number: &dyn Fn(&Run) -> Option<f64>| Spread::of_all(runs.iter().map(|run| number(run)));
+    let of = |number: &dyn Fn(&Run) -> Option<f64>| spread(runs.iter().map(|run| number(run)));
     let reached: Vec<(f64, f64)> = runs.iter().filter_map(|run| run.reached(target)).collect();
     let account = &first.account;
     Some(Group {
@@ -113,20 +120,20 @@ fn group(runs: &[&Run], target: f64) -> Option<Group> {
         trained: account.trained,
         parameters: account.parameters,
         share: account.trained as f64 / account.parameters.max(1) as f64,
-        accuracy: spread(&Run::accuracy),
-        macro_f1: spread(&Run::macro_f1),
-        train_seconds: spread(&|run| Some(run.account.history.seconds)),
-        wall_seconds: spread(&|run| Some(run.wall_seconds)),
-        cpu_seconds: spread(&|run| run.cpu_seconds),
-        tokens: spread(&|run| Some(run.account.history.tokens as f64)),
-        flops: spread(&|run| Some(run.flops())),
-        peak_memory_bytes: spread(&|run| run.peak_memory_bytes.map(|bytes| bytes as f64)),
-        weights_bytes: spread(&|run| Some(run.weights_bytes as f64)),
+        accuracy: of(&Run::accuracy),
+        macro_f1: of(&Run::macro_f1),
+        train_seconds: of(&|run| Some(run.account.history.seconds)),
+        wall_seconds: of(&|run| Some(run.wall_seconds)),
+        cpu_seconds: of(&|run| run.cpu_seconds),
+        tokens: of(&|run| Some(run.account.history.tokens as f64)),
+        flops: of(&|run| Some(run.flops())),
+        peak_memory_bytes: of(&|run| run.peak_memory_bytes.map(|bytes| bytes as f64)),
+        weights_bytes: of(&|run| Some(run.weights_bytes as f64)),
         shares_base: first.key.method.shares_base(),
         target,
         reached: reached.len(),
-        seconds_to_target: Spread::of_all(reached.iter().map(|r| Some(r.0))),
-        flops_to_target: Spread::of_all(reached.iter().map(|r| Some(r.1))),
+        seconds_to_target: Spread::of(reached.iter().map(|r| r.0)),
+        flops_to_target: Spread::of(reached.iter().map(|r| r.1)),
     })
 }
 
@@ -154,6 +161,7 @@ fn comparison(group: &Group, full: &Group) -> Comparison {
         accuracy: verdict(group.accuracy.as_ref(), full.accuracy.as_ref(), seeds),
         train_seconds_ratio: ratio(group.train_seconds, full.train_seconds),
         train_seconds: verdict(group.train_seconds.as_ref(), full.train_seconds.as_ref(), seeds),
+        cpu_seconds_ratio: ratio(group.cpu_seconds, full.cpu_seconds),
         flops_ratio: ratio(group.flops, full.flops),
         peak_memory_ratio: ratio(group.peak_memory_bytes, full.peak_memory_bytes),
         weights_ratio: ratio(group.weights_bytes, full.weights_bytes),
@@ -167,12 +175,9 @@ mod tests {
     use crate::hosting::methods::run::testing::run;
 
     #[test]
-    fn the_middle_and_the_ends() {
-        let of = |numbers: &[f64]| Spread::of_all(numbers.iter().map(|&n| Some(n)));
-        assert_eq!(of(&[3.0, 1.0, 2.0]), Some(Spread { min: 1.0, median: 2.0, max: 3.0 }));
-        assert_eq!(of(&[4.0, 1.0]), Some(Spread { min: 1.0, median: 2.5, max: 4.0 }));
-        assert_eq!(of(&[]), None);
-        assert_eq!(Spread::of_all([Some(1.0), None].into_iter()), None);
+    fn a_missing_number_leaves_no_spread() {
+        assert_eq!(spread([Some(3.0), Some(1.0)].into_iter()), Some(Spread { min: 1.0, median: 2.0, max: 3.0 }));
+        assert_eq!((spread([Some(1.0), None].into_iter()), spread([].into_iter())), (None, None));
     }
 
     #[test]
