@@ -1,7 +1,7 @@
 //! The CPU's kernels one by one: products with packed weights, the adapters' delta, attention over the paged cache. Rates
 //! are in multiply-adds.
 //!
-//!     cargo bench --bench kernels                          # all, some five minutes
+//!     cargo bench --bench kernels                          # all, some four minutes
 //!     cargo bench --bench kernels -- product/int8          # names are matched with a regular expression
 //!     cargo bench --bench kernels -- 'attention/.*/1024'
 //!
