@@ -195,7 +195,7 @@ function Result({ inputs, setting, shape, copies, shared }: Parts) {
     ["Cost an hour", cost(many, 1), cost(few, 1)],
     [`Cost a month (${MONTH} h)`, cost(many, MONTH), cost(few, MONTH)],
     ["Cost of a task a month", cost(many, MONTH / inputs.tasks), cost(few, MONTH / inputs.tasks)],
-    ["Memory a task adds", bytes(setting.weights + setting.kvCopy + setting.overhead), bytes(setting.adapter)],
+    ["Memory a task adds", bytes(setting.weights + setting.kvCopy + setting.overhead * (copies?.gpus ?? 1)), bytes(setting.adapter)],
     ["Tasks that fit", holds(copies), holds(shared)],
   ];
   return (
@@ -277,7 +277,10 @@ tasks of a base = floor((GPUs * (GPU memory - reserve - overhead) - weights - KV
         </li>
         <li>Every task has its adapter or copy once; nothing is doubled for availability.</li>
         <li>Weights all have the precision chosen (files with 8 or 4 bits often keep some matrices larger); adapters and the KV cache have 16 bits.</li>
-        <li>A model larger than one GPU is split evenly over the fewest GPUs that hold it. GiB are 2³⁰ bytes.</li>
+        <li>
+          A model larger than one GPU is split evenly over the fewest GPUs that hold it, also where a base on more of them would hold more
+          adapters a GPU. GiB are 2³⁰ bytes.
+        </li>
       </ul>
     </details>
   );

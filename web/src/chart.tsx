@@ -64,7 +64,7 @@ export function Chart(props: ChartProps) {
     const options: uPlot.Options = {
       width: Math.max(host.clientWidth, 100),
       height,
-      padding: [10, 16, 0, 0],
+      padding: [10, 24, 0, 0],
       legend: { show: false },
       cursor: {
         y: false,
