@@ -60,8 +60,12 @@ pub struct Files {
 
 /// Rank 2 on q and v of both layers; `seed` makes the numbers, and so the generation.
 pub fn adapter(seed: usize) -> Files {
+    adapter_of_rank(seed, 2)
+}
+
+pub fn adapter_of_rank(seed: usize, rank: usize) -> Files {
     let config = json!({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "r": 2, "lora_alpha": 4,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny", "r": rank, "lora_alpha": 4,
         "target_modules": ["q_proj", "v_proj"],
     });
     let mut files = Files { config, tensors: BTreeMap::new() };
@@ -71,8 +75,8 @@ pub fn adapter(seed: usize) -> Files {
             let (outputs, inputs) = base.shape(projection);
             let module = format!("base_model.model.model.layers.{layer}.{}", base.family.path(projection));
             let value = move |i| (seed * 1000 + layer * 100 + i) as f32 / 8.0;
-            files.tensors.insert(format!("{module}.lora_A.weight"), Tensor::f32(&[2, inputs], value));
-            files.tensors.insert(format!("{module}.lora_B.weight"), Tensor::f32(&[outputs, 2], value));
+            files.tensors.insert(format!("{module}.lora_A.weight"), Tensor::f32(&[rank, inputs], value));
+            files.tensors.insert(format!("{module}.lora_B.weight"), Tensor::f32(&[outputs, rank], value));
         }
     }
     files

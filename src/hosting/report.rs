@@ -128,6 +128,7 @@ h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child { text-align: left; }
+td { white-space: nowrap; }
 tbody th { font-weight: normal; }
 pre { padding: .8rem 1rem; overflow-x: auto; background: var(--soft); border-radius: 4px; font-size: 14px; }
 .notice { padding: .6rem 1rem; border-left: 4px solid var(--note); background: var(--soft); }
