@@ -15,6 +15,7 @@ are medians of the repetitions, ratios those of the medians. A row that was not 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -116,18 +117,20 @@ def built_decode():
 # Each of the parts gives the numbers of all its runs, for the record, and a `Measured` for each of its rows.
 
 
-def llama_arguments(args, *more):
+def llama_arguments(args):
     if not args.llama:
         raise RuntimeError("no --llama")
     words = ["--llama", args.llama, "--model", args.model, "--work", args.work, "--loramux", args.loramux]
     words += [f"--loramux-options={QUANTIZE}", "--threads", args.threads, "--repetitions", args.repetitions]
     words += ["--requests", 1 if args.quick else 3, "--max-tokens", 16 if args.quick else 64]
     words += ["--formats", *LLAMA_FORMATS, "--server-format", SERVER_FORMAT, "--decode-steps", 5 if args.quick else 15]
-    return llama.arguments([*map(str, words), *more])
+    return llama.arguments(list(map(str, words)))
 
 
 def steps(args):
-    rates = llama.measure_steps(llama_arguments(args, "--decode", str(args.decode or built_decode())))
+    given = llama_arguments(args)
+    given.decode = args.decode or built_decode()
+    rates = llama.measure_steps(given)
     measured = []
     for row in ROWS["steps"]:
         middle = {system: statistics.median(runs) for system, runs in rates[row.what].items()}
@@ -235,8 +238,12 @@ def versions(args):
     """Of what is compared, as they say themselves."""
     found = [output([str(args.loramux), "--version"]).strip()]
     if args.llama:
-        known = [line for line in output(["sh", "-c", f'"{args.llama}/bin/llama-server" --version 2>&1']).splitlines()]
-        found.append(f"llama.cpp {known[0].removeprefix('version: ')}")
+        command = [str(args.llama / "bin" / "llama-server"), "--version"]
+        try:
+            said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+            found.append(f"llama.cpp {said.splitlines()[0].removeprefix('version: ')}")
+        except (OSError, subprocess.CalledProcessError) as error:
+            found.append(f"no llama.cpp ({error})")
     for package in ("torch", "transformers", "peft"):
         try:
             found.append(f"{package} {metadata.version(package)}")
