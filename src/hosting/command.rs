@@ -243,10 +243,7 @@ async fn rates(options: &Options, setup: &Setup, record: &Record, bar: &Progress
         capacity = capacity.min(good as f64 / load.span());
     }
     // Two digits say enough.
-    let round = |x: f64| {
-        let unit = 10f64.powf(x.log10().floor() - 1.0);
-        (x / unit).round() * unit
-    };
+    let round = |x: f64| format!("{x:.1e}").parse().unwrap_or(x);
     let rates = SHARES.map(|share| round(capacity * share)).to_vec();
     record.put("rates", &rates)?;
     Ok(rates)

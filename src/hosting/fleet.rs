@@ -54,15 +54,15 @@ pub struct Setup {
     program: PathBuf,
     folder: PathBuf,
     origins: Vec<Origin>,
-    /// How many tasks have a full model of their own.
+    /// How many tasks have a full model of their own, of each adapter one or more.
     copies: usize,
     /// Options of every server.
     options: Vec<String>,
 }
 
 impl Setup {
-    /// Makes what fleets of up to `copies` tasks need, in `folder`: from each adapter in the folder `adapters` a full model,
-    /// the base with the adapter added to it. What is there already stays.
+    /// Makes what fleets of up to `copies` tasks need, in `folder`: from each adapter in the folder `adapters` full models, the
+    /// base with the adapter added to it. What is there already stays.
     pub fn prepare(
         model: &str,
         adapters: &Path,
@@ -83,6 +83,7 @@ impl Setup {
         }
         let base = Base::open(model)?;
         let program = std::env::current_exe()?;
+        let copies = copies.max(sources.len());
         let mut setup = Setup { program, folder: folder.into(), origins: vec![], copies, options };
         progress("writing the base".into());
         whole(&setup.base(), |out| copy::write(&base, None, out))?;
@@ -92,10 +93,8 @@ impl Setup {
             let has_head = adapter.head.is_some() || base.head.is_some();
             let work = if has_head { Work::Classify } else { Work::Generate };
             setup.origins.push(Origin { directory: directory.clone(), work });
-            if task < copies {
-                progress(format!("writing {} as a full model", directory.display()));
-                whole(&setup.copy(task), |out| copy::write(&base, Some(&adapter), out)).map_err(of)?;
-            }
+            progress(format!("writing {} as a full model", directory.display()));
+            whole(&setup.copy(task), |out| copy::write(&base, Some(&adapter), out)).map_err(of)?;
         }
         for task in setup.origins.len()..copies {
             progress(format!("copying full model {} of {copies}", task + 1));
@@ -119,9 +118,10 @@ impl Setup {
         self.folder.join("base")
     }
 
-    /// A task's full model. Tasks beyond those that have one of their own share the others'.
+    /// A task's full model. A task beyond those that have one of their own shares that of another one of its adapter.
     fn copy(&self, task: usize) -> PathBuf {
-        self.folder.join("copies").join(self.name(task % self.copies))
+        let owner = if task < self.copies { task } else { task % self.origins.len() };
+        self.folder.join("copies").join(self.name(owner))
     }
 
     /// A task's adapter, made when it is first needed.
@@ -321,6 +321,10 @@ mod tests {
         let size = |kind, tasks| setup.disk(kind, tasks).unwrap();
         assert_eq!(size(Kind::Copies, 3) - size(Kind::Copies, 2), size(Kind::Copies, 1));
         assert_eq!(size(Kind::Shared, 3) - size(Kind::Shared, 2), size(Kind::Shared, 1) - size(Kind::Shared, 0));
-        assert!(setup.copy(2) != setup.copy(0) && setup.copy(3) == setup.copy(0));
+        assert!(setup.copy(2) != setup.copy(0));
+        // What is shared is of the same adapter.
+        assert_eq!([3, 4].map(|t| setup.copy(t)), [1, 0].map(|t| setup.copy(t)));
+        let few = Setup::prepare(&base, folder.path(), 1, &out.path().join("few"), vec![], |_| {}).unwrap();
+        assert!((0..5).all(|t| few.copy(t).join("model.safetensors").exists()));
     }
 }
