@@ -13,6 +13,7 @@ use super::client::Client;
 use super::host::Host;
 use super::oneshot;
 use crate::engine::{Event, Generate, Request, Sampling, Task};
+use crate::hosting::statistics::quantile;
 use crate::{Error, Result};
 
 /// What one request saw.
@@ -175,12 +176,9 @@ fn models(args: &LoadArgs, adapters: &[String]) -> Vec<Vec<String>> {
 /// What a report tells of each time: medians, tails and the longest.
 const QUANTILES: [f64; 4] = [0.5, 0.95, 0.99, 1.0];
 
-/// The value below which a share `q` of `sorted` lies, in milliseconds.
-fn quantile(sorted: &[Duration], q: f64) -> f64 {
-    match sorted.len() {
-        0 => f64::NAN,
-        n => sorted[((n - 1) as f64 * q).round() as usize].as_secs_f64() * 1e3,
-    }
+/// These of `times`, in milliseconds.
+fn quantiles(times: &[f64]) -> [f64; 4] {
+    QUANTILES.map(|q| quantile(times, q).unwrap_or(f64::NAN))
 }
 
 pub async fn serve(args: BenchServeArgs) -> Result<()> {
@@ -222,22 +220,19 @@ async fn load(system: System, args: LoadArgs) -> Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     let samples: Vec<Sample> = samples.into_iter().flatten().collect();
     let tokens: u64 = samples.iter().map(|s| s.tokens).sum();
-    let sorted = |mut d: Vec<Duration>| {
-        d.sort();
-        d
-    };
-    let first = sorted(samples.iter().map(|s| s.first_token).collect());
-    let whole = sorted(samples.iter().map(|s| s.whole).collect());
-    let gaps = sorted(samples.iter().flat_map(|s| s.gaps.iter().copied()).collect());
+    let milliseconds = |d: Duration| d.as_secs_f64() * 1e3;
+    let first: Vec<f64> = samples.iter().map(|s| milliseconds(s.first_token)).collect();
+    let whole: Vec<f64> = samples.iter().map(|s| milliseconds(s.whole)).collect();
+    let gaps: Vec<f64> = samples.iter().flat_map(|s| s.gaps.iter().copied().map(milliseconds)).collect();
     let rate = tokens as f64 / seconds;
     if args.json {
-        let quantiles = |d: &[Duration]| {
-            let [p50, p95, p99, max] = QUANTILES.map(|q| quantile(d, q));
+        let told = |times: &[f64]| {
+            let [p50, p95, p99, max] = quantiles(times);
             json!({ "p50": p50, "p95": p95, "p99": p99, "max": max })
         };
         let report = json!({ "clients": args.clients, "requests": samples.len(), "adapters": adapters.len(),
             "prompt_tokens": args.prompt_tokens, "generated_tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
-            "ttft_ms": quantiles(&first), "token_ms": quantiles(&gaps), "request_ms": quantiles(&whole) });
+            "ttft_ms": told(&first), "token_ms": told(&gaps), "request_ms": told(&whole) });
         println!("{report}");
         return Ok(());
     }
@@ -248,8 +243,8 @@ async fn load(system: System, args: LoadArgs) -> Result<()> {
         args.prompt_tokens,
         adapters.len()
     );
-    for (name, d) in [("first token", &first), ("between tokens", &gaps), ("whole request", &whole)] {
-        let [p50, p95, p99, max] = QUANTILES.map(|q| quantile(d, q));
+    for (name, times) in [("first token", &first), ("between tokens", &gaps), ("whole request", &whole)] {
+        let [p50, p95, p99, max] = quantiles(times);
         println!("{name:>15}: p50 {p50:8.1} ms  p95 {p95:8.1} ms  p99 {p99:8.1} ms  max {max:8.1} ms");
     }
     Ok(())

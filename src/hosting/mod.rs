@@ -23,7 +23,7 @@ mod process;
 mod record;
 pub mod report;
 mod sender;
-mod statistics;
+pub mod statistics;
 mod traffic;
 
 pub use machine::machine;

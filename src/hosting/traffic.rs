@@ -17,7 +17,7 @@ use crate::{Error, Result};
 /// After the last arrival, unanswered requests are given up after so long, and count as such.
 const GRACE: Duration = Duration::from_secs(60);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Popularity {
     /// All tasks are asked alike.
