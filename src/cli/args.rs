@@ -268,7 +268,8 @@ pub struct BenchHostingArgs {
     /// TOML file with what machines cost [default: examples]
     #[arg(long, value_name = "FILE")]
     pub prices: Option<PathBuf>,
-    /// Requests a second that arrive, one load each [default: 0.3, 0.6 and 0.9 of what the smallest fleet of adapters answers]
+    /// Requests a second that arrive, one load each [default: 0.3, 0.6 and 0.9 of what the smallest or the largest fleet of
+    /// adapters answers, whichever is less]
     #[arg(long, value_delimiter = ',', value_name = "RATE")]
     pub rates: Vec<f64>,
     /// Seconds of each load [default: 20; quick: 4]

@@ -30,7 +30,7 @@ pub struct Options {
     /// Options of every server.
     pub serve_options: Vec<String>,
     pub prices: Option<PathBuf>,
-    /// Requests a second; none: shares of what the smallest shared fleet can answer.
+    /// Requests a second; none: shares of what the smallest and the largest shared fleet can both answer.
     pub rates: Vec<f64>,
     /// How long each load is put on a fleet.
     pub seconds: f64,
@@ -125,7 +125,7 @@ pub async fn run(options: Options) -> Result<()> {
         "memory_budget": options.memory_budget, "budget_tasks": options.budget_tasks, "seed": options.seed,
     });
     let record = Record::open(&options.out.join("measured"), &settings)?;
-    // Of all settings these alone may grow: what is there of fewer still counts.
+    // Sizes and repetitions are not among the settings: a folder of fewer may grow.
     let cells: Vec<(usize, usize, Kind)> = (0..options.repetitions)
         .flat_map(|r| options.tasks.iter().flat_map(move |&n| Kind::ALL.map(|kind| (r, n, kind))))
         .collect();
