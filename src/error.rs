@@ -23,8 +23,12 @@ pub enum ErrorKind {
     Unprocessable,
     /// 429: the queue is full.
     QueueFull,
+    /// 429: the key has used up what it may in this time.
+    RateLimited,
     /// 503: loading, draining or stopped.
     Unavailable,
+    /// 504: the request's time is over.
+    Timeout,
     /// 500: our fault.
     Internal,
 }
@@ -91,7 +95,12 @@ impl From<candle_core::Error> for Error {
 
 impl From<std::io::Error> for Error {
     fn from(e: std::io::Error) -> Self {
-        Error::internal(e)
+        match e.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                Error::unavailable(format!("the server's disk is full: {e}"))
+            }
+            _ => Error::internal(e),
+        }
     }
 }
 

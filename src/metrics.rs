@@ -239,17 +239,56 @@ impl Metrics {
 
     /// The text exposition format.
     pub fn render(&self) -> String {
-        let mut out = Vec::new();
-        if let Err(e) = TextEncoder::new().encode(&self.registry.gather(), &mut out) {
-            tracing::error!("metrics could not be written: {e}");
-        }
-        String::from_utf8_lossy(&out).into_owned()
+        text(&self.registry.gather())
     }
+
+    /// What is counted for single adapters, of those that `called` gives a name, under that name.
+    pub fn render_of(&self, called: impl Fn(&str) -> Option<&str>) -> String {
+        let mut families = self.registry.gather();
+        for family in &mut families {
+            family.mut_metric().retain_mut(|metric| {
+                let label = metric.mut_label().iter_mut().find(|label| label.name() == "adapter");
+                label.is_some_and(|label| match called(label.value()).map(str::to_string) {
+                    Some(name) => {
+                        label.set_value(name);
+                        true
+                    }
+                    None => false,
+                })
+            });
+        }
+        families.retain(|family| !family.get_metric().is_empty());
+        text(&families)
+    }
+}
+
+fn text(families: &[MetricFamily]) -> String {
+    let mut out = Vec::new();
+    if let Err(e) = TextEncoder::new().encode(families, &mut out) {
+        tracing::error!("metrics could not be written: {e}");
+    }
+    String::from_utf8_lossy(&out).into_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_single_adapters_only_some_are_told() {
+        let metrics = Metrics::new();
+        for adapter in ["base", "a", "b@x", "c@y"] {
+            metrics.prompt_tokens.with_label_values(&[adapter]).inc();
+            metrics.requests.with_label_values(&["/v1/generate", adapter, "200"]).inc();
+        }
+        let text = metrics.render_of(|adapter| adapter.strip_suffix("@x"));
+        let series: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let expected = [
+            "loramux_prompt_tokens_total{adapter=\"b\"} 1",
+            "loramux_requests_total{adapter=\"b\",route=\"/v1/generate\",status=\"200\"} 1",
+        ];
+        assert_eq!(series, expected);
+    }
 
     #[test]
     fn requests_for_cold_adapters_wait_too() {

@@ -154,7 +154,7 @@ impl Unpacker<'_> {
     }
 
     fn write(&mut self, path: &str, name: &str, size: u64, content: &mut dyn Read) -> Result<()> {
-        let failed = |e: io::Error| Error::internal(format!("{name} could not be written: {e}"));
+        let failed = |e: io::Error| Error::from(e).context(format!("{name} could not be written"));
         let mut file = match File::create_new(self.directory.join(name)) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {

@@ -99,6 +99,12 @@ impl Blend {
         self.parts.iter().map(|(name, _)| name.as_str())
     }
 
+    /// The same of adapters by other names.
+    pub fn renamed(&self, name: impl Fn(&str) -> Result<String>) -> Result<Self> {
+        let parts = self.parts.iter().map(|(old, weight)| Ok((name(old)?, *weight))).collect::<Result<_>>()?;
+        Ok(Blend { parts, merge: self.merge })
+    }
+
     /// The generation of the blend of adapters of these generations.
     pub(super) fn generation<'a>(&self, parts: impl Iterator<Item = &'a Generation>) -> Result<Generation> {
         let how = format!("blend {:?}", self.merge);

@@ -31,7 +31,7 @@ pub use config::Modules;
 pub use files::{adapter_files, is_adapter, kept_name};
 pub use generation::generation_of;
 pub use inspection::{Inspection, TensorSummary, inspect};
-pub use name::{BASE_NAME, check_name};
+pub use name::{BASE_NAME, OWNER, check_name, check_tenant, check_whole_name};
 pub use peft::{Loaded, Summary, language, load};
 pub use registry::{AdapterInfo, Condition, Published, Registry, RegistryOptions, Source, Tier};
 pub use upload::Upload;

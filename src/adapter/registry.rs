@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::adapter::cache::{Cache, Flight, Lookup};
 use crate::adapter::files::{adapter_files, is_adapter, is_weights};
-use crate::adapter::name::check_name;
+use crate::adapter::name::{OWNER, check_whole_name};
 use crate::adapter::peft::{self, Loaded, Summary};
 use crate::adapter::store::{Lease, Store};
 use crate::adapter::{Adapter, Blend, Generation, Upload};
@@ -264,6 +264,11 @@ impl Registry {
             Some(entry) => Ok(self.inner.info(name, &slot, entry?)),
             None => Err(not_found(name)),
         }
+    }
+
+    /// Whether the name stands for something, be it usable or not.
+    pub fn has(&self, name: &str) -> bool {
+        self.inner.slot(name).current().is_some()
     }
 
     /// Bytes that adapters take in the top tier, and those that they may take.
@@ -656,8 +661,9 @@ impl Inner {
     }
 
     fn publish(&self, name: &str, upload: Upload, when: &Condition) -> Result<(AdapterInfo, Published)> {
-        check_name(name)?;
-        if name == self.options.base {
+        check_whole_name(name)?;
+        // A tenant would get the base by it too.
+        if name.split(OWNER).next() == Some(&self.options.base) {
             return Err(
                 Error::bad_request(format!("{name:?} is the base model's id, not free for an adapter")).param("name")
             );
@@ -817,7 +823,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
                 continue;
             }
             let name = folder.file_name().to_string_lossy().into_owned();
-            if let Err(e) = check_name(&name) {
+            if let Err(e) = check_whole_name(&name) {
                 tracing::error!("{} is left out: {e}", folder.path().display());
             } else if name == options.base {
                 tracing::error!("{} is left out: {name:?} is the base model's id", folder.path().display());

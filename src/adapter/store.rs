@@ -21,7 +21,7 @@ use tempfile::TempDir;
 
 use crate::adapter::Generation;
 use crate::adapter::files::adapter_files;
-use crate::adapter::name::check_name;
+use crate::adapter::name::check_whole_name;
 use crate::{Error, Result};
 
 /// What a name stands for.
@@ -276,7 +276,7 @@ fn read_names(directory: &Path) -> Result<(HashMap<String, Record>, HashMap<Stri
     for entry in fs::read_dir(directory).map_err(|e| failed("list", directory, e))? {
         let entry = entry.map_err(|e| failed("list", directory, e))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        match check_name(&name).and_then(|()| read_record(&entry.path())) {
+        match check_whole_name(&name).and_then(|()| read_record(&entry.path())) {
             Ok(record) => {
                 names.insert(name, record);
             }
@@ -317,7 +317,8 @@ fn sync_directory(path: &Path) -> Result<()> {
 }
 
 fn failed(action: &str, path: &Path, error: std::io::Error) -> Error {
-    Error::internal(format!("the adapter store could not {action} {}: {error}", path.display()))
+    // A kind of its own where the disk is full.
+    Error::from(error).context(format!("the adapter store could not {action} {}", path.display()))
 }
 
 #[cfg(test)]

@@ -57,7 +57,7 @@ impl Upload {
             fs::remove_file(path).map_err(|e| Error::internal(format!("{name} could not be removed: {e}")))?;
         }
         for (name, path) in &files {
-            let failed = |e: std::io::Error| Error::internal(format!("{name} could not be copied: {e}"));
+            let failed = |e: std::io::Error| Error::from(e).context(format!("{name} could not be copied"));
             let Some((mut from, _)) = open_at(path, name)? else { continue };
             let mut to = File::create(self.path().join(name)).map_err(failed)?;
             let mut buffer = vec![0; 1 << 16];

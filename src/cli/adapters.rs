@@ -12,7 +12,7 @@ use crate::{Error, Result, adapter};
 pub async fn run(command: AdaptersCommand) -> Result<()> {
     match command {
         AdaptersCommand::List { server } => {
-            let client = Client::new(&server.url)?;
+            let client = server.client()?;
             let answer = client.json(client.http.get(client.at("/v1/adapters"))).await?;
             let rows = answer["adapters"].as_array().map(Vec::as_slice).unwrap_or_default();
             println!(
@@ -47,14 +47,14 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             Ok(())
         }
         AdaptersCommand::Push { name, directory, if_match, server } => {
-            let client = Client::new(&server.url)?;
+            let client = server.client()?;
             let generation = push(&client, &name, &directory, if_match.as_deref()).await?;
             println!("{name} {generation}");
             Ok(())
         }
         AdaptersCommand::Rm { name, server } => {
-            adapter::check_name(&name)?;
-            let client = Client::new(&server.url)?;
+            adapter::check_whole_name(&name)?;
+            let client = server.client()?;
             let request = client.http.delete(client.at(&format!("/v1/adapters/{name}")));
             let _: Value = client.json(request).await?;
             println!("{name} removed");
@@ -67,7 +67,7 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
 /// generation.
 pub async fn push(client: &Client, name: &str, directory: &Path, if_match: Option<&str>) -> Result<String> {
     // Before it becomes part of a URL, where `x#y` would be `x`.
-    adapter::check_name(name)?;
+    adapter::check_whole_name(name)?;
     let mut request = client.http.put(client.at(&format!("/v1/adapters/{name}"))).multipart(form(directory)?);
     if let Some(generation) = if_match {
         request = request.header("If-Match", format!("\"{generation}\""));

@@ -1,14 +1,18 @@
 //! The command line.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::bytes::Bytes;
+use super::client::Client;
+use crate::Result;
 use crate::base::DEFAULT_MODEL;
 use crate::hosting::Lengths;
 use crate::hosting::command::Options;
 use crate::hosting::methods::{Kind, Size, Source};
+use crate::server::Scope;
 
 /// Serves one base LLM with many LoRA adapters: every request names its adapter, and all share every batch.
 #[derive(Parser)]
@@ -26,6 +30,9 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Classify texts once, without a server
     Classify(ClassifyArgs),
+    /// API keys of a server
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Look at adapter directories, or manage the adapters of a running server
     #[command(subcommand)]
     Adapters(AdaptersCommand),
@@ -118,6 +125,25 @@ pub struct ServeArgs {
     /// Let uploads bring chat templates other than the base's: programs that can take any amount of memory
     #[arg(long, env = "LORAMUX_ALLOW_UPLOADED_TEMPLATES")]
     pub allow_uploaded_templates: bool,
+    /// TOML file of API keys, hashed, as `loramux keys new` makes it; read again when it changes. Without it everybody on this
+    /// machine may do everything
+    #[arg(long, env = "LORAMUX_KEYS", value_name = "FILE")]
+    pub keys: Option<PathBuf>,
+    /// Answer everybody who can reach a --listen that is not this machine's alone, without --keys
+    #[arg(long, env = "LORAMUX_ALLOW_ANONYMOUS")]
+    pub allow_anonymous: bool,
+    /// Certificate chain in PEM, for HTTPS; read again when it changes
+    #[arg(long, env = "LORAMUX_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key of the certificate in PEM
+    #[arg(long, env = "LORAMUX_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Where changes of adapters are noted, a line of JSON each [default: the log]
+    #[arg(long, env = "LORAMUX_AUDIT_LOG", value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
+    /// Seconds after which a request is answered 504; its header x-request-timeout can ask for less. 0 is never
+    #[arg(long, env = "LORAMUX_REQUEST_TIMEOUT", value_name = "SECONDS", default_value_t = 0)]
+    pub request_timeout: u64,
     /// TOML file with these options by their long names; flags and environment go first
     #[arg(long, env = "LORAMUX_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -168,6 +194,46 @@ pub struct ServerArgs {
     /// The server
     #[arg(long, env = "LORAMUX_URL", default_value = "http://127.0.0.1:8080")]
     pub url: String,
+    /// API key, where the server asks for one
+    #[arg(long, env = "LORAMUX_API_KEY", value_name = "KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Certificate in PEM to trust beside the well-known ones, for HTTPS
+    #[arg(long, env = "LORAMUX_CA_CERT", value_name = "FILE")]
+    pub ca_cert: Option<PathBuf>,
+}
+
+impl ServerArgs {
+    pub fn client(&self) -> Result<Client> {
+        Client::new(&self.url, self.api_key.as_deref(), self.ca_cert.as_deref())
+    }
+}
+
+#[derive(Subcommand)]
+pub enum KeysCommand {
+    /// Make a key, put its hash into the file, and print the key: it cannot be read from there again
+    New {
+        /// The file that `serve --keys` reads; made where it is not there
+        file: PathBuf,
+        /// What logs call the key
+        id: String,
+        /// What the key is for
+        #[arg(long, value_enum, value_delimiter = ',', required = true)]
+        scopes: Vec<Scope>,
+        /// Whose key it is: it sees this tenant's adapters and those of no tenant. Without it, it sees all
+        #[arg(long, value_name = "NAME")]
+        tenant: Option<String>,
+        #[arg(long, value_name = "N")]
+        requests_per_minute: Option<NonZeroU32>,
+        /// Of prompts and answers together
+        #[arg(long, value_name = "N")]
+        tokens_per_minute: Option<NonZeroU32>,
+        /// Requests at the same time
+        #[arg(long, value_name = "N")]
+        max_concurrent: Option<NonZeroU32>,
+        /// Until when it is good, e.g. 2030-01-31T00:00:00Z
+        #[arg(long, value_name = "TIME")]
+        expires: Option<toml::value::Datetime>,
+    },
 }
 
 #[derive(Subcommand)]

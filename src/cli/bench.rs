@@ -110,7 +110,8 @@ async fn ask_engine(host: &Host, model: &str, prompt: &[u32], max_tokens: usize)
         logprobs: None,
         n: 1,
     });
-    let mut events = host.engine.submit(Request { adapter, prompt: prompt.to_vec(), task })?;
+    let mut events =
+        host.engine.submit(Request { client: Default::default(), adapter, prompt: prompt.to_vec(), task })?;
     while let Some(event) = events.recv().await {
         match event {
             Event::Progress(_) => clock.chunk(),
@@ -182,7 +183,7 @@ fn quantiles(times: &[f64]) -> [f64; 4] {
 }
 
 pub async fn serve(args: BenchServeArgs) -> Result<()> {
-    let client = Client::new(&args.server.url)?;
+    let client = args.server.client()?;
     load(System::Server(client), args.load).await
 }
 

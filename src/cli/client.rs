@@ -1,6 +1,10 @@
 //! The HTTP client of the commands that talk to a running server.
 
+use std::path::Path;
+use std::time::Duration;
+
 use futures::StreamExt;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde_json::Value;
 
 use crate::{Error, ErrorKind, Result};
@@ -11,12 +15,26 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn new(url: &str) -> Result<Self> {
+    /// Of the server at `url`; with the API key `key`, and the certificates in the PEM file `trusted` beside the well-known ones.
+    pub fn new(url: &str, key: Option<&str>, trusted: Option<&Path>) -> Result<Self> {
         if !url.starts_with("http://") && !url.starts_with("https://") {
             return Err(Error::bad_request(format!("{url:?} is not a URL; expected http://HOST:PORT")));
         }
-        let http = reqwest::Client::builder().connect_timeout(std::time::Duration::from_secs(10)).build();
-        Ok(Client { http: http.map_err(Error::internal)?, url: url.trim_end_matches('/').to_string() })
+        let mut headers = HeaderMap::new();
+        if let Some(key) = key {
+            let value = HeaderValue::from_str(&format!("Bearer {key}"));
+            let mut value = value.map_err(|_| Error::bad_request("the API key has characters that no key has"))?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        let mut http = reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).default_headers(headers);
+        if let Some(path) = trusted {
+            let wrong = |e: String| Error::bad_request(format!("{}: {e}", path.display()));
+            let pem = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
+            let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|e| wrong(e.to_string()))?;
+            http = certificates.into_iter().fold(http, |http, certificate| http.add_root_certificate(certificate));
+        }
+        Ok(Client { http: http.build().map_err(Error::internal)?, url: url.trim_end_matches('/').to_string() })
     }
 
     pub fn at(&self, path: &str) -> String {

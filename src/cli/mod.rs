@@ -7,9 +7,11 @@ mod bytes;
 mod client;
 mod config;
 mod host;
+mod keys;
 mod methods;
 mod oneshot;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -21,6 +23,7 @@ pub(crate) use host::device;
 use args::{BenchCommand, Cli, Command, ServeArgs};
 use host::{Host, Limits};
 
+use crate::server::{Access, Audit, Certificate, Entrance};
 use crate::{Error, Result, hosting, server};
 
 /// Lets the program's log go to standard error; `LORAMUX_LOG` says how much of it, and `LORAMUX_LOG_FORMAT=json` makes each line
@@ -47,6 +50,7 @@ pub fn run() -> Result<()> {
             println!("{}", crate::base::fetch(&model)?.display());
             return Ok(());
         }
+        Command::Keys(command) => return keys::run(command),
         other => other,
     };
     tokio::runtime::Runtime::new()?.block_on(async {
@@ -58,7 +62,7 @@ pub fn run() -> Result<()> {
             Command::Bench(BenchCommand::Engine(args)) => bench::engine(args).await,
             Command::Bench(BenchCommand::Hosting(args)) => interruptible(hosting::command::run(args.options())).await,
             Command::Bench(BenchCommand::Methods(args)) => interruptible(methods::bench(args)).await,
-            Command::Serve(_) | Command::Fetch { .. } => unreachable!("answered above"),
+            Command::Serve(_) | Command::Fetch { .. } | Command::Keys(_) => unreachable!("answered above"),
         }
     })
 }
@@ -75,6 +79,14 @@ pub(crate) async fn interruptible(work: impl Future<Output = Result<()>>) -> Res
 
 fn serve(args: ServeArgs) -> Result<()> {
     let store = args.store.map_or_else(host::default_store, Ok)?;
+    let timeout = (args.request_timeout > 0).then(|| Duration::from_secs(args.request_timeout));
+    let access = Arc::new(Access::open(args.keys, timeout)?);
+    access.check_listen(&args.listen, args.allow_anonymous)?;
+    let audit = Audit::open(args.audit_log.as_deref())?;
+    let certificate = args.tls_cert.zip(args.tls_key).map(|(chain, key)| Certificate::open(chain, key)).transpose()?;
+    let drain_timeout = Duration::from_secs(args.drain_timeout);
+    let entrance = Entrance { listen: args.listen, certificate, drain_timeout };
+    let own = access.clone();
     let limits = Limits {
         store,
         max_sequences: args.max_sequences,
@@ -98,7 +110,9 @@ fn serve(args: ServeArgs) -> Result<()> {
             allow_local_paths: args.allow_local_paths,
             draining: false.into(),
             uploads: Semaphore::new(server::UPLOADS),
+            access: own,
+            audit,
         })
     };
-    server::serve(&args.listen, Duration::from_secs(args.drain_timeout), load)
+    server::serve(entrance, access, load)
 }

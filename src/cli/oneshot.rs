@@ -9,7 +9,7 @@ use serde_json::json;
 use super::args::{ClassifyArgs, GenerateArgs, ModelArgs};
 use super::host::{Host, Limits};
 use crate::base::Language;
-use crate::engine::{Event, Generate, Request, Sampling, Task};
+use crate::engine::{Client, Event, Generate, Request, Sampling, Task};
 use crate::lora::PackedAdapter;
 use crate::{Error, Result};
 
@@ -82,7 +82,7 @@ pub async fn generate(args: GenerateArgs) -> Result<()> {
         logprobs: None,
         n: 1,
     });
-    let mut events = host.engine.submit(Request { adapter, prompt, task })?;
+    let mut events = host.engine.submit(Request { client: Client::default(), adapter, prompt, task })?;
     let mut out = std::io::stdout();
     while let Some(event) = events.recv().await {
         match event {
@@ -113,7 +113,12 @@ pub async fn classify(args: ClassifyArgs) -> Result<()> {
     let language = language(&host, &adapter);
     let submit = |text: &String| {
         let prompt = language.tokenizer.encode_for_head(text)?;
-        host.engine.submit(Request { adapter: adapter.clone(), prompt, task: Task::Classify })
+        host.engine.submit(Request {
+            client: Client::default(),
+            adapter: adapter.clone(),
+            prompt,
+            task: Task::Classify,
+        })
     };
     let answers = inputs.iter().map(submit).collect::<Result<Vec<_>>>()?;
     for (text, mut events) in inputs.iter().zip(answers) {

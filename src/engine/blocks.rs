@@ -9,14 +9,21 @@ use sha2::{Digest, Sha256};
 use crate::adapter::Generation;
 
 /// What a full block holds: SHA-256 over the adapter generation and all tokens from the sequence's start to the block's
-/// end. Keys and values at a position depend on exactly these, so equal keys mean equal content.
+/// end. Keys and values at a position depend on exactly these, so equal keys mean equal content. The tenant is part of it too, so
+/// that none finds what another left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key([u8; 32]);
 
 impl Key {
-    /// The parent of a sequence's first block; `None` is the base.
-    pub fn root(generation: Option<&Generation>) -> Key {
+    /// The parent of a sequence's first block; no `generation` is the base.
+    pub fn root(tenant: Option<&str>, generation: Option<&Generation>) -> Key {
         let mut hash = Sha256::new();
+        if let Some(tenant) = tenant {
+            hash.update(b"tenant ");
+            hash.update(tenant);
+            // No tenant's name has it, so that it ends the name.
+            hash.update(b"\n");
+        }
         match generation {
             None => hash.update(b"base"),
             Some(generation) => {
@@ -224,20 +231,23 @@ mod tests {
     #[test]
     fn keys_differ_by_generation_and_by_every_token_before() {
         let (a, b) = (Generation::new("aa"), Generation::new("bb"));
-        let (base, a, b) = (Key::root(None), Key::root(Some(&a)), Key::root(Some(&b)));
+        let root = |generation| Key::root(None, generation);
+        let (base, a, b) = (root(None), root(Some(&a)), root(Some(&b)));
         let tokens = [1, 2];
         assert_ne!(base.child(&tokens), a.child(&tokens));
         assert_ne!(a.child(&tokens), b.child(&tokens));
         assert_ne!(base.child(&tokens).child(&[5, 6]), base.child(&[1, 3]).child(&[5, 6]));
-        assert_eq!(base.child(&tokens).child(&[5, 6]), Key::root(None).child(&tokens).child(&[5, 6]));
+        assert_eq!(base.child(&tokens).child(&[5, 6]), root(None).child(&tokens).child(&[5, 6]));
         // An adapter cannot take the base's place by its name.
-        assert_ne!(Key::root(None), Key::root(Some(&Generation::new(""))));
+        assert_ne!(root(None), root(Some(&Generation::new(""))));
+        let tenants = [None, Some("a"), Some("b")].map(|tenant| Key::root(tenant, None));
+        assert!(tenants[0] != tenants[1] && tenants[1] != tenants[2] && tenants[0] != tenants[2]);
     }
 
     #[test]
     fn the_block_released_first_is_evicted_first_and_a_prefix_from_its_end() {
         let mut pool = BlockPool::new(3);
-        let root = Key::root(None);
+        let root = Key::root(None, None);
         let (first, second) = (root.child(&[1]), root.child(&[1]).child(&[2]));
         let mut table = vec![pool.allocate().unwrap(), pool.allocate().unwrap()];
         pool.publish(table[0], first);
@@ -258,7 +268,7 @@ mod tests {
             let mut pool = BlockPool::new(size);
             let mut tables: Vec<Vec<u32>> = vec![vec![]; 6];
             for (op, table, token) in ops {
-                let key = Key::root(None).child(&[token]);
+                let key = Key::root(None, None).child(&[token]);
                 match op {
                     0 => tables[table].extend(pool.allocate()),
                     1 => tables[table].extend(pool.acquire(&key)),

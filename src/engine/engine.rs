@@ -1,5 +1,6 @@
 //! The handle that the server holds, and the thread behind it that steps the model.
 
+use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -34,6 +35,8 @@ pub(super) struct Shared {
     max_queue: usize,
     /// Requests that have not started to run.
     queued: AtomicUsize,
+    /// As many of each tenant.
+    queued_by: Mutex<HashMap<Arc<str>, usize>>,
     /// Sequences that run.
     pub running: AtomicUsize,
     /// Requests not yet answered.
@@ -69,17 +72,30 @@ impl Drop for Life {
 }
 
 /// A place in the queue, given back when dropped.
-pub(super) struct QueueSlot(Arc<Shared>);
+pub(super) struct QueueSlot {
+    shared: Arc<Shared>,
+    tenant: Option<Arc<str>>,
+}
 
 impl QueueSlot {
-    fn take(shared: &Arc<Shared>) -> Result<Self> {
+    /// A tenant may have no more places than are left for the others, so that one that sends without end leaves some.
+    fn take(shared: &Arc<Shared>, tenant: Option<Arc<str>>) -> Result<Self> {
         let max = shared.max_queue;
-        let more = |queued| (queued < max).then_some(queued + 1);
+        let mut by = shared.queued_by.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = tenant.as_ref().map(|tenant| by.get(tenant).copied().unwrap_or(0));
+        let more = |queued: usize| (queued < max && own.is_none_or(|own| own < max - queued)).then_some(queued + 1);
         match shared.queued.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more) {
-            Ok(_) => Ok(QueueSlot(shared.clone())),
+            Ok(_) => {
+                tenant.iter().for_each(|tenant| *by.entry(tenant.clone()).or_default() += 1);
+                Ok(QueueSlot { shared: shared.clone(), tenant })
+            }
             Err(queued) => {
                 let wait = shared.pace.lock().unwrap_or_else(PoisonError::into_inner).wait(queued);
-                let message = format!("{max} requests wait already; try again in {wait} s");
+                let whose = match own.filter(|_| queued < max) {
+                    Some(own) => format!("{own} of your requests wait already, as many as others have room for"),
+                    None => format!("{max} requests wait already"),
+                };
+                let message = format!("{whose}; try again in {wait} s");
                 Err(Error::new(ErrorKind::QueueFull, message).retry_after(wait))
             }
         }
@@ -88,8 +104,15 @@ impl QueueSlot {
 
 impl Drop for QueueSlot {
     fn drop(&mut self) {
-        let others = self.0.queued.fetch_sub(1, Ordering::SeqCst) > 1;
-        self.0.pace.lock().unwrap_or_else(PoisonError::into_inner).left(Instant::now(), others);
+        if let Some(tenant) = &self.tenant {
+            let mut by = self.shared.queued_by.lock().unwrap_or_else(PoisonError::into_inner);
+            match by.get_mut(tenant) {
+                Some(own) if *own > 1 => *own -= 1,
+                _ => drop(by.remove(tenant)),
+            }
+        }
+        let others = self.shared.queued.fetch_sub(1, Ordering::SeqCst) > 1;
+        self.shared.pace.lock().unwrap_or_else(PoisonError::into_inner).left(Instant::now(), others);
     }
 }
 
@@ -216,7 +239,7 @@ impl Engine {
         if answer_at_once(&request, &mut reply) {
             return Ok(receiver);
         }
-        let slot = QueueSlot::take(&self.shared)?;
+        let slot = QueueSlot::take(&self.shared, request.client.tenant.clone())?;
         let arrived = Instant::now();
         let seed = match &request.task {
             Task::Generate(generate) => generate.sampling.seed,
@@ -285,6 +308,24 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn a_tenant_leaves_room_in_the_queue() {
+        let shared = Arc::new(Shared { max_queue: 8, ..Shared::default() });
+        let take = |tenant: Option<&str>| QueueSlot::take(&shared, tenant.map(Arc::from));
+        let mut flood: Vec<QueueSlot> = (0..4).map(|_| take(Some("a")).unwrap()).collect();
+        let Err(refused) = take(Some("a")) else { panic!("half of the queue is a's") };
+        assert!(refused.kind == ErrorKind::QueueFull && refused.message.starts_with("4 of your"), "{refused}");
+        let others = [take(Some("b")).unwrap(), take(Some("b")).unwrap(), take(None).unwrap(), take(None).unwrap()];
+        let Err(full) = take(None) else { panic!("the queue is full") };
+        assert!(full.message.starts_with("8 requests"), "{full}");
+        drop(others);
+        flood.pop();
+        assert_eq!(shared.queued(), 3);
+        flood.push(take(Some("a")).unwrap());
+        drop(flood);
+        assert!(shared.queued_by.lock().unwrap().is_empty() && shared.queued() == 0);
+    }
 
     #[test]
     fn a_wait_is_foretold_from_the_pace() {

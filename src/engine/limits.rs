@@ -146,6 +146,7 @@ fn within(name: &str, value: usize, min: usize, max: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Client;
 
     const LIMITS: Limits = Limits { vocab_size: 10, classifies: false, predicts: true, context: 8, cache: 6 };
 
@@ -163,12 +164,12 @@ mod tests {
     }
 
     fn check(prompt: &[u32], task: Task) -> Result<()> {
-        LIMITS.check(&Request { adapter: None, prompt: prompt.to_vec(), task })
+        LIMITS.check(&Request { client: Client::default(), adapter: None, prompt: prompt.to_vec(), task })
     }
 
     #[test]
     fn a_classification_classifies_only() {
-        let request = |task| Request { adapter: None, prompt: vec![1], task };
+        let request = |task| Request { client: Client::default(), adapter: None, prompt: vec![1], task };
         let limits = Limits { classifies: true, predicts: false, ..LIMITS };
         assert!(limits.check(&request(Task::Classify)).is_ok());
         for task in [Task::Generate(generate()), Task::Score { from: 1 }] {
@@ -216,7 +217,7 @@ mod tests {
     #[test]
     fn a_prompt_must_fit_with_what_it_asks_for() {
         let message = |limits: Limits, length: usize, task: Task| {
-            let request = Request { adapter: None, prompt: vec![1; length], task };
+            let request = Request { client: Client::default(), adapter: None, prompt: vec![1; length], task };
             limits.check(&request).err().map(|e| e.message)
         };
         let wide = Limits { cache: 100, ..LIMITS };

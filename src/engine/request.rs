@@ -75,9 +75,26 @@ pub enum Task {
     },
 }
 
+/// On whose behalf a request runs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Client {
+    /// `None` for all who are of no tenant. Cached prefixes are shared within a tenant alone: how soon an answer begins tells
+    /// what was asked before.
+    pub tenant: Option<Arc<str>>,
+    /// How much of the engine's time the tenant gets beside the others that wait, in proportion; more than 0.
+    pub share: f64,
+}
+
+impl Default for Client {
+    fn default() -> Self {
+        Client { tenant: None, share: 1.0 }
+    }
+}
+
 /// One piece of work for the engine.
 #[derive(Debug, Clone)]
 pub struct Request {
+    pub client: Client,
     /// The adapter's name for metrics, and the generation it runs on. Holding it keeps the generation in memory.
     pub adapter: Option<(Arc<str>, Arc<PackedAdapter>)>,
     pub prompt: Vec<u32>,

@@ -2,15 +2,15 @@
 //!
 //! Every step takes first one token of each sequence that is decoding, then chunks of prompts. Half of what remains of
 //! the step goes to the oldest prompt, so that it always advances; the other half to the prompts with the least left to
-//! do, so that a short prompt does not wait for a long one.
+//! do, so that a short prompt does not wait for a long one. Which of those that wait runs next, [`Queue`] decides.
 //!
 //! The scheduler never sees logits or text; what belongs to them travels in [`Sequence::payload`].
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::engine::blocks::{BlockCounts, BlockPool, Key};
-use crate::engine::{Output, Work};
+use crate::engine::queue::{DRAWN, Queue};
+use crate::engine::{Client, Output, Work};
 use crate::lora::PackedAdapter;
 
 /// Place in the order of arrival: the request's number, then the choice's.
@@ -33,6 +33,7 @@ pub enum Rows {
 #[derive(Debug)]
 pub struct Sequence<P> {
     pub order: Order,
+    pub client: Client,
     /// Prompt and drawn tokens.
     pub tokens: Vec<u32>,
     pub adapter: Option<Arc<PackedAdapter>>,
@@ -55,7 +56,8 @@ impl<P> Sequence<P> {
     pub fn new(order: Order, tokens: Vec<u32>, adapter: Option<Arc<PackedAdapter>>, rows: Rows, payload: P) -> Self {
         Sequence {
             order,
-            root: Key::root(adapter.as_ref().map(|a| &a.generation)),
+            client: Client::default(),
+            root: Key::root(None, adapter.as_ref().map(|a| &a.generation)),
             tokens,
             adapter,
             rows,
@@ -67,6 +69,13 @@ impl<P> Sequence<P> {
             published: 0,
             preempted: false,
         }
+    }
+
+    /// On behalf of `client` instead of nobody's.
+    pub fn of(mut self, client: Client) -> Self {
+        self.root = Key::root(client.tenant.as_deref(), self.adapter.as_ref().map(|a| &a.generation));
+        self.client = client;
+        self
     }
 
     /// Leading tokens to compute before the caller has all it needs for now.
@@ -138,7 +147,7 @@ pub struct Scheduler<P> {
     pool: BlockPool,
     /// In order of arrival.
     running: Vec<Sequence<P>>,
-    waiting: BTreeMap<Order, Sequence<P>>,
+    waiting: Queue<P>,
     admissions: u64,
     preemptions: u64,
 }
@@ -149,13 +158,13 @@ impl<P> Scheduler<P> {
         // Each running sequence can then have a token in every step.
         options.max_sequences = options.max_sequences.min(options.max_batch_tokens);
         let pool = BlockPool::new(options.blocks);
-        Scheduler { options, pool, running: vec![], waiting: BTreeMap::new(), admissions: 0, preemptions: 0 }
+        Scheduler { options, pool, running: vec![], waiting: Queue::default(), admissions: 0, preemptions: 0 }
     }
 
-    /// Queues a sequence by its place in the order of arrival. It must have tokens to compute.
+    /// Queues a sequence. It must have tokens to compute.
     pub fn add(&mut self, sequence: Sequence<P>) {
         debug_assert!(sequence.target() > 0);
-        self.waiting.insert(sequence.order, sequence);
+        self.waiting.add(sequence);
     }
 
     pub fn running(&self) -> &[Sequence<P>] {
@@ -165,7 +174,7 @@ impl<P> Scheduler<P> {
         &mut self.running
     }
     pub fn waiting(&self) -> impl Iterator<Item = &Sequence<P>> {
-        self.waiting.values()
+        self.waiting.iter()
     }
     pub fn block_counts(&self) -> BlockCounts {
         self.pool.counts()
@@ -182,7 +191,7 @@ impl<P> Scheduler<P> {
     /// Forgets the sequences of which `gone` says so, and frees their blocks.
     pub fn remove(&mut self, gone: impl Fn(&Sequence<P>) -> bool) {
         // Those that wait hold no blocks.
-        self.waiting.retain(|_, sequence| !gone(sequence));
+        self.waiting.retain(|sequence| !gone(sequence));
         self.remove_running(gone);
     }
 
@@ -247,6 +256,9 @@ impl<P> Scheduler<P> {
         for part in step {
             let sequence = &mut self.running[part.index];
             sequence.computed += part.tokens;
+            if part.output == Output::LastLogits {
+                self.waiting.charge(&sequence.client, DRAWN);
+            }
             if sequence.rows == Rows::Whole {
                 continue;
             }
@@ -264,8 +276,7 @@ impl<P> Scheduler<P> {
         sequence.remaining() == 1 && sequence.rows == Rows::Last
     }
 
-    /// Lets waiting sequences run, first come first served, as far as they would not take the blocks that those running
-    /// need soon.
+    /// Lets waiting sequences run, in the queue's order, as far as they would not take the blocks that those running need soon.
     fn admit(&mut self) {
         let size = self.options.block_size;
         let lacking = |s: &Sequence<P>| s.target().div_ceil(size) - s.table.len();
@@ -276,15 +287,19 @@ impl<P> Scheduler<P> {
             if self.pool.available() <= reserve {
                 return;
             }
-            let Some((order, mut sequence)) = self.waiting.pop_first() else { return };
+            let Some(mut sequence) = self.waiting.pop() else { return };
             Self::reuse(&mut self.pool, &mut sequence, size);
             if self.pool.available() < reserve + lacking(&sequence) {
-                self.put_back(order, sequence);
+                self.put_back(sequence);
                 return;
             }
             promised += lacking(&sequence);
             self.admissions += 1;
-            let at = self.running.partition_point(|s| s.order < order);
+            if !sequence.preempted {
+                // At once, so that the next one in this step may be another's.
+                self.waiting.charge(&sequence.client, sequence.remaining() as f64);
+            }
+            let at = self.running.partition_point(|s| s.order < sequence.order);
             self.running.insert(at, sequence);
         }
     }
@@ -366,23 +381,23 @@ impl<P> Scheduler<P> {
         if let Some(mut sequence) = self.running.pop() {
             self.preemptions += 1;
             sequence.preempted = true;
-            self.put_back(sequence.order, sequence);
+            self.put_back(sequence);
         }
     }
 
-    fn put_back(&mut self, order: Order, mut sequence: Sequence<P>) {
+    fn put_back(&mut self, mut sequence: Sequence<P>) {
         self.pool.release(&mut sequence.table);
         (sequence.computed, sequence.published) = (0, 0);
         if !sequence.preempted {
             sequence.cached = 0;
         }
-        self.waiting.insert(order, sequence);
+        self.waiting.put_back(sequence);
     }
 
     #[cfg(test)]
     pub fn check(&self) {
         self.pool.check(self.running.iter().map(|s| s.table.as_slice()));
-        assert!(self.waiting.values().all(|s| s.table.is_empty()));
+        assert!(self.waiting.iter().all(|s| s.table.is_empty()));
         assert!(self.running.len() <= self.options.max_sequences);
         assert!(self.running.is_sorted_by_key(|s| s.order));
     }

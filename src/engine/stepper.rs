@@ -191,7 +191,7 @@ impl Stepper {
             _in_flight: in_flight,
         };
         self.active.insert(number, active);
-        self.scheduler.add(Sequence::new((number, 0), request.prompt, packed, rows, job));
+        self.scheduler.add(Sequence::new((number, 0), request.prompt, packed, rows, job).of(request.client));
         self.changed = true;
     }
 
@@ -368,11 +368,12 @@ impl Stepper {
         let Some(sequence) = self.scheduler.running().iter().find(|s| s.order == first) else { return };
         let prompt_tokens = self.active.get(&first.0).map_or(0, |a| a.usage.prompt_tokens);
         let prompt = sequence.tokens[..prompt_tokens].to_vec();
-        let adapter = sequence.adapter.clone();
+        let (adapter, client) = (sequence.adapter.clone(), sequence.client.clone());
         for index in 1..generate.n {
             let job = Job::generate(index, generate.clone(), &prompt, seed);
             let order = (first.0, index);
-            self.scheduler.add(Sequence::new(order, prompt.clone(), adapter.clone(), Rows::Last, job));
+            let sequence = Sequence::new(order, prompt.clone(), adapter.clone(), Rows::Last, job);
+            self.scheduler.add(sequence.of(client.clone()));
         }
         self.changed = true;
     }

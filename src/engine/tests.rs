@@ -258,7 +258,12 @@ fn generate(max_tokens: usize) -> Generate {
 }
 
 fn request(adapter: Option<(&str, Arc<PackedAdapter>)>, prompt: Vec<u32>, task: Task) -> Request {
-    Request { adapter: adapter.map(|(name, packed)| (Arc::from(name), packed)), prompt, task }
+    Request {
+        client: Client::default(),
+        adapter: adapter.map(|(name, packed)| (Arc::from(name), packed)),
+        prompt,
+        task,
+    }
 }
 
 /// All that came out of a request, in the form that must not depend on what else ran.

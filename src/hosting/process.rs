@@ -130,11 +130,11 @@ impl Process {
             }
         });
         let url = address.recv_timeout(PATIENCE).unwrap_or_default();
-        let mut process = Process { child, client: Client::new("http://unknown")?, spawned, log };
+        let mut process = Process { child, client: Client::new("http://unknown", None, None)?, spawned, log };
         if url.is_empty() {
             return Err(process.failed("it does not listen"));
         }
-        process.client = Client::new(&url)?;
+        process.client = Client::new(&url, None, None)?;
         Ok(process)
     }
 

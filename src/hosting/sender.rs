@@ -62,7 +62,7 @@ pub async fn measure(fastest: f64, lengths: Lengths, seed: u64) -> Result<Sender
     let server = server.run();
     let handle = server.handle();
     let thread = std::thread::spawn(move || actix_web::rt::System::new().block_on(server));
-    let nothing = Nothing { client: Client::new(&format!("http://{address}"))? };
+    let nothing = Nothing { client: Client::new(&format!("http://{address}"), None, None)? };
     let mut source = Source::new(seed, Popularity::Uniform, 2, lengths)?;
     let closed = traffic::closed(&nothing, &mut source, CLIENTS, WINDOW).await;
     let rate = 2.0 * fastest;

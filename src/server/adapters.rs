@@ -1,6 +1,6 @@
 //! `/v1/adapters`: list, look, upload, replace, remove, pin, unload.
 
-use std::io::ErrorKind;
+use std::io;
 use std::path::PathBuf;
 
 use actix_multipart::Multipart;
@@ -8,35 +8,40 @@ use actix_web::http::StatusCode;
 use actix_web::http::header::{self, HeaderMap};
 use actix_web::{FromRequest, HttpRequest, HttpResponse, web};
 use futures::StreamExt;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 
+use super::access::Caller;
 use super::body::{PAUSE, Pace};
 use super::error::ApiError;
 use super::{Shared, UPLOADS};
 use crate::adapter::{AdapterInfo, Condition, Generation, Published, Upload};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Longest value of the form's text field.
 const MAX_NAME: usize = 1024;
 /// Where an archive lies until it is unpacked.
 const ARCHIVE: &str = ".archive";
 
-pub async fn list(state: Shared) -> HttpResponse {
-    let (used, limit) = state.registry.memory();
-    HttpResponse::Ok().json(json!({
-        "base": state.base_id,
-        "adapters": state.registry.list(),
-        "memory": { "used": used, "limit": limit },
-    }))
+pub async fn list(state: Shared, caller: Caller) -> HttpResponse {
+    let seen = state.seen(&caller);
+    let adapters: Vec<Value> = seen.into_iter().filter_map(|info| caller.told(info)).collect();
+    let mut answer = json!({ "base": state.base_id, "adapters": adapters });
+    if caller.tenant().is_none() {
+        let (used, limit) = state.registry.memory();
+        answer["memory"] = json!({ "used": used, "limit": limit });
+    }
+    HttpResponse::Ok().json(answer)
 }
 
-fn info_response(status: StatusCode, info: &AdapterInfo) -> HttpResponse {
-    HttpResponse::build(status).insert_header((header::ETAG, format!("\"{}\"", info.generation))).json(info)
+fn info_response(status: StatusCode, caller: &Caller, info: AdapterInfo) -> HttpResponse {
+    let tag = format!("\"{}\"", info.generation);
+    HttpResponse::build(status).insert_header((header::ETAG, tag)).json(caller.told(info))
 }
 
-pub async fn get(state: Shared, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
-    Ok(info_response(StatusCode::OK, &state.registry.get(&name)?))
+pub async fn get(state: Shared, caller: Caller, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    let info = state.registry.get(&state.meant(&caller, &name)?)?;
+    Ok(info_response(StatusCode::OK, &caller, info))
 }
 
 /// What `If-Match` and `If-None-Match` ask for.
@@ -63,6 +68,7 @@ fn condition(headers: &HeaderMap) -> Result<Option<Condition>> {
 /// The body's files in a private folder, and the form's `name`, which must be `expected` where that is given.
 async fn receive(
     state: &Shared,
+    caller: &Caller,
     http: &HttpRequest,
     payload: web::Payload,
     expected: Option<&str>,
@@ -132,7 +138,7 @@ async fn receive(
                     archive = Some(path);
                 }
                 Some(file.map_err(|e| match e.kind() {
-                    ErrorKind::AlreadyExists => Error::bad_request(format!("the form has the field {key} twice")),
+                    io::ErrorKind::AlreadyExists => Error::bad_request(format!("the form has the field {key} twice")),
                     _ => Error::from(e),
                 })?)
             }
@@ -154,7 +160,7 @@ async fn receive(
         }
         match file {
             Some(mut file) => file.flush().await.map_err(Error::from)?,
-            None => name = Some(form_name(text, expected)?),
+            None => name = Some(form_name(text, expected, caller)?),
         }
     }
     match archive {
@@ -164,9 +170,9 @@ async fn receive(
 }
 
 /// The form's name, looked at before the files come.
-fn form_name(text: Vec<u8>, expected: Option<&str>) -> Result<String> {
+fn form_name(text: Vec<u8>, expected: Option<&str>, caller: &Caller) -> Result<String> {
     let name = String::from_utf8(text).map_err(|_| Error::bad_request("name is not UTF-8").param("name"))?;
-    crate::adapter::check_name(&name)?;
+    caller.own(&name)?;
     match expected.filter(|expected| *expected != name) {
         None => Ok(name),
         Some(path) => {
@@ -180,49 +186,123 @@ async fn unpacked(upload: Upload, archive: PathBuf) -> Result<Upload> {
     unpack.await.map_err(|e| Error::unavailable(e.to_string()))?
 }
 
-async fn publish(state: &Shared, name: &str, upload: Upload, when: Condition) -> Result<HttpResponse, ApiError> {
-    let (info, published) = state.registry.publish(name, upload, when).await?;
+/// Publishes under the whole name, and notes it.
+pub async fn publish(
+    state: &Shared,
+    caller: &Caller,
+    whole: &str,
+    upload: Upload,
+    when: Condition,
+) -> Result<(AdapterInfo, Published), ApiError> {
+    let outcome = state.registry.publish(whole, upload, when).await.map_err(ApiError::from);
+    let noted = outcome.as_ref().map(|(info, _)| info.generation.as_str());
+    state.audit.note(caller, "publish", whole, noted);
+    outcome
+}
+
+/// Makes a change of what the caller calls `name`, and notes it.
+async fn change<F: Future<Output = Result<AdapterInfo>>>(
+    state: &Shared,
+    caller: &Caller,
+    action: &str,
+    name: &str,
+    change: impl FnOnce(String) -> F,
+) -> Result<AdapterInfo, ApiError> {
+    let whole = state.changed(caller, name);
+    let noted = whole.clone().unwrap_or_else(|_| name.to_string());
+    let outcome = match whole {
+        Ok(whole) => change(whole).await,
+        Err(e) => Err(e),
+    };
+    let outcome = outcome.map_err(ApiError::from);
+    state.audit.note(caller, action, &noted, outcome.as_ref().map(|info| info.generation.as_str()));
+    outcome
+}
+
+pub async fn remove(state: &Shared, caller: &Caller, name: &str, when: Condition) -> Result<AdapterInfo, ApiError> {
+    change(state, caller, "delete", name, |whole| async move { state.registry.remove(&whole, when).await }).await
+}
+
+async fn published(
+    state: &Shared,
+    caller: &Caller,
+    name: &str,
+    upload: Upload,
+    when: Condition,
+) -> Result<HttpResponse, ApiError> {
+    let (info, published) = publish(state, caller, &caller.own(name)?, upload, when).await?;
     let status = if published == Published::Created { StatusCode::CREATED } else { StatusCode::OK };
-    Ok(info_response(status, &info))
+    Ok(info_response(status, caller, info))
 }
 
 /// `POST /v1/adapters`: a new name.
-pub async fn post(state: Shared, http: HttpRequest, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+pub async fn post(
+    state: Shared,
+    caller: Caller,
+    http: HttpRequest,
+    payload: web::Payload,
+) -> Result<HttpResponse, ApiError> {
     let when = condition(http.headers())?;
-    let (upload, name) = receive(&state, &http, payload, None).await?;
+    let (upload, name) = receive(&state, &caller, &http, payload, None).await?;
     let name = name.ok_or_else(|| Error::bad_request("the form has no field name").param("name"))?;
-    publish(&state, &name, upload, when.unwrap_or(Condition::Absent)).await
+    published(&state, &caller, &name, upload, when.unwrap_or(Condition::Absent)).await
 }
 
 /// `PUT /v1/adapters/{name}`: new or replaced.
 pub async fn put(
     state: Shared,
+    caller: Caller,
     http: HttpRequest,
     name: web::Path<String>,
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
     let when = condition(http.headers())?;
-    crate::adapter::check_name(&name)?;
-    let (upload, _) = receive(&state, &http, payload, Some(&name)).await?;
-    publish(&state, &name, upload, when.unwrap_or(Condition::Always)).await
+    caller.own(&name)?;
+    let (upload, _) = receive(&state, &caller, &http, payload, Some(&name)).await?;
+    published(&state, &caller, &name, upload, when.unwrap_or(Condition::Always)).await
 }
 
-pub async fn delete(state: Shared, http: HttpRequest, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+pub async fn delete(
+    state: Shared,
+    caller: Caller,
+    http: HttpRequest,
+    name: web::Path<String>,
+) -> Result<HttpResponse, ApiError> {
     let when = condition(http.headers())?.unwrap_or(Condition::Always);
-    Ok(HttpResponse::Ok().json(state.registry.remove(&name, when).await?))
+    let info = remove(&state, &caller, &name, when).await?;
+    Ok(HttpResponse::Ok().json(caller.told(info)))
+}
+
+/// Refuses a tenant: what it pinned, others would lack.
+fn check_pinning(caller: &Caller) -> Result<()> {
+    match caller.tenant() {
+        None => Ok(()),
+        Some(tenant) => {
+            let what = format!("a key of tenant {tenant} pins nothing: memory is everybody's; ask the operator");
+            Err(Error::new(ErrorKind::Forbidden, what))
+        }
+    }
 }
 
 /// `PUT /v1/adapters/{name}/pin`.
-pub async fn pin(state: Shared, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
-    Ok(info_response(StatusCode::OK, &state.registry.pin(&name).await?))
+pub async fn pin(state: Shared, caller: Caller, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    check_pinning(&caller)?;
+    let registry = &state.registry;
+    let info = change(&state, &caller, "pin", &name, |whole| async move { registry.pin(&whole).await }).await?;
+    Ok(info_response(StatusCode::OK, &caller, info))
 }
 
 /// `DELETE /v1/adapters/{name}/pin`.
-pub async fn unpin(state: Shared, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
-    Ok(info_response(StatusCode::OK, &state.registry.unpin(&name).await?))
+pub async fn unpin(state: Shared, caller: Caller, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    check_pinning(&caller)?;
+    let registry = &state.registry;
+    let info = change(&state, &caller, "unpin", &name, |whole| async move { registry.unpin(&whole).await }).await?;
+    Ok(info_response(StatusCode::OK, &caller, info))
 }
 
 /// `POST /v1/adapters/{name}/unload`.
-pub async fn unload(state: Shared, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
-    Ok(info_response(StatusCode::OK, &state.registry.unload(&name)?))
+pub async fn unload(state: Shared, caller: Caller, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    let registry = &state.registry;
+    let info = change(&state, &caller, "unload", &name, |whole| async move { registry.unload(&whole) }).await?;
+    Ok(info_response(StatusCode::OK, &caller, info))
 }

@@ -55,6 +55,8 @@ fn of(kind: ErrorKind) -> (StatusCode, &'static str) {
         ErrorKind::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error"),
         ErrorKind::Unprocessable => (StatusCode::UNPROCESSABLE_ENTITY, "unprocessable_error"),
         ErrorKind::QueueFull => (StatusCode::TOO_MANY_REQUESTS, "overloaded_error"),
+        ErrorKind::RateLimited => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
+        ErrorKind::Timeout => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
         ErrorKind::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "unavailable_error"),
         ErrorKind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "server_error"),
     }
@@ -64,7 +66,7 @@ fn of(kind: ErrorKind) -> (StatusCode, &'static str) {
 fn lorax_type(kind: ErrorKind) -> Option<&'static str> {
     match kind {
         ErrorKind::BadRequest | ErrorKind::TooLarge => Some("validation"),
-        ErrorKind::QueueFull => Some("overloaded"),
+        ErrorKind::QueueFull | ErrorKind::RateLimited => Some("overloaded"),
         ErrorKind::Internal => Some("generation"),
         _ => None,
     }
@@ -80,8 +82,14 @@ impl ResponseError for ApiError {
             tracing::error!("{}", self.error.message);
         }
         let mut response = HttpResponse::build(self.status_code());
-        if matches!(self.error.kind, ErrorKind::QueueFull | ErrorKind::Unavailable) {
-            response.insert_header(("Retry-After", self.error.retry_after.unwrap_or(1)));
+        match self.error.kind {
+            ErrorKind::QueueFull | ErrorKind::RateLimited | ErrorKind::Unavailable => {
+                response.insert_header(("Retry-After", self.error.retry_after.unwrap_or(1)));
+            }
+            ErrorKind::Unauthorized => {
+                response.insert_header(("WWW-Authenticate", "Bearer"));
+            }
+            _ => {}
         }
         response.json(self.body())
     }

@@ -1,10 +1,14 @@
 //! HTTP: several dialects into one internal request, events back out. No tensor in here.
 
+mod access;
 mod adapters;
+mod audit;
 mod blend;
 mod body;
+mod bucket;
 mod error;
 mod fields;
+mod keys;
 mod lorax;
 mod native;
 mod observe;
@@ -12,6 +16,10 @@ mod openai;
 mod openapi;
 mod page;
 mod run;
+mod stamp;
+mod tenancy;
+mod tls;
+mod trace;
 mod vllm;
 
 use std::future::Ready;
@@ -21,7 +29,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use actix_web::dev::Payload;
-use actix_web::http::StatusCode;
+use actix_web::http::{Method, StatusCode};
 use actix_web::web::{self, Data};
 use actix_web::{App, FromRequest, HttpRequest, HttpResponse, HttpServer, ResponseError};
 use serde_json::json;
@@ -33,12 +41,21 @@ use crate::base::Language;
 use crate::engine::Engine;
 use crate::metrics::Metrics;
 use crate::{Error, Result};
+use access::{Caller, Need};
 use error::ApiError;
+use trace::Tracing;
+
+pub use access::Access;
+pub use audit::Audit;
+pub use keys::{Entry, Scope, create as create_key};
+pub use tls::Certificate;
 
 /// Uploads received at the same time; each has its files on the disk.
 pub const UPLOADS: usize = 16;
 /// Time for the last bytes of answers to go out, and of uploads to come in, once the engine has nothing more to do.
 const LAST_BYTES: u64 = 5;
+/// How often the files of keys and certificates are looked at.
+const REFRESH: Duration = Duration::from_secs(2);
 
 /// What the handlers work with.
 pub struct State {
@@ -63,6 +80,8 @@ pub struct State {
     pub draining: AtomicBool,
     /// Places for uploads, [`UPLOADS`] of them.
     pub uploads: Semaphore,
+    pub access: Arc<Access>,
+    pub audit: Audit,
 }
 
 impl State {
@@ -73,6 +92,8 @@ impl State {
 
 /// Where the state will be once it is loaded.
 type Door = OnceLock<Arc<State>>;
+/// Where spans go, if anywhere.
+type Tracer = OnceLock<Tracing>;
 
 fn enter(door: Option<&Data<Door>>) -> Result<Arc<State>, ApiError> {
     let state = door.and_then(|door| door.get());
@@ -125,9 +146,13 @@ async fn ready(state: Shared) -> HttpResponse {
     }
 }
 
-async fn metrics(state: Shared) -> HttpResponse {
+async fn metrics(state: Shared, caller: Caller) -> HttpResponse {
     state.registry.update_metrics();
-    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(state.metrics.render())
+    let text = match caller.tenant() {
+        None => state.metrics.render(),
+        Some(_) => state.metrics.render_of(|adapter| caller.called(adapter).filter(|name| *name != adapter)),
+    };
+    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(text)
 }
 
 async fn openapi_document() -> HttpResponse {
@@ -144,9 +169,10 @@ async fn no_method(http: actix_web::HttpRequest) -> HttpResponse {
     ApiError::with_status(StatusCode::METHOD_NOT_ALLOWED, &what).error_response()
 }
 
-/// One table for the routes themselves and for the check that the OpenAPI document has them all.
+/// One table for the routes themselves, for what each asks of its callers, and for the check that the OpenAPI document has them
+/// all.
 macro_rules! routes {
-    ($($path:literal: $($method:ident => $handler:expr),+;)+) => {
+    ($($path:literal: $($method:ident $need:ident => $handler:expr),+;)+) => {
         fn routes(config: &mut web::ServiceConfig) {
             $(config.service(
                 web::resource($path)$(.route(web::$method().to($handler)))+.default_service(web::to(no_method)),
@@ -154,53 +180,74 @@ macro_rules! routes {
             config.default_service(web::to(no_route));
         }
 
-        #[cfg(test)]
-        const ROUTES: &[(&str, &[&str])] = &[$(($path, &[$(stringify!($method)),+])),+];
+        const ROUTES: &[(&str, &[(&str, Need)])] = &[$(($path, &[$((stringify!($method), Need::$need)),+])),+];
     };
 }
 
 routes! {
-    "/v1/generate": post => native::generate;
-    "/v1/classify": post => native::classify;
-    "/v1/adapters": get => adapters::list, post => adapters::post;
-    "/v1/adapters/{name}": get => adapters::get, put => adapters::put, delete => adapters::delete;
-    "/v1/adapters/{name}/pin": put => adapters::pin, delete => adapters::unpin;
-    "/v1/adapters/{name}/unload": post => adapters::unload;
-    "/v1/models": get => openai::models;
-    "/v1/models/{id:.+}": get => openai::model;
-    "/v1/completions": post => openai::completions;
-    "/v1/chat/completions": post => openai::chat;
-    "/v1/load_lora_adapter": post => vllm::load;
-    "/v1/unload_lora_adapter": post => vllm::unload;
-    "/tokenize": post => vllm::tokenize;
-    "/detokenize": post => vllm::detokenize;
-    "/version": get => vllm::version;
-    "/generate": post => lorax::generate;
-    "/generate_stream": post => lorax::generate_stream;
-    "/info": get => lorax::info;
-    "/metrics": get => metrics;
-    "/health": get => ready;
-    "/ping": get => ready;
-    "/health/live": get => live;
-    "/health/ready": get => ready;
-    "/openapi.json": get => openapi_document;
-    "/assets/{file}": get => page::asset;
-    "/": get => page::page, post => lorax::either;
+    "/v1/generate": post Infer => native::generate;
+    "/v1/classify": post Infer => native::classify;
+    "/v1/adapters": get Any => adapters::list, post Admin => adapters::post;
+    "/v1/adapters/{name}": get Any => adapters::get, put Admin => adapters::put, delete Admin => adapters::delete;
+    "/v1/adapters/{name}/pin": put Admin => adapters::pin, delete Admin => adapters::unpin;
+    "/v1/adapters/{name}/unload": post Admin => adapters::unload;
+    "/v1/models": get Any => openai::models;
+    "/v1/models/{id:.+}": get Any => openai::model;
+    "/v1/completions": post Infer => openai::completions;
+    "/v1/chat/completions": post Infer => openai::chat;
+    "/v1/load_lora_adapter": post Admin => vllm::load;
+    "/v1/unload_lora_adapter": post Admin => vllm::unload;
+    "/tokenize": post Infer => vllm::tokenize;
+    "/detokenize": post Infer => vllm::detokenize;
+    "/version": get Open => vllm::version;
+    "/generate": post Infer => lorax::generate;
+    "/generate_stream": post Infer => lorax::generate_stream;
+    "/info": get Any => lorax::info;
+    "/metrics": get Metrics => metrics;
+    "/health": get Open => ready;
+    "/ping": get Open => ready;
+    "/health/live": get Open => live;
+    "/health/ready": get Open => ready;
+    "/openapi.json": get Open => openapi_document;
+    "/assets/{file}": get Open => page::asset;
+    "/": get Open => page::page, post Infer => lorax::either;
+}
+
+/// What a request asks of its caller: of a route that is not there, any key.
+fn need(route: Option<&str>, method: &Method) -> Need {
+    let methods = ROUTES.iter().find(|(path, _)| Some(*path) == route).map_or(&[][..], |(_, methods)| methods);
+    methods.iter().find(|(name, _)| name.eq_ignore_ascii_case(method.as_str())).map_or(Need::Any, |(_, need)| *need)
+}
+
+/// Where and how the server is reached.
+pub struct Entrance {
+    /// Address and port.
+    pub listen: String,
+    /// For HTTPS.
+    pub certificate: Option<Arc<Certificate>>,
+    /// How long requests in flight may go on at the end.
+    pub drain_timeout: Duration,
 }
 
 /// Listens, then loads the state, then serves until SIGTERM or SIGINT and finishes what is in flight, for
-/// `drain_timeout` at most. Before the state is there only `/health/live` is answered, all else is 503.
+/// the entrance's `drain_timeout` at most. Before the state is there only `/health/live` is answered, all else is 503.
 ///
-/// Errors: that `listen` is taken; what `load` fails with.
+/// Errors: that the address is taken; what `load` fails with.
 pub fn serve(
-    listen: &str,
-    drain_timeout: Duration,
+    entrance: Entrance,
+    access: Arc<Access>,
     load: impl FnOnce() -> Result<State> + Send + 'static,
 ) -> Result<()> {
+    let Entrance { listen, certificate, drain_timeout } = entrance;
     let door: Data<Door> = Data::new(OnceLock::new());
-    let shared = door.clone();
+    let tracer: Data<Tracer> = Data::new(OnceLock::new());
+    let (shared, own) = (door.clone(), tracer.clone());
     let server = HttpServer::new(move || {
-        App::new().app_data(shared.clone()).wrap(actix_web::middleware::from_fn(observe::observe)).configure(routes)
+        App::new()
+            .app_data(shared.clone())
+            .app_data(own.clone())
+            .wrap(actix_web::middleware::from_fn(observe::observe))
+            .configure(routes)
     })
     .workers(2)
     // A client that closes its side has hung up: its handler is dropped, and with it the request.
@@ -209,14 +256,27 @@ pub fn serve(
     .keep_alive(Duration::from_secs(75))
     .tcp_nodelay(true)
     .disable_signals()
-    .shutdown_timeout(LAST_BYTES)
-    .bind(listen)
-    .map_err(|e| Error::unavailable(format!("cannot listen on {listen}: {e}")))?;
-    for address in server.addrs() {
-        tracing::info!("listening on http://{address}");
+    .shutdown_timeout(LAST_BYTES);
+    let server = match &certificate {
+        None => server.bind(&listen),
+        Some(certificate) => server.bind_rustls_0_23(&listen, certificate.config()?),
+    };
+    let server = server.map_err(|e| Error::unavailable(format!("cannot listen on {listen}: {e}")))?;
+    for (address, scheme) in server.addrs_with_scheme() {
+        tracing::info!("listening on {scheme}://{address}");
     }
+    std::thread::Builder::new().name("refresh".into()).spawn(move || {
+        loop {
+            std::thread::sleep(REFRESH);
+            access.refresh();
+            certificate.iter().for_each(|certificate| certificate.refresh());
+        }
+    })?;
     actix_web::rt::System::new().block_on(async move {
         let mut signals = Signals::new()?;
+        if let Some(tracing) = Tracing::from_environment()? {
+            let _ = tracer.set(tracing);
+        }
         let server = server.run();
         let handle = server.handle();
         let server = actix_web::rt::spawn(server);
@@ -251,6 +311,9 @@ pub fn serve(
         tokio::select! {
             () = handle.stop(true) => {}
             () = signals.next() => std::process::exit(1),
+        }
+        if tracer.get().is_some() {
+            let _ = web::block(move || tracer.get().map(Tracing::shutdown)).await;
         }
         server.await.map_err(Error::internal)?.map_err(Error::from)
     })
@@ -294,6 +357,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_changes_adapters_needs_admin() {
+        let needed = |route, method| need(Some(route), &method);
+        assert_eq!(needed("/v1/adapters/{name}", Method::DELETE), Need::Admin);
+        assert_eq!(needed("/v1/adapters/{name}", Method::GET), Need::Any);
+        assert_eq!((needed("/", Method::GET), needed("/", Method::POST)), (Need::Open, Need::Infer));
+        // What is not served is no way in.
+        assert_eq!((needed("/", Method::PUT), need(None, &Method::GET)), (Need::Any, Need::Any));
+        for (path, methods) in ROUTES {
+            for (method, need) in *methods {
+                let changes = path.contains("adapter") && *method != "get";
+                assert_eq!(*need == Need::Admin, changes, "{method} {path}");
+            }
+        }
+    }
+
+    #[test]
     fn the_openapi_document_has_every_route() {
         let document = openapi::document();
         let paths = document["paths"].as_object().unwrap();
@@ -302,7 +381,7 @@ mod tests {
         });
         let served = ROUTES.iter().flat_map(|(path, methods)| {
             let path = path.replace(":.+}", "}");
-            methods.iter().map(move |method| (path.clone(), method.to_string()))
+            methods.iter().map(move |(method, _)| (path.clone(), method.to_string()))
         });
         assert_eq!(documented.collect::<BTreeSet<_>>(), served.collect::<BTreeSet<_>>());
     }

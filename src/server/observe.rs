@@ -1,25 +1,28 @@
-//! Counts every request, and times it to the last byte of its answer; gives it an id and logs its end. Answers for the server
-//! where it is not there yet.
+//! Lets requests in, or not; counts every one, and times it to the last byte of its answer; gives it an id and logs its end.
+//! Answers for the server where it is not there yet.
 
 use std::cell::RefCell;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{Payload, ServiceRequest, ServiceResponse};
 use actix_web::error::PayloadError;
-use actix_web::http::ConnectionType;
 use actix_web::http::header::{HeaderName, HeaderValue};
+use actix_web::http::{ConnectionType, Method};
 use actix_web::middleware::Next;
-use actix_web::web::Bytes;
+use actix_web::web::{Bytes, Data};
 use actix_web::{Error, HttpMessage, ResponseError};
 use futures::{Stream, StreamExt};
+use opentelemetry::Context as Trace;
 
+use super::access::{Caller, Need};
 use super::error::ApiError;
-use super::{State, enter, health};
+use super::trace::{Marks, Told, Tracing};
+use super::{State, Tracer, enter, health, need};
 
 /// The name under which the metrics count a request, put down where it is known to be an adapter's or the base's.
 #[derive(Clone, Default)]
@@ -66,6 +69,12 @@ pub async fn observe(
     request.extensions_mut().insert(counted.clone());
     let mut end = End {
         start: Instant::now(),
+        span: request
+            .app_data::<Data<Tracer>>()
+            .filter(|tracer| tracer.get().is_some())
+            .map(|tracer| (SystemTime::now(), Tracing::parent(request.headers()), tracer.clone())),
+        method: request.method().clone(),
+        caller: None,
         id: id.clone(),
         state,
         route: request.match_pattern().unwrap_or_else(|| "other".into()),
@@ -73,16 +82,28 @@ pub async fn observe(
         // nginx's code for a client that hung up: it stands if `next` is dropped before there is an answer.
         status: 499,
     };
-    let mut response =
-        next.call(request).await.inspect_err(|e| end.status = e.as_response_error().status_code().as_u16())?;
+    let need = need(request.match_pattern().as_deref(), request.method());
+    let mut response = match end.state.access.admit(&request, need, &id) {
+        Ok(caller) => {
+            end.caller = Some(caller.clone());
+            request.extensions_mut().insert(caller);
+            let answer = next.call(request).await;
+            answer.inspect_err(|e| end.status = e.as_response_error().status_code().as_u16())?.map_into_boxed_body()
+        }
+        Err(e) => {
+            let refused = ApiError::from(e);
+            if need == Need::Admin {
+                let peer = request.peer_addr().map(|address| address.ip());
+                end.state.audit.refused(&id, peer, request.method().as_str(), request.path(), &refused);
+            }
+            request.into_response(refused.error_response())
+        }
+    };
     end.status = response.status().as_u16();
     if end.state.is_draining() {
         response.response_mut().head_mut().set_connection_type(ConnectionType::Close);
     }
-    Ok(identified(
-        response.map_body(|_, body| Observed { body: body.boxed(), _payload: payload, _end: Some(end) }),
-        &id,
-    ))
+    Ok(identified(response.map_body(|_, body| Observed { body, _payload: payload, _end: Some(end) }), &id))
 }
 
 /// The answer of a server that is still loading: it is alive, and nothing else.
@@ -110,7 +131,11 @@ impl Stream for Held {
 /// Counts when it is dropped: at the end of the body, or when the client has hung up.
 struct End {
     start: Instant,
+    /// The same on the clock, and the trace that it belongs to, where spans are made.
+    span: Option<(SystemTime, Trace, Data<Tracer>)>,
+    method: Method,
     id: String,
+    caller: Option<Caller>,
     state: Arc<State>,
     route: String,
     counted: Counted,
@@ -131,6 +156,15 @@ impl Drop for End {
         metrics.request_seconds.with_label_values(&[&self.route]).observe(seconds);
         // Below what is logged by default: a busy server has thousands a second.
         let (route, status) = (&*self.route, self.status);
+        if let Some((start, parent, tracer)) = &self.span
+            && let Some(tracing) = tracer.get()
+        {
+            let nothing = Marks::default();
+            let marks = self.caller.as_ref().map_or(&nothing, |caller| &*caller.marks);
+            let tenant = self.caller.as_ref().and_then(Caller::tenant);
+            let (start, method, request_id) = (*start, self.method.as_str(), &*self.id);
+            tracing.tell(&Told { start, method, route, status, request_id, adapter, tenant, parent, marks });
+        }
         tracing::debug!(request_id = self.id, route, adapter, status, seconds, "answered");
     }
 }

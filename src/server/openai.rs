@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Map, Value, json};
 
+use super::access::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, token_ids};
 use super::run::{self, Target, Window};
@@ -70,18 +71,19 @@ fn model_json(state: &State, id: &str, created: u64) -> Value {
         "max_model_len": state.context })
 }
 
-pub async fn models(state: Shared) -> HttpResponse {
+pub async fn models(state: Shared, caller: Caller) -> HttpResponse {
     let mut data = vec![model_json(&state, &state.base_id, 0)];
-    data.extend(state.registry.list().iter().map(|a| model_json(&state, &a.name, a.created)));
+    let seen = state.seen(&caller);
+    data.extend(seen.iter().filter_map(|a| Some(model_json(&state, caller.called(&a.name)?, a.created))));
     HttpResponse::Ok().json(json!({ "object": "list", "data": data }))
 }
 
-pub async fn model(state: Shared, id: web::Path<String>) -> Result<HttpResponse, ApiError> {
+pub async fn model(state: Shared, caller: Caller, id: web::Path<String>) -> Result<HttpResponse, ApiError> {
     if *id == state.base_id || *id == "base" {
         return Ok(HttpResponse::Ok().json(model_json(&state, &state.base_id, 0)));
     }
-    let info = state.registry.get(&id).map_err(unknown_model)?;
-    Ok(HttpResponse::Ok().json(model_json(&state, &info.name, info.created)))
+    let info = state.meant(&caller, &id).and_then(|whole| state.registry.get(&whole)).map_err(unknown_model)?;
+    Ok(HttpResponse::Ok().json(model_json(&state, &id, info.created)))
 }
 
 fn unknown_model(e: Error) -> ApiError {
@@ -198,7 +200,7 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
         true => requests.iter().map(|r| target.language.tokenizer.decode(&r.prompt, true)).collect(),
         false => vec![String::new(); count],
     };
-    let window = Window::new(&state.engine, requests)?;
+    let window = Window::new(&state.engine, &target.caller, requests)?;
     let (id, created) = (new_id("cmpl"), now());
     let tokenizer = target.language.tokenizer.clone();
     let choice_json = move |index: usize, text: String, c: &Choice, place: &mut Place| {
@@ -274,7 +276,7 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
     let n = task.n;
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
     state.check_size(1, &task)?;
-    let window = Window::new(&state.engine, [target.request(prompt, Task::Generate(task))])?;
+    let window = Window::new(&state.engine, &target.caller, [target.request(prompt, Task::Generate(task))])?;
     let tokenizer = target.language.tokenizer;
     let (id, created) = (new_id("chatcmpl"), now());
     let logprobs_of = move |c: &Choice| {

@@ -227,7 +227,12 @@ pub fn document() -> Value {
             "/health/ready": { "get": health("The server takes requests") },
             "/openapi.json": { "get": plain("This document") },
         },
-        "components": { "schemas": { "Error": object(&[("error", object(
+        // A key is asked for where the server has keys.
+        "security": [{}, { "key": [] }, { "keyHeader": [] }],
+        "components": { "securitySchemes": {
+            "key": { "type": "http", "scheme": "bearer" },
+            "keyHeader": { "type": "apiKey", "in": "header", "name": "x-api-key" },
+        }, "schemas": { "Error": object(&[("error", object(
             &[("message", text()), ("type", text()), ("param", json!({ "type": ["string", "null"] })),
                 ("code", json!({ "type": ["string", "null"] }))],
             &["message", "type"],

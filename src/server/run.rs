@@ -3,6 +3,7 @@
 use std::iter::Peekable;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::SystemTime;
 
 use actix_web::web::Bytes;
 use actix_web::{HttpMessage, HttpRequest, HttpResponse};
@@ -10,6 +11,7 @@ use futures::StreamExt;
 use futures::stream::{LocalBoxStream, SelectAll, poll_fn};
 use serde_json::{Value, json};
 
+use super::access::{Caller, late};
 use super::blend;
 use super::error::ApiError;
 use super::fields::Fields;
@@ -37,8 +39,9 @@ const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "f
 pub struct Target {
     /// With the name that metrics know it by.
     pub adapter: Option<(Arc<str>, Arc<PackedAdapter>)>,
-    /// What a blend is of.
-    pub blend: Option<Arc<str>>,
+    /// What answers call it: the adapter as the caller knows it, or what a blend is of.
+    pub called: Option<Arc<str>>,
+    pub caller: Caller,
     /// Its own, or the base's.
     pub language: Language,
 }
@@ -46,7 +49,7 @@ pub struct Target {
 impl Target {
     /// The adapter's name, or what a blend is of, for answers; `None` for the base.
     pub fn name(&self) -> Option<&str> {
-        self.blend.as_deref().or(self.adapter.as_ref().map(|(name, _)| &**name))
+        self.called.as_deref()
     }
 
     pub fn generation(&self) -> Option<&str> {
@@ -54,7 +57,7 @@ impl Target {
     }
 
     pub fn request(&self, prompt: Vec<u32>, task: Task) -> Request {
-        Request { adapter: self.adapter.clone(), prompt, task }
+        Request { client: self.caller.client(), adapter: self.adapter.clone(), prompt, task }
     }
 }
 
@@ -74,17 +77,23 @@ impl State {
     /// What the request runs on: the blend that its `adapters` or `merged_adapters` name, else the adapter called `name`, or
     /// the base for none, `base` or the base's own id. Adapters are pinned.
     pub async fn target(&self, http: &HttpRequest, f: &Fields, name: Option<&str>) -> Result<Target> {
+        let caller = Caller::of(http)?;
         let name = name.filter(|n| *n != "base" && *n != self.base_id);
         let count = |name| http.extensions().get::<Counted>().map(|counted| counted.set(name));
-        let (blend, name, packed) = match (blend::read(f)?, name) {
+        let (called, name, packed): (String, String, _) = match (blend::read(f)?, name) {
             (None, None) => {
                 count(None);
-                return Ok(Target { adapter: None, blend: None, language: self.language.clone() });
+                return Ok(Target { adapter: None, called: None, caller, language: self.language.clone() });
             }
-            (None, Some(name)) => (None, name, self.warm(name, self.registry.acquire(name)).await?),
+            (None, Some(name)) => {
+                let whole = self.meant(&caller, name)?;
+                let packed = self.warm(&caller, &whole, self.registry.acquire(&whole)).await?;
+                (name.to_string(), whole, packed)
+            }
             (Some(blend), None) => {
-                let packed = self.warm(BLEND, self.registry.acquire_blend(&blend)).await?;
-                (Some(blend.to_string().into()), BLEND, packed)
+                let meant = blend.renamed(|name| self.meant(&caller, name))?;
+                let packed = self.warm(&caller, BLEND, self.registry.acquire_blend(&meant)).await?;
+                (blend.to_string(), BLEND.to_string(), packed)
             }
             (Some(_), Some(name)) => {
                 return Err(Error::bad_request(format!(
@@ -92,13 +101,14 @@ impl State {
                 )));
             }
         };
-        count(Some(name));
+        count(Some(&name));
         let language = packed.language.clone().unwrap_or_else(|| self.language.clone());
-        Ok(Target { adapter: Some((name.into(), packed)), blend, language })
+        Ok(Target { adapter: Some((name.into(), packed)), called: Some(called.into()), caller, language })
     }
 
     async fn warm(
         &self,
+        caller: &Caller,
         name: &str,
         acquire: impl Future<Output = Result<Arc<PackedAdapter>>>,
     ) -> Result<Arc<PackedAdapter>> {
@@ -107,8 +117,10 @@ impl State {
         match futures::poll!(&mut acquire) {
             Poll::Ready(packed) => packed,
             Poll::Pending => {
-                let _cold = self.metrics.cold(name);
-                acquire.await
+                let (_cold, start) = (self.metrics.cold(name), SystemTime::now());
+                let packed = caller.in_time(acquire).await.unwrap_or_else(Err);
+                caller.marks.adapter.get_or_init(|| (start, SystemTime::now()));
+                packed
             }
         }
     }
@@ -245,10 +257,11 @@ fn ended() -> Error {
     Error::unavailable("the server stops; the request was given up")
 }
 
-/// Requests of one HTTP request on their way through the engine, at most [`WINDOW`] at a time. Dropping it cancels
-/// them.
+/// Requests of one HTTP request on their way through the engine, at most [`WINDOW`] at a time, until the caller's deadline.
+/// Dropping it cancels them.
 pub struct Window {
     engine: Engine,
+    caller: Caller,
     waiting: Peekable<Box<dyn Iterator<Item = Request>>>,
     /// Index of the next of `waiting`.
     next: usize,
@@ -259,10 +272,14 @@ impl Window {
     /// Sends off as many as the queue takes.
     ///
     /// Errors: `QueueFull` if it takes none; what else [`Engine::submit`] says of one.
-    pub fn new(engine: &Engine, requests: impl IntoIterator<Item = Request, IntoIter: 'static>) -> Result<Self> {
+    pub fn new(
+        engine: &Engine,
+        caller: &Caller,
+        requests: impl IntoIterator<Item = Request, IntoIter: 'static>,
+    ) -> Result<Self> {
         let requests: Box<dyn Iterator<Item = Request>> = Box::new(requests.into_iter());
-        let mut window =
-            Window { engine: engine.clone(), waiting: requests.peekable(), next: 0, events: SelectAll::new() };
+        let (engine, caller) = (engine.clone(), caller.clone());
+        let mut window = Window { engine, caller, waiting: requests.peekable(), next: 0, events: SelectAll::new() };
         window.fill()?;
         Ok(window)
     }
@@ -272,7 +289,10 @@ impl Window {
             && let Some(request) = self.waiting.peek()
         {
             let mut receiver = match self.engine.submit(request.clone()) {
-                Ok(receiver) => receiver,
+                Ok(receiver) => {
+                    self.caller.submitted(request.prompt.len());
+                    receiver
+                }
                 // One's own requests will make room.
                 Err(e) if e.kind == ErrorKind::QueueFull && !self.events.is_empty() => return Ok(()),
                 Err(e) => return Err(e),
@@ -288,7 +308,12 @@ impl Window {
 
     /// The next event of any request, with the request's index; `None` when all are answered.
     pub async fn next(&mut self) -> Option<(usize, Event)> {
-        let event = self.events.next().await;
+        let Ok(event) = self.caller.in_time(self.events.next()).await else {
+            return Some((self.next, Event::Failed(late())));
+        };
+        if let Some((_, event)) = &event {
+            self.caller.answered(if let Event::Progress(choice) = event { choice.tokens.len() } else { 0 });
+        }
         let room = !matches!(event, Some((_, Event::Progress(_))));
         match if room { self.fill() } else { Ok(()) } {
             Err(e) => Some((self.next, Event::Failed(e))),

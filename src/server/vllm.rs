@@ -5,9 +5,10 @@ use std::path::Path;
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::json;
 
+use super::access::Caller;
 use super::error::ApiError;
 use super::fields::Fields;
-use super::{Shared, State, run};
+use super::{Shared, State, adapters, run};
 use crate::adapter::Condition;
 use crate::{Error, ErrorKind, Result};
 
@@ -15,7 +16,11 @@ fn needed(f: &Fields, name: &str) -> Result<String> {
     f.text(name)?.filter(|t| !t.is_empty()).ok_or_else(|| f.wrong(name, "is needed"))
 }
 
-fn check_allowed(state: &State) -> Result<()> {
+fn check_allowed(state: &State, caller: &Caller) -> Result<()> {
+    if let Some(tenant) = caller.tenant() {
+        let what = format!("a key of tenant {tenant} names no paths of the server's machine; upload the adapter");
+        return Err(Error::new(ErrorKind::Forbidden, what));
+    }
     match state.allow_local_paths {
         true => Ok(()),
         false => {
@@ -26,23 +31,23 @@ fn check_allowed(state: &State) -> Result<()> {
 }
 
 /// `POST /v1/load_lora_adapter`: publishes a copy of a directory.
-pub async fn load(state: Shared, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+pub async fn load(state: Shared, caller: Caller, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
-    check_allowed(&state)?;
+    check_allowed(&state, &caller)?;
     let (name, path) = (needed(&f, "lora_name")?, needed(&f, "lora_path")?);
     let when = if f.flag("load_inplace")?.unwrap_or(false) { Condition::Always } else { Condition::Absent };
     let registry = state.registry.clone();
     let upload = web::block(move || registry.upload_from(Path::new(&path)));
     let upload = upload.await.map_err(|e| Error::unavailable(e.to_string()))??;
-    state.registry.publish(&name, upload, when).await?;
+    adapters::publish(&state, &caller, &caller.own(&name)?, upload, when).await?;
     Ok(HttpResponse::Ok().body(format!("Success: LoRA adapter '{name}' added successfully.")))
 }
 
 /// `POST /v1/unload_lora_adapter`.
-pub async fn unload(state: Shared, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+pub async fn unload(state: Shared, caller: Caller, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
     let name = needed(&f, "lora_name")?;
-    state.registry.remove(&name, Condition::Always).await?;
+    adapters::remove(&state, &caller, &name, Condition::Always).await?;
     Ok(HttpResponse::Ok().body(format!("Success: LoRA adapter '{name}' removed successfully.")))
 }
 

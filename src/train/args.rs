@@ -183,6 +183,12 @@ pub struct RunArgs {
     /// Upload it under this name [default: that of --out]
     #[arg(long, value_name = "NAME", requires = "push")]
     pub push_name: Option<String>,
+    /// API key for --push, where the server asks for one
+    #[arg(long, env = "LORAMUX_API_KEY", value_name = "KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+    /// Certificate in PEM to trust beside the well-known ones, for --push to HTTPS
+    #[arg(long, env = "LORAMUX_CA_CERT", value_name = "FILE")]
+    pub ca_cert: Option<PathBuf>,
     /// Numbers in the weights' file
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: Dtype,

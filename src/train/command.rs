@@ -86,7 +86,8 @@ fn push(args: &TrainArgs, method: &Method, name: &str) -> Result<Option<Push>> {
         let what = "--push uploads an adapter, and this makes a model; serve that with loramux serve --model DIR";
         return Err(Error::bad_request(what));
     }
-    Push::new(url, args.run.push_name.as_deref().unwrap_or(name)).map(Some)
+    let (key, trusted) = (args.run.api_key.as_deref(), args.run.ca_cert.as_deref());
+    Push::new(url, args.run.push_name.as_deref().unwrap_or(name), key, trusted).map(Some)
 }
 
 fn makes_adapter(method: &Method) -> bool {

@@ -14,9 +14,9 @@ pub struct Push {
 
 impl Push {
     /// Refuses what no server could take, without asking this one: it may be away until the training is done.
-    pub fn new(url: &str, name: &str) -> Result<Self> {
-        adapter::check_name(name).map_err(|e| e.context("--push takes its name from --push-name or --out"))?;
-        let client = Client::new(url).map_err(|e| e.context("--push"))?;
+    pub fn new(url: &str, name: &str, key: Option<&str>, trusted: Option<&Path>) -> Result<Self> {
+        adapter::check_whole_name(name).map_err(|e| e.context("--push takes its name from --push-name or --out"))?;
+        let client = Client::new(url, key, trusted).map_err(|e| e.context("--push"))?;
         Ok(Push { client, url: url.into(), name: name.into() })
     }
 

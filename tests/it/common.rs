@@ -161,7 +161,7 @@ impl Answer {
 pub async fn answers(engine: &Engine, requests: Vec<(Vec<u32>, Option<Arc<PackedAdapter>>, Task)>) -> Vec<Answer> {
     let submit = |(prompt, adapter, task): (Vec<u32>, Option<Arc<PackedAdapter>>, Task)| {
         let adapter = adapter.map(|a| (a.generation.as_str().into(), a));
-        engine.submit(Request { adapter, prompt, task }).unwrap()
+        engine.submit(Request { client: Default::default(), adapter, prompt, task }).unwrap()
     };
     let receivers: Vec<_> = requests.into_iter().map(submit).collect();
     let mut all = Vec::new();

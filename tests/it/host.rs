@@ -31,23 +31,34 @@ impl Server {
 
     /// On a store that outlives it.
     pub async fn start_on(model: &str, store: &Path, extra: &[&str]) -> Self {
-        let mut server = Self::listening(model, store, extra);
+        Self::listening(model, store, extra).ready().await
+    }
+
+    /// Waits until it answers.
+    pub async fn ready(mut self) -> Self {
+        let server = &mut self;
         let start = Instant::now();
         while !server.get("/health/ready").await.is_ok_and(|(status, _)| status == 200) {
             assert!(server.child.try_wait().unwrap().is_none(), "the server has stopped");
             assert!(start.elapsed() < Duration::from_secs(120), "the server does not become ready");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        server
+        self
     }
 
     /// One that has a port, and loads its model still.
     pub fn listening(model: &str, store: &Path, extra: &[&str]) -> Self {
+        Self::listening_in(model, store, extra, &[])
+    }
+
+    /// The same with more environment.
+    pub fn listening_in(model: &str, store: &Path, extra: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_loramux"))
             .args(["serve", "--model", model, "--listen", "127.0.0.1:0", "--store"])
             .arg(store)
             .args(extra)
             .env("LORAMUX_LOG", "warn,loramux::server=info")
+            .envs(environment.iter().copied())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()

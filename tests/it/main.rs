@@ -1,5 +1,6 @@
 //! Tests against reference outputs, real weights and real clients. One program, so that it links once.
 
+mod access;
 mod bad_input;
 mod blends;
 mod churn;
@@ -7,6 +8,7 @@ mod classifications;
 mod cli;
 mod clients;
 mod common;
+mod faults;
 mod fuzz;
 mod gguf;
 mod host;
@@ -17,4 +19,5 @@ mod server;
 mod shapes;
 mod smollm2;
 mod tiny;
+mod traces;
 mod train;
