@@ -1,10 +1,12 @@
 //! Traffic while adapters come, change and go.
 
-use std::collections::HashSet;
-use std::sync::Mutex;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 use crate::common::{fixtures, packaged};
@@ -200,36 +202,111 @@ fn walk(folder: &std::path::Path) -> u64 {
     entries.map(|e| if e.path().is_dir() { walk(&e.path()) } else { e.metadata().unwrap().len() }).sum()
 }
 
-/// Uploads are killed in the middle, again and again; what was published before stays, and is never half new.
+/// A name and what its client, which alone changes it, knows that it stands for: a kind, or no adapter.
+#[derive(Debug, Clone)]
+struct Known {
+    name: String,
+    /// After the last change that was answered.
+    answered: Option<usize>,
+    /// By the change that was not, when the server was killed.
+    asked: Option<Option<usize>>,
+}
+
+impl Known {
+    /// Changes the name again and again until nobody answers; returns how many changes were answered, too.
+    async fn change(
+        mut self,
+        http: reqwest::Client,
+        url: String,
+        kinds: Arc<Vec<[Vec<u8>; 2]>>,
+        seed: u64,
+    ) -> (Self, usize) {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let url = format!("{url}/v1/adapters/{}", self.name);
+        for count in 0.. {
+            let to = Some(random.random_range(0..=kinds.len())).filter(|kind| *kind < kinds.len());
+            self.asked = Some(to);
+            let request = match to {
+                None => http.delete(&url),
+                Some(kind) => {
+                    let part = |bytes: &Vec<u8>| reqwest::multipart::Part::bytes(bytes.clone()).file_name("f");
+                    let [config, weights] = &kinds[kind];
+                    let form = reqwest::multipart::Form::new();
+                    http.put(&url).multipart(form.part("config", part(config)).part("weights", part(weights)))
+                }
+            };
+            let Ok((status, body)) = answer(request).await else { return (self, count) };
+            let nothing = to.is_none() && self.answered.is_none();
+            assert!(if nothing { status == 404 } else { status < 300 }, "{self:?}: {status} {body}");
+            (self.answered, self.asked) = (to, None);
+        }
+        unreachable!("it ends by an error")
+    }
+}
+
+/// Killed at random instants during uploads, replacements and deletions, the server has after each start what was answered, or
+/// what was asked last; each adapter is whole, and there is nothing else. `LORAMUX_TEST_KILLS` says how often.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_survives_kill_9() {
+    let kills: usize = std::env::var("LORAMUX_TEST_KILLS").ok().map_or(12, |kills| kills.parse().unwrap());
     let folder = tempfile::tempdir().unwrap();
-    let store = folder.path().join("store");
+    let store = folder.path().join("s/store");
     let tiny = fixtures().join("tiny/llama");
-    let base = tiny.join("base");
-    let kinds = ["adapter_qv_r4", "adapter_all_r8"].map(|k| tiny.join(k));
-    let mut generations: Vec<String> = Vec::new();
-    for round in 0..12u64 {
-        let server = Server::start_on(base.to_str().unwrap(), &store, &[]).await;
-        if round == 0 {
-            for kind in &kinds {
-                let (status, info) = server.put_directory("kept", kind).await;
-                assert!(status < 300, "{info}");
-                generations.push(info["generation"].as_str().unwrap().into());
-            }
-        }
-        let (status, info) = server.get("/v1/adapters/kept").await.unwrap();
-        assert_eq!(status, 200, "{info}");
-        assert!(generations.iter().any(|g| info["generation"] == **g), "{info}");
-        let body = json!({ "adapter": "kept", "prompt": "t5 t6", "max_tokens": 2 });
-        assert_eq!(server.post("/v1/generate", body).await.0, 200);
-        let uploads = async {
-            for i in 0.. {
-                let request = server.put_directory("kept", &kinds[i % 2]);
-                tokio::time::timeout(Duration::from_secs(5), request).await.ok();
-            }
-        };
-        let _ = tokio::time::timeout(Duration::from_millis(20 + 7 * round), uploads).await;
-        server.kill();
+    let base = tiny.join("base").display().to_string();
+    let kinds = ["adapter_qv_r4", "adapter_all_r8", "adapter_dora_r4"].map(|kind| {
+        ["adapter_config.json", "adapter_model.safetensors"]
+            .map(|file| std::fs::read(tiny.join(kind).join(file)).unwrap())
+    });
+    let mut generations = vec![];
+    let server = Server::start(&base, &[]).await;
+    for [config, weights] in &kinds {
+        let (status, info) = server.put("x", config.clone(), weights.clone()).await;
+        assert!(status < 300, "{info}");
+        generations.push(info["generation"].as_str().unwrap().to_string());
     }
+    server.kill();
+    let kinds = Arc::new(kinds.to_vec());
+    let mut random = ChaCha8Rng::seed_from_u64(7);
+    let mut names: Vec<Known> = (0..3).map(|i| Known { name: format!("n{i}"), answered: None, asked: None }).collect();
+    let (mut open, mut answers) = (0, 0);
+    for kill in 0..=kills {
+        let server = Server::start_on(&base, &store, &[]).await;
+        let (_, list) = server.get("/v1/adapters").await.unwrap();
+        let text = |value: &Value| value.as_str().unwrap().to_string();
+        let adapters = list["adapters"].as_array().unwrap().iter();
+        let list: HashMap<String, String> = adapters.map(|a| (text(&a["name"]), text(&a["generation"]))).collect();
+        for known in &mut names {
+            let now = list.get(&known.name).map(|now| generations.iter().position(|one| one == now).unwrap());
+            assert!(
+                [Some(known.answered), known.asked].contains(&Some(now)),
+                "after kill {kill}: {now:?} is not {known:?}"
+            );
+            open += usize::from(known.asked.take().is_some());
+            known.answered = now;
+            let body = json!({ "adapter": known.name, "prompt": "t5 t6", "max_tokens": 2 });
+            let (status, body) = server.post("/v1/generate", body).await;
+            assert_eq!(status, if now.is_some() { 200 } else { 404 }, "after kill {kill}: {body}");
+        }
+        server.left_nothing().await;
+        let objects = std::fs::read_dir(store.join("objects")).unwrap();
+        let objects: HashSet<String> = objects.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        assert_eq!(objects, list.into_values().collect::<HashSet<_>>(), "after kill {kill}");
+        if kill == kills {
+            break;
+        }
+        let clients: Vec<_> = names
+            .drain(..)
+            .map(|known| {
+                tokio::spawn(known.change(server.http.clone(), server.url.clone(), kinds.clone(), random.random()))
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_micros(random.random_range(0..150_000))).await;
+        server.kill();
+        for client in clients {
+            let (known, count) = client.await.unwrap();
+            names.push(known);
+            answers += count;
+        }
+    }
+    assert!(open > kills && answers > kills, "{open} changes were open at {kills} kills, {answers} were answered");
 }

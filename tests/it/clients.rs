@@ -35,3 +35,25 @@ async fn real_clients() {
         run("metrics.py", &[&server.url, "fairy", &prometheus]);
     });
 }
+
+/// Whatever the OpenAPI document allows, and much that it does not, is answered without a failure of the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_request_of_the_document_breaks_the_server() {
+    let adapters = tempfile::tempdir().unwrap();
+    let tiny = fixtures().join("tiny/llama");
+    std::os::unix::fs::symlink(tiny.join("adapter_qv_r4"), adapters.path().join("a")).unwrap();
+    let base = tiny.join("base").display().to_string();
+    let server = Server::start(&base, &["--adapters", adapters.path().to_str().unwrap()]).await;
+    let python = std::env::var("LORAMUX_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
+    let output = Command::new(python)
+        .args(["-m", "schemathesis.cli", "run", &server.at("/openapi.json"), "--checks", "not_a_server_error"])
+        .args(["--max-examples", "12", "--seed", "1", "--no-color", "--phases", "coverage,fuzzing"])
+        .current_dir(adapters.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    // Every operation was tried.
+    assert!(text.contains("Test cases:") && text.contains("Selected: "), "{text}");
+    server.still_answers().await;
+}
