@@ -19,13 +19,17 @@ class Server:
         self.address = address
         self.process = process
         self.ready = None  # Seconds from its start until it was ready.
+        self.key = None  # Its API key, where it asks for one.
 
     def request(self, method, path, body=None):
         """Status and bytes of the answer."""
         connection = http.client.HTTPConnection(self.address, timeout=600)
         try:
             text = None if body is None else json.dumps(body)
-            connection.request(method, path, text, {"content-type": "application/json"})
+            headers = {"content-type": "application/json"}
+            if self.key:
+                headers["authorization"] = f"Bearer {self.key}"
+            connection.request(method, path, text, headers)
             response = connection.getresponse()
             return response.status, response.read()
         finally:
