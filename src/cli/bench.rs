@@ -109,6 +109,7 @@ async fn ask_engine(host: &Host, model: &str, prompt: &[u32], max_tokens: usize)
         ignore_eos: true,
         logprobs: None,
         n: 1,
+        grammar: None,
     });
     let mut events =
         host.engine.submit(Request { client: Default::default(), adapter, prompt: prompt.to_vec(), task })?;

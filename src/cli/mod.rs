@@ -23,6 +23,7 @@ pub(crate) use host::device;
 use args::{BenchCommand, Cli, Command, ServeArgs};
 use host::{Host, Limits};
 
+use crate::engine::Grammars;
 use crate::server::{Access, Audit, Certificate, Entrance};
 use crate::{Error, Result, hosting, server};
 
@@ -108,6 +109,7 @@ fn serve(args: ServeArgs) -> Result<()> {
             labels: host.labels,
             dtype: host.dtype,
             allow_local_paths: args.allow_local_paths,
+            grammars: Grammars::default(),
             draining: false.into(),
             uploads: Semaphore::new(server::UPLOADS),
             access: own,

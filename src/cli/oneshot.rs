@@ -81,6 +81,7 @@ pub async fn generate(args: GenerateArgs) -> Result<()> {
         ignore_eos: false,
         logprobs: None,
         n: 1,
+        grammar: None,
     });
     let mut events = host.engine.submit(Request { client: Client::default(), adapter, prompt, task })?;
     let mut out = std::io::stdout();

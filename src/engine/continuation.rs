@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::Result;
 use crate::engine::detokenizer::{Detokenizer, Vocabulary};
+use crate::engine::grammar::Matcher;
 use crate::engine::sampler::{Sampler, likeliest, log_sum_exp};
 use crate::engine::stop::StopMatcher;
 use crate::engine::{Choice, FinishReason, Generate, TokenLogprob};
@@ -14,6 +15,8 @@ use crate::engine::{Choice, FinishReason, Generate, TokenLogprob};
 pub struct Continuation {
     index: usize,
     generate: Arc<Generate>,
+    /// Where the text is in its grammar.
+    matcher: Option<Matcher>,
     sampler: Sampler,
     detokenizer: Detokenizer,
     stop: StopMatcher,
@@ -27,6 +30,7 @@ impl Continuation {
         let seed = seed.wrapping_add(index as u64);
         Continuation {
             index,
+            matcher: generate.grammar.as_ref().map(|grammar| grammar.matcher()),
             sampler: Sampler::new(generate.sampling.clone(), prompt, seed),
             detokenizer: Detokenizer::default(),
             stop: StopMatcher::new(&generate.stop, generate.include_stop),
@@ -36,20 +40,29 @@ impl Continuation {
     }
 
     /// Draws a token from `logits`, `[vocab_size]`, which it overwrites. `room` is how many tokens the sequence can grow
-    /// by, this one included.
+    /// by, this one included. Where the text ends without a token because its grammar lets nothing follow, or with an end or
+    /// stop token, the choice has none.
     ///
-    /// Errors: `Internal` if the logits are not numbers.
+    /// Errors: `Internal` if the logits are not numbers; `BadRequest` if the grammar asks for what the vocabulary cannot
+    /// spell, or has become too complex.
     pub fn advance(
         &mut self,
         logits: &mut [f32],
         room: usize,
         vocabulary: &dyn Vocabulary,
         eos_tokens: &[u32],
-    ) -> Result<(u32, Choice)> {
+    ) -> Result<Choice> {
         let raw = self.generate.logprobs.map(|_| logits.to_vec());
-        let token = self.sampler.sample(logits)?;
         self.drawn += 1;
         let mut choice = Choice { index: self.index, ..Choice::default() };
+        if let Some(matcher) = &mut self.matcher {
+            let refused = if self.generate.ignore_eos { eos_tokens } else { &[] };
+            if !matcher.mask(logits, refused)? {
+                self.finish(FinishReason::Stop, &mut choice);
+                return Ok(choice);
+            }
+        }
+        let token = self.sampler.sample(logits)?;
         let end = !self.generate.ignore_eos && eos_tokens.contains(&token);
         if end || self.generate.stop_tokens.contains(&token) {
             if !end {
@@ -57,12 +70,13 @@ impl Continuation {
             }
             choice.end = raw.map(|raw| self.logprob(token, &raw)).transpose()?;
             self.finish(FinishReason::Stop, &mut choice);
-            return Ok((token, choice));
+            return Ok(choice);
         }
         choice.tokens.push(token);
         if let Some(raw) = raw {
             choice.logprobs.push(self.logprob(token, &raw)?);
         }
+        let complete = self.matcher.as_mut().map(|matcher| matcher.take(token)).transpose()?.unwrap_or(false);
         if !vocabulary.is_special(token) {
             let mut piece = String::new();
             self.detokenizer.push(vocabulary.token_bytes(token), &mut piece);
@@ -70,13 +84,16 @@ impl Continuation {
         }
         if choice.matched_stop.is_some() {
             choice.finish = Some(FinishReason::Stop);
+        } else if complete {
+            self.finish(FinishReason::Stop, &mut choice);
         } else if self.drawn >= self.generate.max_tokens || room <= 1 {
             self.finish(FinishReason::Length, &mut choice);
         }
-        Ok((token, choice))
+        Ok(choice)
     }
 
-    /// Of the logits as the model gave them, as vLLM does: neither penalties nor temperature are in.
+    /// Of the logits as the model gave them, as vLLM does: neither penalties nor temperature are in, nor the grammar's mask. So
+    /// they tell what the model would have liked, and all are finite.
     fn logprob(&self, token: u32, raw: &[f32]) -> Result<TokenLogprob> {
         let lse = log_sum_exp(raw)?;
         let likeliest = likeliest(raw, self.generate.logprobs.unwrap_or(0));

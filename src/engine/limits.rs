@@ -160,6 +160,7 @@ mod tests {
             ignore_eos: false,
             logprobs: None,
             n: 1,
+            grammar: None,
         }
     }
 

@@ -5,6 +5,7 @@ mod continuation;
 mod detokenizer;
 #[allow(clippy::module_inception)]
 mod engine;
+mod grammar;
 mod limits;
 mod model;
 mod queue;
@@ -20,6 +21,7 @@ mod tests;
 
 pub use detokenizer::{Detokenizer, Vocabulary};
 pub use engine::{Engine, EngineOptions};
+pub use grammar::{Constraint, Grammar, Grammars};
 pub use model::{Model, Output, Work};
 pub use request::{Choice, Client, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};
 pub use runner::Runner;

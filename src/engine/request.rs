@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::Error;
+use crate::engine::Grammar;
 use crate::lora::PackedAdapter;
 
-/// How the next token is drawn. The order of the steps is that of vLLM's sampler: bias, penalties, temperature, then min-p,
-/// top-k, top-p.
+/// How the next token is drawn. The order of the steps is that of vLLM's sampler: the grammar's mask, bias, penalties,
+/// temperature, then min-p, top-k, top-p.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// 0 is greedy.
@@ -56,12 +57,16 @@ pub struct Generate {
     pub stop_tokens: Vec<u32>,
     /// Leaves the matched stop string in the text.
     pub include_stop: bool,
-    /// Goes on past the model's end tokens.
+    /// Goes on past the model's end tokens. With a grammar: they are not drawn, and the text ends where it is complete and
+    /// nothing else can follow.
     pub ignore_eos: bool,
     /// Log-probabilities of the drawn token and of this many likeliest tokens.
     pub logprobs: Option<usize>,
     /// Independent continuations of the one prompt. Choice `i` samples with `seed + i`.
     pub n: usize,
+    /// What the text must be like. It ends where it is complete and nothing can follow, or with an end token where it is
+    /// complete; stop strings and `max_tokens` end it anywhere.
+    pub grammar: Option<Grammar>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -111,7 +116,7 @@ pub struct TokenLogprob {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// An end token, a stop token or a stop string.
+    /// An end token, a stop token or a stop string; or the grammar's end.
     Stop,
     /// `max_tokens` or the context is used up.
     Length,
@@ -139,7 +144,7 @@ pub struct Choice {
     pub finish: Option<FinishReason>,
     /// The end or stop token that ended it and is not in `tokens`, if log-probabilities were asked for.
     pub end: Option<TokenLogprob>,
-    /// The stop string or stop token id that matched, for `finish: Stop` without an end token.
+    /// The stop string or stop token id that matched, if one did.
     pub matched_stop: Option<String>,
 }
 

@@ -461,9 +461,9 @@ impl Sequence<Job> {
         match &mut self.payload {
             Job::Generate { continuation, last_token } => {
                 let room = max_tokens - self.tokens.len();
-                let (token, choice) = continuation.advance(&mut result, room, vocabulary, eos_tokens)?;
+                let choice = continuation.advance(&mut result, room, vocabulary, eos_tokens)?;
                 if choice.finish.is_none() {
-                    self.tokens.push(token);
+                    self.tokens.extend(&choice.tokens);
                 }
                 let elapsed = last_token.replace(now).map(|last| now - last);
                 Ok(Outcome::Drawn { choice, elapsed })

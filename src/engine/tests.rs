@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::continuation::Continuation;
+use super::grammar::tests::compile;
 use super::*;
 use crate::adapter::{Adapter, Generation};
 use crate::base::Head;
@@ -190,6 +191,23 @@ impl Vocabulary for Toy {
     }
 }
 
+/// Grammars that [`Toy`] can spell, each beside what its complete texts match.
+static GRAMMARS: LazyLock<Vec<(Grammar, regex::Regex)>> = LazyLock::new(|| {
+    let nested = "start: \"A\" start \"B\" | \"C\" start \"D\" | /[X-Z]+/".to_string();
+    [
+        (Constraint::Regex("[A-M]{3,30}".into()), "[A-M]{3,30}"),
+        (Constraint::Regex("(é|😀 ok|[N-Z])+".into()), "(é|😀 ok|[N-Z])+"),
+        (Constraint::Choice(["ABBA", "AB", "é", "QUITE"].map(String::from).into()), "ABBA|AB|é|QUITE"),
+        // Of the nesting, what a regular expression can say.
+        (Constraint::Lark(nested), "[AC]*[X-Z]+[BD]*"),
+    ]
+    .map(|(constraint, matches)| {
+        let grammar = compile(&Toy::new(), VOCAB, &[EOS], &constraint).unwrap();
+        (grammar, regex::Regex::new(&format!("^(?:{matches})$")).unwrap())
+    })
+    .into()
+});
+
 struct Bench {
     engine: Engine,
     metrics: Arc<Metrics>,
@@ -209,6 +227,10 @@ struct Sizes {
 const ROOMY: Sizes = Sizes { block_size: 4, blocks: 1000, max_sequences: 32, max_batch_tokens: 64, max_queue: 1000 };
 
 fn bench(sizes: &Sizes) -> Bench {
+    bench_with(sizes, Toy::new())
+}
+
+fn bench_with(sizes: &Sizes, vocabulary: Toy) -> Bench {
     let metrics = Arc::new(Metrics::new());
     let control = Arc::new(Control::default());
     let memory = vec![0xdead; sizes.blocks * sizes.block_size];
@@ -219,7 +241,7 @@ fn bench(sizes: &Sizes) -> Bench {
         max_queue: sizes.max_queue,
         eos_tokens: vec![EOS],
     };
-    let engine = Engine::start(Box::new(model), Arc::new(Toy::new()), options, metrics.clone()).unwrap();
+    let engine = Engine::start(Box::new(model), Arc::new(vocabulary), options, metrics.clone()).unwrap();
     Bench { engine, metrics, control, blocks: sizes.blocks }
 }
 
@@ -254,6 +276,7 @@ fn generate(max_tokens: usize) -> Generate {
         ignore_eos: false,
         logprobs: None,
         n: 1,
+        grammar: None,
     }
 }
 
@@ -317,8 +340,8 @@ fn expected(request: &Request, max_tokens: usize) -> Answer {
                 while whole.finish.is_none() {
                     let room = max_tokens - tokens.len();
                     let mut logits = row(&tokens, VOCAB);
-                    let (token, choice) = continuation.advance(&mut logits, room, &Toy::new(), &[EOS]).unwrap();
-                    tokens.push(token);
+                    let choice = continuation.advance(&mut logits, room, &Toy::new(), &[EOS]).unwrap();
+                    tokens.extend(&choice.tokens);
                     usage.completion_tokens += 1;
                     join(&mut whole, choice);
                 }
@@ -343,7 +366,8 @@ fn any_request() -> impl Strategy<Value = Request> {
     let sampling = (prop_oneof![Just(0.0f32), 0.5f32..1.5], 0usize..12, 0.3f32..1.0, 0u64..4, prop::bool::ANY);
     let choices = (1usize..30, 1usize..4, prop::option::of(0usize..4), 0u8..3, prop::bool::ANY);
     // Prompts are beginnings of few texts, so that prefixes are shared, also between adapters.
-    (0usize..4, 0u32..3, 1usize..40, 0usize..40, sampling, choices, 0u8..6).prop_map(
+    let task = (0u8..6, prop::option::of(0..GRAMMARS.len()));
+    (0usize..4, 0u32..3, 1usize..40, 0usize..40, sampling, choices, task).prop_map(
         |(
             which,
             base,
@@ -351,7 +375,7 @@ fn any_request() -> impl Strategy<Value = Request> {
             fork,
             (temperature, top_k, top_p, seed, penalties),
             (max, n, logprobs, stop, eos),
-            task,
+            (task, grammar),
         )| {
             let names = ["", "a", "b", "c"];
             let adapter = (which > 0).then(|| (names[which], adapter(names[which], which)));
@@ -378,6 +402,7 @@ fn any_request() -> impl Strategy<Value = Request> {
                     generate.stop =
                         [vec![], vec!["QX".to_string()], vec!["B".into(), "éC".into()]][stop as usize].clone();
                     generate.stop_tokens = if stop == 1 { vec![9] } else { vec![] };
+                    generate.grammar = grammar.map(|i| GRAMMARS[i].0.clone());
                     Task::Generate(generate)
                 }
             };
@@ -449,13 +474,18 @@ fn check_choice(prompt: &[u32], generate: &Generate, choice: &Choice, salt: u64)
         }
         (Some(FinishReason::Stop), None) => {
             assert_eq!(choice.text, text);
-            // Else it was an end token.
-            assert!(matched_stop.as_ref().map_or(!generate.ignore_eos, |token| token == "9"), "{choice:?}");
+            // Else it was an end token, or the grammar's end.
+            let may_end = !generate.ignore_eos || generate.grammar.is_some();
+            assert!(matched_stop.as_ref().map_or(may_end, |token| token == "9"), "{choice:?}");
         }
         (Some(FinishReason::Length), _) => {
             assert_eq!((&choice.text, tokens.len(), matched_stop), (&text, generate.max_tokens, &None));
         }
         (None, _) => panic!("it has not ended"),
+    }
+    let whole = generate.grammar.as_ref().and_then(|own| GRAMMARS.iter().find(|(grammar, _)| grammar == own));
+    if let (Some((_, whole)), Some(FinishReason::Stop), None) = (whole, choice.finish, matched_stop) {
+        assert!(whole.is_match(&choice.text), "{:?} is not {whole}", choice.text);
     }
     assert!(!stops(&choice.text) && !tokens.iter().any(|t| generate.stop_tokens.contains(t)));
     assert!(generate.ignore_eos || !tokens.contains(&EOS));
@@ -496,6 +526,8 @@ fn preemption_changes_nothing() {
             let mut generate = generate(40);
             generate.ignore_eos = true;
             generate.sampling = Sampling { seed: Some(i.into()), repetition_penalty: 1.3, ..Sampling::default() };
+            // One that goes on, so that it is put back in the middle.
+            generate.grammar = (i % 2 == 1).then(|| GRAMMARS[1].0.clone());
             let name = ["a", "b", "c"][i as usize % 3];
             request(
                 Some((name, adapter(name, 0))),
@@ -795,4 +827,166 @@ fn an_adapter_whose_request_was_preempted_is_listed_as_running_again() {
     collect(first);
     collect(second);
     bench.settle();
+}
+
+/// A vocabulary that spells JSON a byte at a time, and some of it faster.
+fn json_toy() -> Toy {
+    let mut tokens: Vec<Vec<u8>> = vec![b"</s>".to_vec()];
+    tokens.extend(b"0123456789{}[]\":,.-+ \n\tabcdefghijklmnopqrstuvwxyz\\_E".iter().map(|&byte| vec![byte]));
+    let longer = ["true", "false", "null", "\":", "\",\"", "[]", "  ", "\n\n\n\n"];
+    tokens.extend(longer.iter().map(|text| text.as_bytes().to_vec()));
+    tokens.resize(VOCAB, vec![]);
+    Toy(tokens)
+}
+
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code)]
+struct Pet {
+    name: String,
+    age: u8,
+    kind: Kind,
+    tags: Vec<bool>,
+    at: Option<Point>,
+}
+
+#[derive(Debug, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    Cat,
+    Dog,
+}
+
+#[derive(Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(dead_code)]
+struct Point {
+    x: i32,
+}
+
+fn pet_schema() -> serde_json::Value {
+    serde_json::json!({
+        "type": "object",
+        "properties": {
+            "name": { "type": "string", "minLength": 1, "maxLength": 8 },
+            "age": { "type": "integer", "minimum": 0, "maximum": 150 },
+            "kind": { "enum": ["cat", "dog"] },
+            "tags": { "type": "array", "items": { "type": "boolean" }, "minItems": 1, "maxItems": 3 },
+            "at": { "anyOf": [{ "type": "null" }, { "$ref": "#/$defs/point" }] },
+        },
+        "required": ["name", "age", "kind", "tags", "at"],
+        "additionalProperties": false,
+        "$defs": { "point": {
+            "type": "object",
+            "properties": { "x": { "type": "integer", "minimum": -99, "maximum": 99 } },
+            "required": ["x"],
+            "additionalProperties": false,
+        } },
+    })
+}
+
+/// The weights know nothing of JSON. What does not ask for it is not changed by its neighbours.
+#[test]
+fn json_is_what_its_schema_says_and_leaves_others_alone() {
+    let grammar = compile(&json_toy(), VOCAB, &[EOS], &Constraint::Json(pet_schema())).unwrap();
+    let task = |seed: u64, grammar: Option<Grammar>| {
+        let mut g = generate(200);
+        g.sampling = Sampling { seed: Some(seed), ..Sampling::default() };
+        if grammar.is_some() {
+            // Random choices of space would use up the context.
+            let spaces = json_toy().0.into_iter().zip(0..).filter(|(t, _)| !t.is_empty() && t.trim_ascii().is_empty());
+            g.sampling.logit_bias = spaces.map(|(_, id)| (id, -5.0)).collect();
+        }
+        (g.n, g.grammar) = (3, grammar);
+        request(None, vec![seed as u32 + 1, 7, 8], Task::Generate(g))
+    };
+    let bench = || bench_with(&ROOMY, json_toy());
+    let submit = |bench: &Bench, request: &Request| bench.engine.submit(request.clone()).unwrap();
+    let alone: Vec<Answer> = (0..4).map(|seed| collect(submit(&bench(), &task(seed, None)))).collect();
+    let mixed = bench();
+    mixed.control.hold(true);
+    let plain: Vec<_> = (0..4).map(|seed| submit(&mixed, &task(seed, None))).collect();
+    let constrained: Vec<_> = (0..12).map(|seed| submit(&mixed, &task(seed, Some(grammar.clone())))).collect();
+    mixed.control.hold(false);
+    let mut texts = BTreeMap::new();
+    for events in constrained {
+        let Answer::Choices(choices, _) = collect(events) else { panic!() };
+        for choice in choices {
+            assert_eq!(choice.finish, Some(FinishReason::Stop), "{choice:?}");
+            let pet: Pet = serde_json::from_str(&choice.text).unwrap_or_else(|e| panic!("{e}: {}", choice.text));
+            let in_range =
+                pet.age <= 150 && (1..=3).contains(&pet.tags.len()) && pet.at.is_none_or(|p| p.x.abs() < 100);
+            assert!(in_range && (1..=8).contains(&pet.name.chars().count()), "{}", choice.text);
+            texts.insert(choice.text, ());
+        }
+    }
+    assert!(texts.len() > 30, "36 seeds, {} texts", texts.len());
+    assert_eq!(plain.into_iter().map(collect).collect::<Vec<_>>(), alone);
+    mixed.settle();
+}
+
+#[test]
+fn a_text_ends_where_its_grammar_does() {
+    let bench = bench(&ROOMY);
+    let ask = |constraint: &str, change: &dyn Fn(&mut Generate)| {
+        let grammar = compile(&Toy::new(), VOCAB, &[EOS], &Constraint::Regex(constraint.into())).unwrap();
+        let mut g = Generate { grammar: Some(grammar), ..generate(40) };
+        change(&mut g);
+        let Answer::Choices(mut choices, _) =
+            collect(bench.engine.submit(request(None, vec![5, 6], Task::Generate(g))).unwrap())
+        else {
+            panic!("a failure")
+        };
+        let choice = choices.remove(0);
+        (choice.text.clone(), choice)
+    };
+    let stop = Some(FinishReason::Stop);
+    // Without an end token, for nothing can follow; with one that is not wanted; and cut by the other limits.
+    let (text, whole) = ask("ABCD", &|_| {});
+    assert_eq!((text.as_str(), whole.finish, whole.tokens.len()), ("ABCD", stop, 4));
+    let (text, whole) = ask("ABCD", &|g| (g.max_tokens, g.ignore_eos) = (4, true));
+    assert_eq!((text.as_str(), whole.finish), ("ABCD", stop), "complete with the last token");
+    let (text, cut) = ask("ABCD", &|g| g.max_tokens = 3);
+    assert_eq!((text.as_str(), cut.finish), ("ABC", Some(FinishReason::Length)));
+    let (text, stopped) = ask("ABCD", &|g| g.stop = vec!["C".into()]);
+    assert_eq!((text.as_str(), stopped.finish, stopped.matched_stop.as_deref()), ("AB", stop, Some("C")));
+    let (text, _) = ask("ABCD", &|g| (g.stop, g.include_stop) = (vec!["C".into()], true));
+    assert_eq!(text, "ABC");
+    // What could become a stop string comes out at the end.
+    assert_eq!(ask("ABCD", &|g| g.stop = vec!["CDE".into()]).0, "ABCD");
+    // An end token is drawn where the text is complete, and only there.
+    let eager = |g: &mut Generate| g.sampling.logit_bias = [(EOS, 100.0)].into();
+    let (text, ended) = ask("[A-Z]{3}[A-Z]*", &|g| {
+        eager(g);
+        g.logprobs = Some(2);
+    });
+    assert_eq!((text.len(), ended.finish, ended.end.as_ref().unwrap().token), (3, stop, EOS));
+    assert!(ended.logprobs.iter().flat_map(|l| l.top.iter().map(|t| t.1).chain([l.logprob])).all(f32::is_finite));
+    let (text, ignored) = ask("[A-Z]{3}[A-Z]*", &|g| {
+        eager(g);
+        g.ignore_eos = true;
+    });
+    assert_eq!((text.len(), ignored.finish), (40, Some(FinishReason::Length)));
+    // Nothing is all there is.
+    let (text, nothing) = ask("", &|g| g.ignore_eos = true);
+    assert_eq!((text.as_str(), nothing.finish, nothing.tokens.len()), ("", stop, 0));
+    bench.settle();
+}
+
+#[test]
+fn a_grammar_that_the_vocabulary_cannot_spell_fails_its_request_alone() {
+    let bench = bench(&ROOMY);
+    let constraint = Constraint::Choice(vec!["AAAz".into(), "AAAy".into()]);
+    let mut g = Generate { grammar: Some(compile(&Toy::new(), VOCAB, &[EOS], &constraint).unwrap()), ..generate(9) };
+    let bad = request(None, vec![1, 2], Task::Generate(g.clone()));
+    g.grammar = Some(GRAMMARS[0].0.clone());
+    let good = request(None, vec![1, 2], Task::Generate(g));
+    bench.control.hold(true);
+    let events = [&good, &bad].map(|r| bench.engine.submit(r.clone()).unwrap());
+    bench.control.hold(false);
+    let [good_answer, bad_answer] = events.map(collect);
+    assert_eq!(good_answer, expected(&good, 256));
+    assert!(matches!(bad_answer, Answer::Failed(ErrorKind::BadRequest, m) if m.contains("no token")));
+    bench.settle();
+    assert!(compile(&Toy::new(), VOCAB, &[EOS], &Constraint::Regex("z".into())).is_err());
 }

@@ -41,9 +41,19 @@ impl Fields {
         self.map.get(name).filter(|v| !v.is_null())
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
+    /// A field's name from the body's root on.
+    pub fn path(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
     /// An error about a field.
     pub fn wrong(&self, name: &str, what: impl std::fmt::Display) -> Error {
-        Error::bad_request(format!("{}{name} {what}", self.prefix)).param(format!("{}{name}", self.prefix))
+        let path = self.path(name);
+        Error::bad_request(format!("{path} {what}")).param(path)
     }
 
     fn expected(&self, name: &str, value: &Value, what: &str) -> Error {

@@ -16,16 +16,8 @@ use crate::engine::{Detokenizer, Event, FinishReason, Generate, Task, TokenLogpr
 
 /// New tokens where the request does not say; LoRAX's number.
 const MAX_NEW_TOKENS: usize = 20;
-const REFUSED: [&str; 8] = [
-    "typical_p",
-    "watermark",
-    "schema",
-    "response_format",
-    "grammar",
-    "return_k_alternatives",
-    "apply_chat_template",
-    "top_n_tokens",
-];
+const REFUSED: [&str; 6] =
+    ["typical_p", "watermark", "schema", "return_k_alternatives", "apply_chat_template", "top_n_tokens"];
 /// What LoRAX calls the base in `adapter_id`, beside leaving it empty.
 const BASE_ADAPTER: &str = "__base_model__";
 
@@ -67,7 +59,7 @@ async fn read(state: &Shared, http: &HttpRequest, f: &Fields) -> Result<Asked> {
     } else {
         sampling.temperature = 0.0;
     }
-    let task = Generate {
+    let mut task = Generate {
         max_tokens: p.count("max_new_tokens")?.unwrap_or(MAX_NEW_TOKENS),
         sampling,
         stop: p.texts("stop")?.unwrap_or_default(),
@@ -77,10 +69,12 @@ async fn read(state: &Shared, http: &HttpRequest, f: &Fields) -> Result<Asked> {
         ignore_eos: p.flag("ignore_eos_token")?.unwrap_or(false),
         logprobs: Some(0),
         n: 1,
+        grammar: None,
     };
     state.check_size(1, &task)?;
     let adapter = p.text("adapter_id")?.filter(|id| !id.is_empty() && id != BASE_ADAPTER);
     let target = state.target(http, &p, adapter.as_deref()).await?;
+    task.grammar = state.grammar(&target, &p).await?;
     let mut prompt = state.encode(&target, text.clone(), run::prompt).await?;
     if let Some(keep) = p.count("truncate")? {
         prompt.drain(..prompt.len().saturating_sub(keep));

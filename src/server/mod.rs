@@ -8,6 +8,7 @@ mod body;
 mod bucket;
 mod error;
 mod fields;
+mod grammar;
 mod keys;
 mod lorax;
 mod native;
@@ -38,7 +39,7 @@ use tokio::sync::Semaphore;
 
 use crate::adapter::Registry;
 use crate::base::Language;
-use crate::engine::Engine;
+use crate::engine::{Engine, Grammars};
 use crate::metrics::Metrics;
 use crate::{Error, Result};
 use access::{Caller, Need};
@@ -76,6 +77,8 @@ pub struct State {
     pub device: &'static str,
     /// Whether clients may name directories of this machine.
     pub allow_local_paths: bool,
+    /// Compiles what answers must be like.
+    pub grammars: Grammars,
     /// Set when the server is about to stop.
     pub draining: AtomicBool,
     /// Places for uploads, [`UPLOADS`] of them.

@@ -44,6 +44,7 @@ pub async fn generate(
     }
     state.check_size(1, &task)?;
     let target = state.target(&http, &f, name.as_deref()).await?;
+    task.grammar = state.grammar(&target, &f).await?;
     let prompt = match (f.text("prompt")?, f.list("messages")?) {
         (Some(prompt), None) => state.encode(&target, prompt, run::prompt).await?,
         (None, Some(_)) => state.chat_prompt(&target, &f, true).await?,

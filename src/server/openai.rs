@@ -20,18 +20,13 @@ const MAX_TOKENS: usize = 16;
 /// Prompts of one request.
 const MAX_PROMPTS: usize = 1024;
 /// Fields that would change the answer and are not supported.
-const REFUSED: [&str; 19] = [
+const REFUSED: [&str; 14] = [
     "allowed_token_ids",
     "bad_words",
     "suffix",
     "tools",
     "functions",
     "audio",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
     "use_beam_search",
     "min_tokens",
     "prompt_logprobs",
@@ -47,12 +42,7 @@ fn refuse(f: &Fields) -> Result<()> {
     if f.flag("skip_special_tokens")? == Some(false) {
         return Err(f.wrong("skip_special_tokens", "is false, which is not supported"));
     }
-    match f.object("response_format")?.text("type")?.filter(|t| t != "text") {
-        Some(other) => {
-            Err(f.wrong("response_format", format!("is of type {other:?}; supported: {{\"type\": \"text\"}}")))
-        }
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 fn now() -> u64 {
@@ -192,6 +182,7 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
     }
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
     let (model, target) = target(&state, &http, &f).await?;
+    task.grammar = state.grammar(&target, &f).await?;
     let logprobs = task.logprobs;
     let requests = prompts(&state, &target, &f, |prompt| target.request(prompt, Task::Generate(task.clone()))).await?;
     state.check_size(requests.len(), &task)?;
@@ -273,6 +264,7 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
         return Err(f.wrong("top_logprobs", "needs logprobs: true").into());
     }
     task.logprobs = with_logprobs.then(|| top.unwrap_or(0));
+    task.grammar = state.grammar(&target, &f).await?;
     let n = task.n;
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
     state.check_size(1, &task)?;

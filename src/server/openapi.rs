@@ -39,6 +39,50 @@ pub fn document() -> Value {
         ("ignore_eos", flag.clone()),
         ("stream", flag.clone()),
     ];
+    let any_schema = json!({ "type": ["object", "boolean", "string"], "description": "A JSON schema, or its text" });
+    let texts = json!({ "type": "array", "items": text() });
+    let format_types = ["text", "json_object", "json_schema", "regex", "choice", "grammar"];
+    let named = object(&[("name", text()), ("schema", any_schema.clone()), ("strict", flag.clone())], &["schema"]);
+    let constraints = [
+        (
+            "response_format",
+            object(
+                &[
+                    ("type", json!({ "enum": format_types })),
+                    ("json_schema", named),
+                    ("schema", any_schema.clone()),
+                    ("regex", text()),
+                    ("choice", texts.clone()),
+                    ("grammar", text()),
+                ],
+                &["type"],
+            ),
+        ),
+        ("guided_json", any_schema.clone()),
+        ("guided_regex", text()),
+        ("guided_choice", texts.clone()),
+        ("guided_grammar", text()),
+        (
+            "structured_outputs",
+            object(
+                &[
+                    ("json", any_schema),
+                    ("regex", text()),
+                    ("choice", texts),
+                    ("grammar", text()),
+                    ("json_object", flag.clone()),
+                ],
+                &[],
+            ),
+        ),
+        (
+            "grammar",
+            object(
+                &[("type", json!({ "enum": ["json", "json_schema", "regex"] })), ("value", json!({}))],
+                &["type", "value"],
+            ),
+        ),
+    ];
     let adapter = ("adapter", text());
     let part = object(&[("name", text()), ("weight", number.clone())], &["name"]);
     let parts = ("adapters", json!({ "type": "array", "items": part }));
@@ -58,7 +102,7 @@ pub fn document() -> Value {
     let blend = [parts, ("merged_adapters", merged)];
     let generate = object(
         &with(
-            &with(&sampling, &blend),
+            &with(&with(&sampling, &blend), &constraints),
             &[adapter.clone(), ("prompt", text()), ("messages", messages.clone()), ("logprobs", whole.clone())],
         ),
         &[],
@@ -67,7 +111,7 @@ pub fn document() -> Value {
     let classify =
         object(&with(&blend, &[adapter, ("input", one_or_more), ("top_k", whole.clone()), labels]), &["input"]);
     let openai = with(
-        &with(&sampling, &blend),
+        &with(&with(&sampling, &blend), &constraints),
         &[("model", text()), ("n", whole.clone()), ("stream_options", json!({ "type": "object" }))],
     );
     let completion = object(
@@ -97,7 +141,7 @@ pub fn document() -> Value {
     );
     let parameters = object(
         &with(
-            &blend,
+            &with(&blend, &constraints),
             &[
                 ("adapter_id", text()),
                 ("max_new_tokens", whole.clone()),

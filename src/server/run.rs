@@ -243,6 +243,7 @@ pub fn generation(f: &Fields, temperature: f32, max_tokens: usize) -> Result<Gen
         ignore_eos: f.flag("ignore_eos")?.unwrap_or(false),
         logprobs: None,
         n: f.count("n")?.unwrap_or(1),
+        grammar: None,
     })
 }
 

@@ -1,5 +1,6 @@
 """The LoRAX client against a running server: generate, stream, adapter_id, errors."""
 
+import json
 import sys
 
 from lorax import Client
@@ -37,6 +38,16 @@ assert full.generated_text.startswith(prompt)
 stop = base.generated_text[3:6]
 stopped = client.generate(prompt, max_new_tokens=12, stop_sequences=[stop])
 assert stopped.details.finish_reason == "stop_sequence", stopped
+
+# JSON of a schema, as a stream and whole.
+answer = {"type": "object", "properties": {"good": {"type": "boolean"}, "stars": {"type": "integer", "minimum": 1,
+          "maximum": 5}}, "required": ["good", "stars"], "additionalProperties": False}
+form = {"type": "json_object", "schema": answer}
+formed = client.generate(prompt, adapter_id=ADAPTER, response_format=form, max_new_tokens=100)
+value = json.loads(formed.generated_text)
+assert isinstance(value["good"], bool) and value["stars"] in range(1, 6) and len(value) == 2, value
+streamed = list(client.generate_stream(prompt, adapter_id=ADAPTER, response_format=form, max_new_tokens=100))
+assert streamed[-1].generated_text == formed.generated_text, streamed
 
 # Several adapters as one. With a weight of nearly nothing the base is left.
 whole = MergedAdapters(ids=[ADAPTER], weights=[1.0], density=0.0)

@@ -1,8 +1,11 @@
 """The OpenAI client against a running server: models, completions, chat, streams, errors."""
 
+import json
 import sys
+from typing import Literal
 
 import openai
+import pydantic
 
 URL, ADAPTER = sys.argv[1:3]
 client = openai.OpenAI(base_url=URL + "/v1", api_key="none", max_retries=0)
@@ -121,6 +124,46 @@ assert client.chat.completions.create(
     model="base", messages=parts, max_tokens=16, temperature=0).choices[0].message.content == message.content
 
 
+# Structured output: a model of pydantic's as the client sends it, its JSON schema, a stream; sampled by base and adapter.
+class Pet(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    name: str = pydantic.Field(max_length=20)
+    kind: Literal["cat", "dog"]
+    age: int = pydantic.Field(ge=0, le=30)
+    friends: list[Literal["bird", "fish"]] = pydantic.Field(max_length=2)
+
+
+pets = [{"role": "user", "content": "Describe a pet as JSON."}]
+for model in ["base", ADAPTER]:
+    parsed = client.chat.completions.parse(
+        model=model, messages=pets, response_format=Pet, temperature=1, seed=2, max_tokens=400)
+    pet = parsed.choices[0].message.parsed
+    assert isinstance(pet, Pet) and parsed.choices[0].finish_reason == "stop", parsed
+named = {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": Pet.model_json_schema()}}
+formed = client.chat.completions.create(
+    model="base", messages=pets, response_format=named, temperature=1, seed=5, max_tokens=400, n=2)
+for c in formed.choices:
+    Pet.model_validate_json(c.message.content)
+texts = {}
+for chunk in client.chat.completions.create(
+    model="base", messages=pets, response_format=named, temperature=1, seed=5, max_tokens=400, n=2, stream=True
+):
+    for c in chunk.choices:
+        texts[c.index] = texts.get(c.index, "") + (c.delta.content or "")
+assert texts == {c.index: c.message.content for c in formed.choices}, texts
+with client.chat.completions.stream(
+    model="base", messages=pets, response_format=Pet, temperature=1, seed=5, max_tokens=400
+) as stream:
+    final = stream.get_final_completion().choices[0].message
+assert final.content == texts[0] and isinstance(final.parsed, Pet), final
+any_object = client.chat.completions.create(
+    model="base", messages=pets, response_format={"type": "json_object"}, temperature=0, max_tokens=60).choices[0]
+assert any_object.finish_reason == "length" or isinstance(json.loads(any_object.message.content), dict), any_object
+answer = client.completions.create(
+    model=ADAPTER, prompt="Is water wet?", temperature=0, extra_body={"guided_choice": ["yes", "no"]}).choices[0]
+assert answer.text in ["yes", "no"] and answer.finish_reason == "stop", answer
+
+
 def fails(error, call, *words):
     try:
         call()
@@ -140,4 +183,8 @@ fails(openai.BadRequestError, lambda: create(model="base", prompt="word " * 9000
 fails(openai.BadRequestError, lambda: client.chat.completions.create(
     model="base", messages=messages, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]), "tools")
 fails(openai.BadRequestError, lambda: client.chat.completions.create(model="base", messages=[]), "messages")
+e = fails(openai.BadRequestError, lambda: client.chat.completions.create(
+    model="base", messages=messages,
+    response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strnig"}}}), "strnig")
+assert e.param == "response_format.json_schema.schema", e.param
 print("ok")

@@ -4,6 +4,7 @@ import sys
 
 from text_generation import Client
 from text_generation.errors import ValidationError
+from text_generation.types import Grammar, GrammarType
 
 URL = sys.argv[1]
 client = Client(URL, timeout=120)
@@ -23,6 +24,9 @@ neutral = client.generate(prompt, max_new_tokens=12, temperature=1.0)
 assert neutral.generated_text == whole.generated_text and neutral.details.seed is None
 seeded = client.generate(prompt, max_new_tokens=8, do_sample=True, temperature=0.9, seed=5)
 assert seeded.details.seed == 5, seeded.details
+year = Grammar(type=GrammarType.Regex, value="(18|19)[0-9]{2}")
+written = client.generate(prompt, max_new_tokens=20, grammar=year).generated_text
+assert len(written) == 4 and written[:2] in ["18", "19"] and written.isdigit(), written
 try:
     client.generate("word " * 9000)
     raise AssertionError("a prompt longer than the context was answered")

@@ -134,6 +134,7 @@ pub fn greedy(max_tokens: usize) -> Generate {
         ignore_eos: true,
         logprobs: None,
         n: 1,
+        grammar: None,
     }
 }
 

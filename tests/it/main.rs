@@ -11,6 +11,7 @@ mod common;
 mod faults;
 mod fuzz;
 mod gguf;
+mod grammars;
 mod host;
 mod hosting;
 mod lora_gguf;
