@@ -2,13 +2,12 @@ import { useMemo, useState } from "preact/hooks";
 
 import * as api from "./api";
 import { Confirm, Dialog } from "./dialog";
-import { ago, bytes, count, date } from "./format";
+import { ago, bytes, count, date, known } from "./format";
+import { type Column, ordered } from "./order";
 import { adapters, refreshAdapters, useStore } from "./store";
 import { Upload } from "./upload";
 
-type Key = "name" | "tier" | "rank" | "bytes" | "memory_bytes" | "requests" | "last_used" | "in_flight";
-
-const COLUMNS: { key: Key; label: string; number: boolean }[] = [
+const COLUMNS: { key: Column; label: string; number: boolean }[] = [
   { key: "name", label: "Name", number: false },
   { key: "tier", label: "Tier", number: false },
   { key: "rank", label: "Rank", number: true },
@@ -26,7 +25,7 @@ type Open = { what: "replace" | "unload" | "delete"; adapter: api.Adapter };
 export function Adapters() {
   const list = useStore(adapters);
   const [filter, setFilter] = useState("");
-  const [order, setOrder] = useState<{ key: Key; down: boolean }>({ key: "name", down: false });
+  const [order, setOrder] = useState<{ key: Column; down: boolean }>({ key: "name", down: false });
   const [rows, setRows] = useState(PAGE);
   const [open, setOpen] = useState<Open | null>(null);
   const [error, setError] = useState<string | null>(null);
@@ -36,13 +35,8 @@ export function Adapters() {
   const shown = useMemo(() => {
     const wanted = filter.trim().toLowerCase();
     const text = (a: api.Adapter) => [a.name, a.generation, ...(a.labels ?? [])].join(" ").toLowerCase();
-    const found = wanted ? all.filter((a) => text(a).includes(wanted)) : [...all];
-    const { key, down } = order;
-    const compare = (a: api.Adapter, b: api.Adapter) => {
-      const [x, y] = [a[key] ?? -1, b[key] ?? -1];
-      return typeof x === "string" ? x.localeCompare(String(y)) : x - Number(y);
-    };
-    return found.sort((a, b) => (down ? -compare(a, b) : compare(a, b)));
+    const found = wanted ? all.filter((a) => text(a).includes(wanted)) : all;
+    return ordered(found, order.key, order.down);
   }, [all, filter, order]);
 
   const act = async (change: () => Promise<unknown>) => {
@@ -177,6 +171,8 @@ interface RowProps {
 function Row({ adapter: a, show, act }: RowProps) {
   const now = Date.now() / 1000;
   const loaded = a.tier === "device";
+  // A tenant is not told of others' use of it, nor may change it.
+  const shared = a.tier === undefined;
   const details = [
     `alpha ${a.lora_alpha}`,
     `${count(a.parameters)} parameters`,
@@ -197,7 +193,7 @@ function Row({ adapter: a, show, act }: RowProps) {
         </span>
       </th>
       <td>
-        <span class={loaded ? "tier device" : "tier"}>{loaded ? "memory" : "disk"}</span>
+        {shared ? "–" : <span class={loaded ? "tier device" : "tier"}>{loaded ? "memory" : "disk"}</span>}
         {a.pinned && <span class="tier pinned">pinned</span>}
       </td>
       <td class="number" title={a.target_modules.join(", ")}>
@@ -206,29 +202,35 @@ function Row({ adapter: a, show, act }: RowProps) {
       <td class="number" title={`${count(a.bytes)} bytes`}>
         {bytes(a.bytes)}
       </td>
-      <td class="number" title={a.memory_bytes === null ? undefined : `${count(a.memory_bytes)} bytes`}>
-        {a.memory_bytes === null ? "–" : bytes(a.memory_bytes)}
+      <td class="number" title={a.memory_bytes == null ? undefined : `${count(a.memory_bytes)} bytes`}>
+        {known(a.memory_bytes, bytes)}
       </td>
-      <td class="number">{count(a.requests)}</td>
-      <td class="number" title={a.last_used === null ? undefined : date(a.last_used)}>
-        {a.last_used === null ? "never" : ago(a.last_used, now)}
+      <td class="number">{known(a.requests, count)}</td>
+      <td class="number" title={a.last_used == null ? undefined : date(a.last_used)}>
+        {a.last_used === null ? "never" : known(a.last_used, (then) => ago(then, now))}
       </td>
-      <td class="number">{a.in_flight}</td>
+      <td class="number">{known(a.in_flight, count)}</td>
       <td>
         <code title={a.generation}>{a.generation.slice(0, 12)}</code>
       </td>
-      <td class="actions">
-        <Action name={a.name} verb="Replace" onClick={() => show("replace", a)} />
-        <Action
-          name={a.name}
-          verb={a.pinned ? "Unpin" : "Pin"}
-          title={a.pinned ? "Let it be evicted again" : "Keep it in memory until the server ends"}
-          onClick={() => void act(() => api.setPinned(a.name, !a.pinned))}
-        />
-        {loaded && <Action name={a.name} verb="Unload" onClick={() => show("unload", a)} />}
-        {a.source === "store" && <Action name={a.name} verb="Delete" danger onClick={() => show("delete", a)} />}
-      </td>
+      <td class="actions">{shared ? <span class="note">everybody's</span> : <Actions adapter={a} show={show} act={act} />}</td>
     </tr>
+  );
+}
+
+function Actions({ adapter: a, show, act }: RowProps) {
+  return (
+    <>
+      <Action name={a.name} verb="Replace" onClick={() => show("replace", a)} />
+      <Action
+        name={a.name}
+        verb={a.pinned ? "Unpin" : "Pin"}
+        title={a.pinned ? "Let it be evicted again" : "Keep it in memory until the server ends"}
+        onClick={() => void act(() => api.setPinned(a.name, !a.pinned))}
+      />
+      {a.tier === "device" && <Action name={a.name} verb="Unload" onClick={() => show("unload", a)} />}
+      {a.source === "store" && <Action name={a.name} verb="Delete" danger onClick={() => show("delete", a)} />}
+    </>
   );
 }
 

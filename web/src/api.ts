@@ -1,10 +1,13 @@
 // The server's own routes. Paths are relative, so that the page also works behind a proxy that adds a prefix.
 
+import * as key from "./key";
+
+/** What is optional is not told to a tenant of adapters that are everybody's. */
 export interface Adapter {
   name: string;
   generation: string;
   source: "directory" | "store";
-  tier: "device" | "disk";
+  tier?: "device" | "disk";
   rank: number;
   lora_alpha: number;
   target_modules: string[];
@@ -13,20 +16,20 @@ export interface Adapter {
   /** Size of its files. */
   bytes: number;
   /** Size in memory; null where it is on disk only. */
-  memory_bytes: number | null;
+  memory_bytes?: number | null;
   pinned: boolean;
-  in_flight: number;
-  requests: number;
+  in_flight?: number;
+  requests?: number;
   /** Unix seconds. */
-  last_used: number | null;
+  last_used?: number | null;
   created: number;
 }
 
 export interface AdapterList {
   base: string;
   adapters: Adapter[];
-  /** Bytes that adapters take in memory, and may take. */
-  memory: { used: number; limit: number };
+  /** Bytes that adapters take in memory, and may take. Not told to tenants. */
+  memory?: { used: number; limit: number };
 }
 
 export interface Usage {
@@ -76,15 +79,15 @@ export function describe(error: unknown): string {
   return `the server could not be reached (${error instanceof Error ? error.message : String(error)})`;
 }
 
-async function answer(path: string, init?: RequestInit): Promise<Response> {
-  const response = await fetch(path, init);
+async function answer(path: string, init?: RequestInit & { headers?: Record<string, string> }): Promise<Response> {
+  const response = await fetch(path, { ...init, headers: { ...init?.headers, ...key.header() } });
   if (!response.ok) throw refusal(response.status, await response.text());
   return response;
 }
 
-const json = async <T>(path: string, init?: RequestInit): Promise<T> => (await answer(path, init)).json() as Promise<T>;
+const json = async <T>(...request: Parameters<typeof answer>): Promise<T> => (await answer(...request)).json() as Promise<T>;
 
-const post = (body: unknown, signal?: AbortSignal): RequestInit => ({
+const post = (body: unknown, signal?: AbortSignal) => ({
   method: "POST",
   headers: { "Content-Type": "application/json" },
   body: JSON.stringify(body),
@@ -124,7 +127,8 @@ export function upload(
     signal.addEventListener("abort", () => request.abort());
     request.open("PUT", path(name));
     const condition: Record<string, string> = generation === null ? { "If-None-Match": "*" } : match(generation);
-    for (const [key, value] of Object.entries(condition)) request.setRequestHeader(key, value);
+    const headers = { ...condition, ...key.header() };
+    for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
     request.send(form);
   });
 }

@@ -11,6 +11,9 @@ export function bytes(n: number): string {
   return `${unit === 0 || n >= 100 ? n.toFixed(0) : n.toFixed(1)} ${UNITS[unit]}`;
 }
 
+/** What is not known is a dash. */
+export const known = <T>(value: T | null | undefined, show: (value: T) => string) => (value == null ? "–" : show(value));
+
 export const count = (n: number) => n.toLocaleString("en-GB");
 
 /** About three digits. */

@@ -1,9 +1,9 @@
 import { useMemo, useState } from "preact/hooks";
 
 import { Chart, type Line } from "./chart";
-import { bytes, count, duration, short } from "./format";
+import { bytes, count, duration, known, short } from "./format";
 import { type Point, pairs, rate, series } from "./points";
-import { interval, points, useStore } from "./store";
+import { interval, points, trouble, useStore } from "./store";
 
 /** Quantiles and rates are over what came in so many seconds, so that a single request still shows. */
 const SPAN = 10;
@@ -30,8 +30,11 @@ const MEMORY: Line[] = [
 export function Live({ shown }: { shown: boolean }) {
   const all = useStore(points);
   const seconds = useStore(interval);
+  const { metrics } = useStore(trouble);
   const [minutes, setMinutes] = useState(5);
   const end = all.at(-1)?.time ?? Date.now() / 1000;
+  // A tenant is told nothing of the engine that it shares.
+  const whole = all.at(-1)?.base !== null;
   const recent = useMemo(() => {
     // One span more, for the first points' rates.
     return all.filter((point) => point.time >= end - minutes * 60 - SPAN);
@@ -42,7 +45,9 @@ export function Live({ shown }: { shown: boolean }) {
     <>
       <div class="bar">
         <h2>Live</h2>
-        <span class="note">From /metrics. Rates, means and quantiles are over the last {SPAN} s.</span>
+        <span class="note">
+          From /metrics{!whole && ", of the tenant's adapters alone"}. Rates, means and quantiles are over the last {SPAN} s.
+        </span>
         <label>
           Every
           <select value={seconds} onChange={(event) => interval.set(Number(event.currentTarget.value))}>
@@ -61,8 +66,9 @@ export function Live({ shown }: { shown: boolean }) {
           </select>
         </label>
       </div>
+      <div aria-live="polite">{metrics?.forbidden && <p class="alert bad">{metrics.text}</p>}</div>
       <Tiles all={recent} />
-      {data && (
+      {data && !metrics?.forbidden && (
         <div class="charts">
           <Chart
             {...common}
@@ -72,46 +78,50 @@ export function Live({ shown }: { shown: boolean }) {
             data={data.throughput}
             format={short}
           />
-          <Chart
-            {...common}
-            title="Time to the first token"
-            lines={LATENCY}
-            data={data.first}
-            format={duration}
-          />
-          <Chart
-            {...common}
-            title="Time between tokens"
-            lines={LATENCY}
-            data={data.gap}
-            format={duration}
-          />
-          <Chart
-            {...common}
-            title="Batch size"
-            note="sequences in a step"
-            lines={BATCH}
-            data={data.batch}
-            format={short}
-          />
-          <Chart
-            {...common}
-            title="Distinct adapters"
-            note="in a step"
-            lines={BATCH}
-            data={data.distinct}
-            format={short}
-          />
-          <Chart
-            {...common}
-            title="Memory"
-            note="stacked"
-            lines={MEMORY}
-            data={data.memory}
-            values={data.parts}
-            format={bytes}
-            binary
-          />
+          {whole && (
+            <>
+              <Chart
+                {...common}
+                title="Time to the first token"
+                lines={LATENCY}
+                data={data.first}
+                format={duration}
+              />
+              <Chart
+                {...common}
+                title="Time between tokens"
+                lines={LATENCY}
+                data={data.gap}
+                format={duration}
+              />
+              <Chart
+                {...common}
+                title="Batch size"
+                note="sequences in a step"
+                lines={BATCH}
+                data={data.batch}
+                format={short}
+              />
+              <Chart
+                {...common}
+                title="Distinct adapters"
+                note="in a step"
+                lines={BATCH}
+                data={data.distinct}
+                format={short}
+              />
+              <Chart
+                {...common}
+                title="Memory"
+                note="stacked"
+                lines={MEMORY}
+                data={data.memory}
+                values={data.parts}
+                format={bytes}
+                binary
+              />
+            </>
+          )}
         </div>
       )}
     </>
@@ -125,10 +135,10 @@ function Tiles({ all }: { all: Point[] }) {
   const tiles: [string, string][] = [
     ["Requests a second", short(pair ? rate(pair, "requests") : 0)],
     ["Errors a second", short(pair ? rate(pair, "failures") : 0)],
-    ["Running", count(now.running)],
-    ["Waiting", count(now.waiting)],
-    ["Adapters in memory", `${count(now.loaded)} of ${count(now.known)}`],
-    ["KV cache in use", `${short(100 * now.kvShare)} %`],
+    ["Running", known(now.running, count)],
+    ["Waiting", known(now.waiting, count)],
+    ["Adapters in memory", known(now.loaded, (n) => `${count(n)} of ${known(now.there, count)}`)],
+    ["KV cache in use", known(now.kvShare, (share) => `${short(100 * share)} %`)],
   ];
   return (
     <dl class="tiles">

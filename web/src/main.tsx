@@ -3,13 +3,15 @@ import { useEffect, useState } from "preact/hooks";
 
 import { Adapters } from "./adapters";
 import { Calculator } from "./calculator";
-import { bytes, count } from "./format";
+import { bytes, count, known } from "./format";
+import * as key from "./key";
 import { Live } from "./live";
 import { Playground } from "./playground";
-import { adapters, points, poll, trouble, useStore } from "./store";
+import { adapters, locked, points, poll, trouble, useStore } from "./store";
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
 import { type Theme, applyTheme, storedTheme } from "./theme";
+import { Forget, Unlock } from "./unlock";
 
 const VIEWS = { adapters: "Adapters", playground: "Playground", live: "Live", hosting: "Hosting cost" } as const;
 type View = keyof typeof VIEWS;
@@ -26,6 +28,7 @@ function App() {
     addEventListener("hashchange", follow);
     return () => removeEventListener("hashchange", follow);
   }, []);
+  const refusal = useStore(locked);
   useEffect(() => {
     document.title = `${VIEWS[view]} · loramux`;
   }, [view]);
@@ -44,7 +47,7 @@ function App() {
       </a>
       <Header view={view} />
       <main id="main" tabIndex={-1}>
-        <Trouble />
+        {refusal === null ? <Trouble /> : <Unlock refusal={refusal} />}
         <section hidden={view !== "adapters"} aria-label={VIEWS.adapters}>
           <Adapters />
         </section>
@@ -84,17 +87,18 @@ function Header({ view }: { view: View }) {
       <dl class="facts">
         <div>
           <dt>Running</dt>
-          <dd>{point ? count(point.running) : "–"}</dd>
+          <dd>{known(point?.running, count)}</dd>
         </div>
         <div>
           <dt>Waiting</dt>
-          <dd>{point ? count(point.waiting) : "–"}</dd>
+          <dd>{known(point?.waiting, count)}</dd>
         </div>
         <div>
           <dt>Adapter memory</dt>
-          <dd>{list?.memory ? `${bytes(list.memory.used)} of ${bytes(list.memory.limit)}` : "–"}</dd>
+          <dd>{known(list?.memory, ({ used, limit }) => `${bytes(used)} of ${bytes(limit)}`)}</dd>
         </div>
       </dl>
+      {key.current() !== null && <Forget />}
       <ThemeChoice />
     </header>
   );
@@ -123,8 +127,9 @@ function ThemeChoice() {
 
 function Trouble() {
   const { adapters, metrics } = useStore(trouble);
-  const what = adapters ?? metrics;
-  return <div aria-live="polite">{what && <p class="alert bad">{what}</p>}</div>;
+  // What the key is not for is told where it is missed.
+  const what = adapters ?? (metrics?.forbidden ? undefined : metrics);
+  return <div aria-live="polite">{what && <p class="alert bad">{what.text}</p>}</div>;
 }
 
 applyTheme(storedTheme());

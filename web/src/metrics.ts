@@ -15,6 +15,10 @@ export class Reading {
     private readonly samples: Map<string, Sample[]>,
   ) {}
 
+  has(name: string): boolean {
+    return this.samples.has(name);
+  }
+
   /** The sum of all series of a metric whose labels are as given. */
   value(name: string, labels: Record<string, string> = {}): number {
     const wanted = Object.entries(labels);

@@ -2,6 +2,7 @@ import { useRef, useState } from "preact/hooks";
 
 import * as api from "./api";
 import { duration, short } from "./format";
+import * as key from "./key";
 import { adapters, refreshAdapters, useStore } from "./store";
 
 type Mode = "prompt" | "chat" | "classify";
@@ -249,10 +250,11 @@ async function stream(body: object, signal: AbortSignal, change: (to: (side: Sid
   }
 }
 
-/** The request for a shell. */
+/** The request for a shell. A key stays out of it. */
 function command(mode: Mode, body: object): string {
   const url = new URL(mode === "classify" ? "v1/classify" : "v1/generate", document.baseURI);
-  return `curl ${url.href} -d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`;
+  const head = key.current() === null ? "" : ' -H "Authorization: Bearer $LORAMUX_API_KEY"';
+  return `curl ${url.href} -d '${JSON.stringify(body).replaceAll("'", "'\\''")}'${head}`;
 }
 
 interface ChoiceProps {

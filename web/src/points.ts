@@ -5,6 +5,9 @@ import { type Histogram, type Reading, between, increase, mean, quantile, quanti
 export type Point = ReturnType<typeof point>;
 
 export function point(r: Reading) {
+  // A tenant is told of its adapters, and nothing of the engine that it shares.
+  const whole = r.has("loramux_base_bytes");
+  const gauge = (name: string, labels?: Record<string, string>) => (whole ? r.value(name, labels) : null);
   const blocks = (state: string) => r.value("loramux_kv_blocks", { state });
   // A request that never came to name an adapter or the base has "-"; 499 is a client that hung up.
   const failed = (labels: Record<string, string>) => /^[45](?!99)/.test(labels["status"] ?? "");
@@ -18,15 +21,15 @@ export function point(r: Reading) {
     gap: r.histogram("loramux_token_seconds"),
     batch: r.histogram("loramux_batch_sequences"),
     distinct: r.histogram("loramux_batch_adapters"),
-    base: r.value("loramux_base_bytes"),
-    adapters: r.value("loramux_adapter_bytes", { tier: "device" }),
-    kv: blocks("used") * r.value("loramux_kv_block_bytes"),
+    base: gauge("loramux_base_bytes"),
+    adapters: gauge("loramux_adapter_bytes", { tier: "device" }),
+    kv: whole ? blocks("used") * r.value("loramux_kv_block_bytes") : null,
     // Before the first step no blocks are told.
-    kvShare: blocks("used") / Math.max(1, blocks("used") + blocks("cached") + blocks("free")),
-    loaded: r.value("loramux_adapters", { tier: "device" }),
-    known: r.value("loramux_adapters", { tier: "disk" }),
-    running: r.value("vllm:num_requests_running"),
-    waiting: r.value("vllm:num_requests_waiting"),
+    kvShare: whole ? blocks("used") / Math.max(1, blocks("used") + blocks("cached") + blocks("free")) : null,
+    loaded: gauge("loramux_adapters", { tier: "device" }),
+    there: gauge("loramux_adapters", { tier: "disk" }),
+    running: gauge("vllm:num_requests_running"),
+    waiting: gauge("vllm:num_requests_waiting"),
   };
 }
 
@@ -55,7 +58,8 @@ export function series(all: Point[], span: number) {
     both.map(([before, now]) => of(between(before[name], now[name])));
   const quantiles = (name: Distribution) => [over(name, (h) => quantile(h, 0.5)), over(name, (h) => quantile(h, 0.95))];
   const counts = (name: Distribution) => [over(name, mean), over(name, (h) => quantileBound(h, 0.95))];
-  const now = (of: (point: Point) => number): Row => both.map(([, point]) => of(point));
+  const now = (of: (point: Point) => number | null): Row => both.map(([, point]) => of(point));
+  const sum = (...parts: (number | null)[]) => parts.reduce<number | null>((all, n) => (all === null || n === null ? null : all + n), 0);
   const times = now((p) => p.time);
   return {
     throughput: [times, rates("generated"), rates("prompt")],
@@ -64,7 +68,7 @@ export function series(all: Point[], span: number) {
     batch: [times, ...counts("batch")],
     distinct: [times, ...counts("distinct")],
     /** Stacked, the sum of all first. */
-    memory: [times, now((p) => p.base + p.adapters + p.kv), now((p) => p.base + p.adapters), now((p) => p.base)],
+    memory: [times, now((p) => sum(p.base, p.adapters, p.kv)), now((p) => sum(p.base, p.adapters)), now((p) => p.base)],
     parts: [now((p) => p.kv), now((p) => p.adapters), now((p) => p.base)],
   };
 }

@@ -127,7 +127,8 @@ export function Upload({ replaces, current, close }: Props) {
               value={name}
               onInput={(event) => setName(event.currentTarget.value)}
               placeholder="my-adapter"
-              maxLength={128}
+              // With @ and a tenant's, which a key of no tenant may add.
+              maxLength={193}
               autocomplete="off"
               spellcheck={false}
               required

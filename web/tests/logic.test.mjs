@@ -14,6 +14,7 @@ const points = await load("points");
 const api = await load("api");
 const files = await load("files");
 const format = await load("format");
+const { ordered } = await load("order");
 
 const { GIB } = hosting;
 const shape = (name) => hosting.SHAPES.find((s) => s.name.startsWith(name));
@@ -111,6 +112,26 @@ test("a point of a chart is of what came in the seconds before it", () => {
   assert.deepEqual([points.rate(last, "requests"), points.rate(last, "failures"), all[0].kvShare], [2, 1, 0.75]);
 });
 
+test("a tenant's metrics leave out what is all tenants'", () => {
+  const reading = (time) =>
+    points.point(metrics.parse(`loramux_requests_total{adapter="mine",status="200"} ${time}\nloramux_generated_tokens_total{adapter="mine"} ${9 * time}`, time));
+  const all = [0, 2, 4].map(reading);
+  const { base, adapters, kv, kvShare, loaded, there, running, waiting, requests } = all.at(-1);
+  assert.deepEqual([base, adapters, kv, kvShare, loaded, there, running, waiting, requests], [...Array(8).fill(null), 4]);
+  const rows = points.series(all, 10);
+  assert.deepEqual(rows.throughput.slice(1), [[9, 9], [0, 0]]);
+  for (const row of [...rows.memory.slice(1), ...rows.parts, ...rows.first.slice(1), ...rows.batch.slice(1)]) assert.deepEqual(row, [null, null]);
+});
+
+test("what is not told of an adapter comes last, whichever way the others go", () => {
+  const told = (name, tier, memory_bytes, last_used) => ({ name, tier, memory_bytes, last_used });
+  const all = [told("a"), told("b", "disk", null, 5), told("c"), told("d", "device", 7, null), told("e", "device", 3, 9)];
+  const names = (column, down) => ordered(all, column, down).map((a) => a.name).join("");
+  assert.deepEqual(["name", "tier", "memory_bytes", "last_used"].map((column) => names(column, false)), ["abcde", "debac", "bedac", "dbeac"]);
+  assert.deepEqual(["name", "tier", "memory_bytes", "last_used"].map((column) => names(column, true)), ["edcba", "bdeac", "debac", "ebdac"]);
+  assert.equal(all.map((a) => a.name).join(""), "abcde");
+});
+
 test("events are whole however the bytes are cut", async () => {
   const bytes = new TextEncoder().encode('data: {"text":"é🎉"}\n\ndata: [DONE]\n\n');
   for (let size = 1; size <= bytes.length; size += 1) {
@@ -147,6 +168,7 @@ test("of a folder what the server takes is sent", () => {
 });
 
 test("numbers are short", () => {
+  assert.deepEqual([undefined, null, 0].map((n) => format.known(n, format.bytes)), ["–", "–", "0 B"]);
   assert.deepEqual([0, 1023, 1024, 10 * 1024, 3 * 2 ** 30].map(format.bytes), ["0 B", "1023 B", "1.0 KiB", "10.0 KiB", "3.0 GiB"]);
   assert.deepEqual([0.0123, 1.5, 200].map(format.duration), ["12.3 ms", "1.5 s", "3.33 min"]);
   assert.deepEqual([2, 65, 7300, 90000].map((n) => format.ago(1e9 - n, 1e9)), ["just now", "1 min ago", "2 h ago", "1 d ago"]);

@@ -3,14 +3,12 @@
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 
-import { adapterFiles, fixtures, launch, open, put, serve } from "./server.mjs";
+import { adapterFiles, axe, fixtures, launch, put, row, serve, until, visit as visitUrl } from "./server.mjs";
 
-const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const VIEWS = ["adapters", "playground", "live", "hosting"];
 const EVIL = '<img src=x onerror="document.title=1">';
 
@@ -28,33 +26,12 @@ after(async () => {
   if (folder) rmSync(folder, { recursive: true });
 });
 
-/** A page that is looked at and has no faults in the end but those expected, and so many refusals as the test says. */
-async function visit(view, body, { refusals = 0, expected = null, ...options } = {}) {
-  const visited = await open(browser, server.url, { view: `#${view}`, ...options });
-  try {
-    await body(visited.page);
-    assert.deepEqual(visited.faults.filter((fault) => !expected?.test(fault)), []);
-    assert.equal(visited.refusals(), refusals);
-  } finally {
-    await visited.close();
-  }
-}
+const visit = (view, body, options) => visitUrl(browser, server.url, body, { view: `#${view}`, ...options });
 
 const list = async () => (await (await fetch(`${server.url}/v1/adapters`)).json()).adapters;
 const adapter = async (name) => (await list()).find((a) => a.name === name);
-const row = (page, name) => page.getByRole("row").filter({ has: page.getByRole("rowheader", { name, exact: false }) });
 const choice = (page, name) => page.getByRole("combobox", { name, exact: true });
 const uploadForm = (page) => page.locator("form.upload").first();
-
-/** Until `look` gives something true. */
-async function until(look, what) {
-  for (let i = 0; i < 150; i += 1) {
-    const seen = await look();
-    if (seen) return seen;
-    await new Promise((resolve) => setTimeout(resolve, 100));
-  }
-  throw new Error(`never ${what}`);
-}
 
 /** Makes answers come slowly enough to look at them. */
 async function slowly(page, bytesPerSecond) {
@@ -510,10 +487,7 @@ for (const colorScheme of ["light", "dark"]) {
         async (page) => {
           await page.waitForLoadState("networkidle").catch(() => {});
           if (view === "adapters") await page.getByRole("button", { name: "Replace swap" }).waitFor();
-          await page.evaluate(AXE);
-          const { violations } = await page.evaluate(() => globalThis.axe.run({ resultTypes: ["violations"] }));
-          const told = violations.map((v) => `${view}: ${v.id}: ${v.nodes.map((n) => n.html.slice(0, 160)).join(" | ")}`);
-          assert.deepEqual(told, []);
+          assert.deepEqual(await axe(page), [], view);
         },
         { colorScheme },
       );

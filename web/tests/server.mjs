@@ -1,7 +1,9 @@
 // A real server for the tests, and a browser that tells whatever a page should not do.
 
-import { spawn } from "node:child_process";
+import assert from "node:assert/strict";
+import { execFileSync, spawn } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -10,6 +12,7 @@ import { chromium } from "playwright-core";
 
 export const fixtures = fileURLToPath(new URL("../../tests/fixtures/tiny/", import.meta.url));
 const binary = process.env.LORAMUX_BIN;
+const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const ARGS = [
   "--no-sandbox",
   "--disable-gpu",
@@ -19,6 +22,9 @@ const ARGS = [
   "--disable-component-update",
   "--disable-sync",
 ];
+
+/** Makes a key in the file, with the options of `loramux keys new`, and gives it back. */
+export const newKey = (file, id, ...options) => execFileSync(binary, ["keys", "new", file, id, ...options], { encoding: "utf8" }).trim();
 
 /** `loramux serve` on the tiny model, with an empty store. */
 export async function serve(...extra) {
@@ -48,13 +54,13 @@ export const adapterFiles = (folder) =>
   ["adapter_config.json", "adapter_model.safetensors"].map((name) => join(fixtures, folder, name));
 
 /** Puts the files of an adapter under a name, as a client beside the page. */
-export async function put(url, name, folder, config = {}) {
+export async function put(url, name, folder, config = {}, headers = {}) {
   const [configPath, weightsPath] = adapterFiles(folder);
   const changed = { ...JSON.parse(readFileSync(configPath, "utf8")), ...config };
   const form = new FormData();
   form.append("config", new Blob([JSON.stringify(changed)]), "adapter_config.json");
   form.append("weights", new Blob([readFileSync(weightsPath)]), "adapter_model.safetensors");
-  const response = await fetch(`${url}/v1/adapters/${name}`, { method: "PUT", body: form });
+  const response = await fetch(`${url}/v1/adapters/${name}`, { method: "PUT", body: form, headers });
   return { status: response.status, body: await response.json() };
 }
 
@@ -81,4 +87,36 @@ export async function open(browser, url, options = {}) {
   await page.goto(`${url}/${options.view ?? ""}`);
   await page.getByRole("heading", { name: "loramux" }).waitFor();
   return { page, faults, refusals: () => refusals, close: () => context.close() };
+}
+
+/** A page that is looked at and has no faults in the end but those expected, and so many refusals as the test says. */
+export async function visit(browser, url, body, { refusals = 0, expected = null, ...options } = {}) {
+  const visited = await open(browser, url, options);
+  try {
+    await body(visited.page);
+    assert.deepEqual(visited.faults.filter((fault) => !expected?.test(fault)), []);
+    assert.equal(visited.refusals(), refusals);
+  } finally {
+    await visited.close();
+  }
+}
+
+/** The row of an adapter. */
+export const row = (page, name) => page.getByRole("row").filter({ has: page.getByRole("rowheader", { name, exact: false }) });
+
+/** Until `look` gives something true. */
+export async function until(look, what) {
+  for (let i = 0; i < 150; i += 1) {
+    const seen = await look();
+    if (seen) return seen;
+    await new Promise((resolve) => setTimeout(resolve, 100));
+  }
+  throw new Error(`never ${what}`);
+}
+
+/** What axe finds against the page as it is now. */
+export async function axe(page) {
+  await page.evaluate(AXE);
+  const { violations } = await page.evaluate(() => globalThis.axe.run({ resultTypes: ["violations"] }));
+  return violations.map((v) => `${v.id}: ${v.nodes.map((n) => n.html.slice(0, 160)).join(" | ")}`);
 }
