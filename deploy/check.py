@@ -36,7 +36,8 @@ KUBERNETES = ["1.30", "1.37"]
 # Seconds that loramux takes after --drain-timeout at most: to give up what still runs, and for the last bytes.
 AFTER_DRAIN = 10
 # Options of `loramux serve` that the chart sets itself.
-OWN_OPTIONS = {"model", "adapters", "store", "listen", "drain-timeout", "config", "help"}
+OWN_OPTIONS = {"model", "adapters", "store", "listen", "drain-timeout", "config", "help", "keys", "allow-anonymous",
+               "tls-cert", "tls-key"}
 
 CHECKS = []
 
@@ -122,6 +123,64 @@ def build_context(args):
         for source in Path(folder, "src").rglob("*.rs"):
             for included in re.findall(r'include_(?:str|bytes)!\("([^"]+)"\)', source.read_text()):
                 assert (source.parent / included).exists(), f"{source.name} includes {included}, which is not copied"
+
+
+def certificate(folder):
+    """A certificate for localhost and its key, as files in `folder`."""
+    paths = Path(folder) / "cert.pem", Path(folder) / "key.pem"
+    run(program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj",
+        "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-out", paths[0], "-keyout", paths[1])
+    return paths
+
+
+@check
+def entrances(args):
+    """In an image's environment loramux starts only with keys or where it is told to do without, and the image's health
+    check tells whether it is ready, with TLS whether it listens."""
+    binary = loramux(args)
+    texts = [(DEPLOY / file).read_text() for file in ("Dockerfile", "Dockerfile.cuda")]
+    commands = {re.search(r"^HEALTHCHECK .*?CMD (\[.*?\])$", text.replace("\\\n", ""), re.M)[1] for text in texts}
+    assert len(commands) == 1, commands
+    probe = json.loads(*commands)
+    assert probe[0] == "bash"
+    [listen] = {re.search(r"LORAMUX_LISTEN=(\S+):8080", text)[1] for text in texts}
+    with tempfile.TemporaryDirectory() as folder:
+        cert, key = certificate(folder)
+        keys = Path(folder) / "keys.toml"
+        secret = run(binary, "keys", "new", keys, "ops", "--scopes", "infer,admin,metrics").strip()
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        base = inherited | {"LORAMUX_MODEL": "/nowhere", "LORAMUX_STORE": f"{folder}/store"}
+
+        def start(**more):
+            port = free_port()
+            return port, base | {"LORAMUX_LISTEN": f"{listen}:{port}"} | more
+
+        def refused(**more):
+            return run(binary, "serve", ok=False, env=start(**more)[1], timeout=60)
+
+        assert "--allow-anonymous" in refused()
+        for known in ({"LORAMUX_ALLOW_ANONYMOUS": "true"}, {"LORAMUX_KEYS": str(keys)}):
+            assert 'model "/nowhere" is nothing that exists here' in refused(**known), known
+        for tls in ({}, {"LORAMUX_TLS_CERT": str(cert), "LORAMUX_TLS_KEY": str(key)}):
+            port, env = start(LORAMUX_MODEL=str(ROOT / "tests/fixtures/tiny/llama/base"), LORAMUX_KEYS=str(keys), **tls)
+
+            def health():
+                return subprocess.run(probe, env=env, capture_output=True, timeout=30).returncode
+
+            assert health() != 0, "healthy before it is started"
+            log = Path(folder) / "loramux.log"
+            with process([binary, "serve"], log, env=env) as server:
+                for _ in range(300):
+                    assert server.poll() is None, log.read_text()
+                    if health() == 0:
+                        break
+                    time.sleep(0.1)
+                else:
+                    raise AssertionError(f"never healthy:\n{log.read_text()}")
+                if not tls:
+                    status = post(f"http://127.0.0.1:{port}/v1/generate", {"prompt": "t1"})
+                    own = get(f"http://127.0.0.1:{port}/metrics", Authorization=f"Bearer {secret}")
+                    assert status == 401 and "loramux_base_bytes" in own
 
 
 @check
@@ -215,8 +274,8 @@ def dashboard(args):
     node_faults(args, [board])
 
 
-def get(url):
-    with urllib.request.urlopen(url, timeout=30) as answer:
+def get(url, **headers):
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
         return answer.read().decode()
 
 
@@ -383,10 +442,11 @@ def live(args):
         assert {200, 404, 429} <= set(statuses), sorted(set(statuses))
         for where, expr in expressions + [("the metrics adapter", asked)]:
             check_names(where, expr, exported)
-        # Nothing is absent, and no request failed in the server.
+        # Nothing is absent, and no request failed in the server or was late.
         for (where, expr), result in results.items():
             empty = not result or all(sample["value"][1] == "NaN" for sample in result)
-            assert empty == (where in ("LoramuxAbsent", "LoramuxErrors")), f"{where}: {expr} gives {result}"
+            expected = where in ("LoramuxAbsent", "LoramuxErrors", "LoramuxLate")
+            assert empty == expected, f"{where}: {expr} gives {result}"
         assert len(states) == len(alerts)
         for state in states:
             assert state["health"] == "ok", f"{state['name']}: {state.get('lastError')}"
@@ -399,7 +459,7 @@ def live(args):
 
 @check
 def unit(args):
-    """systemd-analyze on the unit, with and without the part for GPUs, and its options by loramux."""
+    """systemd-analyze on the unit, alone and with the parts for GPUs and for keys, and its options by loramux."""
     analyze, binary = program("systemd-analyze"), loramux(args)
     text = (DEPLOY / "systemd/loramux.service").read_text()
     with tempfile.TemporaryDirectory() as folder:
@@ -410,9 +470,12 @@ def unit(args):
         run(analyze, "security", "--offline=yes", "--no-pager", "--threshold=15", path)
         drop_in = Path(folder) / "loramux.service.d"
         drop_in.mkdir()
-        shutil.copy(DEPLOY / "systemd/cuda.conf", drop_in)
-        complaints = run(analyze, "verify", "--man=no", path)
-        assert not complaints, complaints
+        for part in ("cuda.conf", "access.conf"):
+            shutil.copy(DEPLOY / "systemd" / part, drop_in)
+            complaints = run(analyze, "verify", "--man=no", path)
+            assert not complaints, complaints
+            named = set(re.findall(r"\b(LORAMUX_\w+)=", (drop_in / part).read_text()))
+            assert named <= set(re.findall(r"\[env: (\w+)=", run(binary, "serve", "--help"))), named
         config = DEPLOY / "systemd/loramux.toml"
         check_config(binary, config)
     drain = seconds(re.search(r"^drain-timeout = (\d+)$", config.read_text(), re.M)[1])
@@ -471,12 +534,16 @@ def chart(args):
         check_pod(of_kind(documents, "StatefulSet")[0], documents)
         assert all(service["spec"]["type"] == "ClusterIP" for service in of_kind(documents, "Service"))
     options = ({"kv-memry": "1GiB"}, {"max-queue": "many"})
-    for wrong in (*({"config": option} for option in options), {"replica": 2}, {"endpointLag": 0}):
+    watched = {"monitoring": {"serviceMonitor": {"enabled": True}}}
+    for wrong in (*({"config": option} for option in options), {"replica": 2}, {"endpointLag": 0},
+                  {"allowAnonymous": False}, {"keys": {"existingSecret": "loramux-keys"}} | watched):
         try:
             render(wrong)
         except helm.HelmError:
             continue
-        raise AssertionError(f"the schema takes {wrong}")
+        raise AssertionError(f"the chart takes {wrong}")
+    documents = render({"keys": {"existingSecret": "loramux-keys"}, "allowAnonymous": True})
+    assert "allow-anonymous" not in of_kind(documents, "ConfigMap")[0]["data"]["loramux.toml"]
 
 
 def check_pod(workload, documents):
@@ -491,6 +558,20 @@ def check_pod(workload, documents):
     claims = {claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", [])}
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert mounted == claims | volumes and not claims & volumes, (mounted, claims, volumes)
+    # What the file says of files is mounted, and probes and services speak what the port does.
+    config = of_kind(documents, "ConfigMap")[0]["data"]["loramux.toml"]
+    for path in re.findall(r'^(?:keys|tls-cert|tls-key) = "(.*)/[^/]+"$', config, re.M):
+        assert [mount for mount in container["volumeMounts"] if mount["mountPath"] == path and mount["readOnly"]], path
+    scheme = "https" if "tls-cert" in config else "http"
+    assert ("keys = " in config) != ("allow-anonymous = true" in config)
+    [port] = container["ports"]
+    assert port["name"] == scheme
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["port"] == scheme and container[probe]["httpGet"]["scheme"] == scheme.upper()
+    for service in of_kind(documents, "Service"):
+        assert [(p["name"], p["targetPort"]) for p in service["spec"]["ports"]] == [(scheme, scheme)]
+    for policy in of_kind(documents, "NetworkPolicy"):
+        assert policy["spec"]["ingress"][0]["ports"][0]["port"] == scheme
     # Everything that names the pods by labels means these.
     labels = template["metadata"]["labels"].items()
     for kind, path in (("Service", ["selector"]), ("PodDisruptionBudget", ["selector", "matchLabels"]),
@@ -503,7 +584,9 @@ def check_pod(workload, documents):
     for monitor in of_kind(documents, "ServiceMonitor"):
         wanted = monitor["spec"]["selector"]["matchLabels"].items()
         assert len([s for s in of_kind(documents, "Service") if wanted <= s["metadata"]["labels"].items()]) == 1
-    config = of_kind(documents, "ConfigMap")[0]["data"]["loramux.toml"]
+        [endpoint] = monitor["spec"]["endpoints"]
+        assert endpoint["port"] == scheme == endpoint.get("scheme", "http")
+        assert ("authorization" in endpoint) == ("keys = " in config)
     drain = seconds(re.search(r"^drain-timeout = (\d+)$", config, re.M)[1])
     lag = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] >= lag + drain + AFTER_DRAIN
@@ -520,16 +603,28 @@ def chart_options(args):
     options = set(re.findall(r"^ +(?:-\w, )?--([a-z-]+)", run(binary, "serve", "--help"), re.M)) - OWN_OPTIONS
     known = json.loads((CHART / "values.schema.json").read_text())["properties"]["config"]["properties"]
     assert options == set(known), f"lacks {options - set(known)}; no options are {set(known) - options}"
-    config = {"adapter-memory": "2GiB", "allow-local-paths": True, "allow-uploaded-templates": False, "device": "cpu",
-              "dtype": "auto", "kv-memory": 1 << 30, "max-batch-tokens": 1024, "max-queue": 2_000_000,
-              "max-sequences": 64, "max-upload": "512MiB", "quantize": "q8", "threads": 0}
+    config = {"adapter-memory": "2GiB", "allow-local-paths": True, "allow-uploaded-templates": False,
+              "audit-log": "/var/lib/loramux/audit.jsonl", "device": "cpu", "dtype": "auto", "kv-memory": 1 << 30,
+              "max-batch-tokens": 1024, "max-queue": 2_000_000, "max-sequences": 64, "max-upload": "512MiB",
+              "quantize": "q8", "request-timeout": 300, "threads": 0}
     config = {key: config.get(key, True) for key in known}
     volume = {"emptyDir": {}}
-    documents = render({"config": config, "adapters": {"volume": volume}, "drainTimeout": 1})
+    values = {"config": config, "adapters": {"volume": volume}, "drainTimeout": 1}
+    secrets = {name: {"existingSecret": f"loramux-{name}"} for name in ("keys", "tls")}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "loramux.toml"
-        path.write_text(of_kind(documents, "ConfigMap")[0]["data"]["loramux.toml"])
-        check_config(binary, path)
+        cert, key = certificate(folder)
+        run(binary, "keys", "new", Path(folder) / "keys.toml", "ops", "--scopes", "infer")
+        # Where the pod has these files they are here.
+        here = {"/etc/loramux-keys": folder, "/etc/loramux-tls/tls.crt": cert, "/etc/loramux-tls/tls.key": key,
+                "/var/lib/loramux": folder}
+        for more in ({}, secrets):
+            text = of_kind(render(values | more), "ConfigMap")[0]["data"]["loramux.toml"]
+            assert all(there in text for there in here) or not more, text
+            for there, path in here.items():
+                text = text.replace(there, str(path))
+            path = Path(folder) / "loramux.toml"
+            path.write_text(text)
+            check_config(binary, path)
 
 
 @check

@@ -33,11 +33,27 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* Also the port's name. */}}
+{{- define "loramux.scheme" -}}
+{{- ternary "https" "http" (not (empty .Values.tls.existingSecret)) -}}
+{{- end -}}
+
 {{/* The file of --config. JSON's strings, numbers, booleans and lists are TOML's. */}}
 {{- define "loramux.config" -}}
 {{- $options := merge (dict "model" .Values.model.source "drain-timeout" .Values.drainTimeout) .Values.config -}}
 {{- if .Values.adapters.volume -}}
 {{- $_ := set $options "adapters" (list "/adapters") -}}
+{{- end -}}
+{{- if .Values.keys.existingSecret -}}
+{{- $_ := set $options "keys" (printf "/etc/loramux-keys/%s" .Values.keys.file) -}}
+{{- else if .Values.allowAnonymous -}}
+{{- $_ := set $options "allow-anonymous" true -}}
+{{- else -}}
+{{- fail "nobody could ask: give keys.existingSecret, or allowAnonymous: true" -}}
+{{- end -}}
+{{- if .Values.tls.existingSecret -}}
+{{- $_ := set $options "tls-cert" "/etc/loramux-tls/tls.crt" -}}
+{{- $_ := set $options "tls-key" "/etc/loramux-tls/tls.key" -}}
 {{- end -}}
 {{- range $key, $value := $options }}
 {{ $key }} = {{ $value | toJson }}
