@@ -34,6 +34,8 @@ pub struct Metrics {
     pub adapters: IntGaugeVec,
     pub adapter_bytes: IntGaugeVec,
     pub adapter_load_seconds: HistogramVec,
+    pub source_adapters: IntGaugeVec,
+    pub source_errors: IntCounterVec,
     pub base_bytes: IntGauge,
     vllm_waiting: IntGauge,
     pub vllm_running: IntGauge,
@@ -176,6 +178,16 @@ impl Metrics {
                 "loramux_adapter_load_seconds",
                 "Time to make an adapter ready for a batch",
                 &["from"]
+            )),
+            source_adapters: register!(gauge(
+                "loramux_source_adapters",
+                "Adapters that a source was found to have",
+                &["source"]
+            )),
+            source_errors: register!(counter(
+                "loramux_source_errors_total",
+                "Times that a source, or an adapter of it, could not be read",
+                &["source"]
             )),
             base_bytes: register!(IntGauge::new("loramux_base_bytes", "Bytes of the base model's weights in memory")),
             vllm_waiting: register!(IntGauge::new("vllm:num_requests_waiting", "Requests that wait")),

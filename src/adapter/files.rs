@@ -51,13 +51,20 @@ pub fn adapter_files(directory: &Path) -> Result<BTreeMap<String, PathBuf>> {
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(BTreeMap::new()),
         Err(e) => return Err(failed(e)),
     };
-    let (mut files, mut ggufs) = (BTreeMap::new(), vec![]);
+    let mut names = vec![];
     for entry in entries {
-        let entry = entry.map_err(failed)?;
-        let Ok(name) = entry.file_name().into_string() else { continue };
+        names.extend(entry.map_err(failed)?.file_name().into_string());
+    }
+    Ok(choose(names)?.into_iter().map(|(kept, name)| (kept, directory.join(name))).collect())
+}
+
+/// Which of the files in a folder are the adapter's: their names there, by the names they are kept under.
+pub(super) fn choose(names: impl IntoIterator<Item = String>) -> Result<BTreeMap<String, String>> {
+    let (mut files, mut ggufs) = (BTreeMap::new(), vec![]);
+    for name in names {
         match kept_name(&name) {
             Some(GGUF) => ggufs.push(name),
-            Some(kept) => drop(files.insert(kept.to_string(), entry.path())),
+            Some(kept) => drop(files.insert(kept.to_string(), name.clone())),
             None => {}
         }
     }
@@ -70,7 +77,7 @@ pub fn adapter_files(directory: &Path) -> Result<BTreeMap<String, PathBuf>> {
             [] => {}
             [one] => {
                 files.retain(|name, _| !is_weights(name));
-                files.insert(GGUF.to_string(), directory.join(one));
+                files.insert(GGUF.to_string(), one.clone());
             }
             [one, two, ..] => {
                 return Err(Error::unprocessable(format!("there are two GGUF files, {one} and {two}; expected one")));

@@ -1,4 +1,4 @@
-//! LoRA adapters: PEFT files read and validated, the registry of them, and the store on disk.
+//! LoRA adapters: PEFT files read and validated, the registry of them, the store on disk, and places elsewhere.
 //!
 //! Owns everything between bytes from users and an [`Adapter`] whose every number is known to fit the base. Never runs
 //! a model.
@@ -18,6 +18,7 @@ mod name;
 mod peft;
 mod places;
 mod registry;
+mod remote;
 mod store;
 mod tensors;
 #[cfg(test)]
@@ -34,4 +35,5 @@ pub use inspection::{Inspection, TensorSummary, inspect};
 pub use name::{BASE_NAME, OWNER, check_name, check_tenant, check_whole_name};
 pub use peft::{Loaded, Summary, language, load};
 pub use registry::{AdapterInfo, Condition, Published, Registry, RegistryOptions, Source, Tier};
+pub use remote::Remote;
 pub use upload::Upload;

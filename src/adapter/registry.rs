@@ -3,6 +3,10 @@
 //! Three things, each with its own short lock: the names (read by every request, written for the instant of a swap),
 //! the top memory tier ([`Cache`]), and the store on disk ([`Store`]). Files are read and written outside all of them.
 //! Changes to names run one after the other under `changes`, which readers never take.
+//!
+//! What lies elsewhere is fetched when it is asked for: [`sources`].
+
+mod sources;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -11,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::adapter::cache::{Cache, Flight, Lookup};
@@ -19,11 +23,12 @@ use crate::adapter::files::{adapter_files, is_adapter, is_weights};
 use crate::adapter::name::{OWNER, check_whole_name};
 use crate::adapter::peft::{self, Loaded, Summary};
 use crate::adapter::store::{Lease, Store};
-use crate::adapter::{Adapter, Blend, Generation, Upload};
+use crate::adapter::{Adapter, Blend, Generation, Remote, Upload};
 use crate::base::{Decoder, Language, ModelConfig, OwnLanguage};
 use crate::lora::PackedAdapter;
 use crate::metrics::Metrics;
 use crate::{Error, Result};
+use sources::{Copied, Offer, Sources};
 
 /// Memory for adapters that are being read and packed, in KiB, by loads and uploads together.
 const LOAD_MEMORY: u64 = 2 << 20;
@@ -56,8 +61,14 @@ pub struct RegistryOptions {
     pub memory: usize,
     /// Longest upload in bytes, also after unpacking.
     pub max_upload: u64,
-    /// Whether uploads may bring chat templates.
+    /// Whether uploads, and adapters of sources, may bring chat templates.
     pub uploaded_templates: bool,
+    /// Places to fetch adapters from, by names that are neither stored nor in `directories`. An earlier one wins a name.
+    pub sources: Vec<Remote>,
+    /// How often these are looked at for what is new.
+    pub source_refresh: Duration,
+    /// Bytes of what was fetched that are kept on disk.
+    pub source_cache: u64,
 }
 
 impl RegistryOptions {
@@ -73,21 +84,35 @@ pub enum Tier {
     Device,
     /// On disk only.
     Disk,
+    /// Not here yet.
+    Remote,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// A read-only folder given at start.
     Directory,
     /// Uploaded.
     Store,
+    /// Fetched from this URL, or there to be.
+    Remote(Arc<str>),
+}
+
+impl Serialize for Source {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(match self {
+            Source::Directory => "directory",
+            Source::Store => "store",
+            Source::Remote(url) => url,
+        })
+    }
 }
 
 /// What `GET /v1/adapters` tells about an adapter.
 #[derive(Debug, Clone, Serialize)]
 pub struct AdapterInfo {
     pub name: String,
+    /// Empty as long as it is not known, as what follows is: until the adapter is fetched.
     pub generation: String,
     pub source: Source,
     pub tier: Tier,
@@ -142,6 +167,8 @@ struct Entry {
     path: PathBuf,
     summary: Summary,
     created: u64,
+    /// Keeps the files of a source's adapter there.
+    copy: Option<Arc<Copied>>,
 }
 
 /// What a name stands for in each source. At least one is there.
@@ -151,6 +178,7 @@ struct Slot {
     /// other content would be a wrong answer.
     stored: Option<Result<Arc<Entry>>>,
     directory: Option<Arc<Entry>>,
+    offer: Option<Offer>,
     pinned: bool,
     usage: Arc<Usage>,
 }
@@ -168,8 +196,12 @@ impl Slot {
         match (&self.stored, &self.directory) {
             (Some(Ok(entry)), _) | (None, Some(entry)) => Some(Ok(entry)),
             (Some(Err(e)), _) => Some(Err(e.clone())),
-            (None, None) => None,
+            (None, None) => self.offer.as_ref()?.entry.as_ref().map(Ok),
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.stored.is_none() && self.directory.is_none() && self.offer.is_none()
     }
 }
 
@@ -193,12 +225,14 @@ struct Inner {
     turn: tokio::sync::Mutex<()>,
     /// Packs adapters. The kernels' threads would take a step up only after what a large adapter has for them.
     packing: rayon::ThreadPool,
+    /// Where there are any.
+    sources: Option<Sources>,
 }
 
 impl Registry {
     /// Opens the store and checks every adapter by its configuration and the shapes of its weights. One that does not
     /// fit is logged, and left out if it comes from a folder. The weights themselves are checked when they are loaded.
-    pub fn open(options: RegistryOptions, metrics: Arc<Metrics>) -> Result<Arc<Self>> {
+    pub fn open(mut options: RegistryOptions, metrics: Arc<Metrics>) -> Result<Arc<Self>> {
         let (store, unreadable) = Store::open(&options.store)?;
         if store.records().contains_key(&options.base) || unreadable.contains_key(&options.base) {
             return Err(Error::conflict(format!(
@@ -217,7 +251,7 @@ impl Registry {
                 let path = store.object(&record.generation);
                 let entry = peft::survey(&path, options.config(), &options.base).map(|summary| {
                     let (generation, created) = (record.generation, record.created);
-                    Arc::new(Entry { generation, source: Source::Store, path, summary, created })
+                    Arc::new(Entry { generation, source: Source::Store, path, summary, created, copy: None })
                 });
                 (name, entry)
             })
@@ -230,6 +264,7 @@ impl Registry {
             }
             names.entry(name).or_default().stored = Some(entry);
         }
+        let sources = Sources::open(&mut options, &mut names)?;
         let threads = (rayon::current_num_threads() / 4).max(1);
         let packing = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("packing-{i}"));
         let packing = packing.build().map_err(|e| Error::internal(format!("threads to pack adapters: {e}")))?;
@@ -243,8 +278,11 @@ impl Registry {
             room: Arc::new(Semaphore::new(LOAD_MEMORY as usize)),
             turn: tokio::sync::Mutex::new(()),
             packing,
+            sources,
         };
-        Ok(Arc::new(Registry { inner: Arc::new(inner) }))
+        let inner = Arc::new(inner);
+        inner.watch_sources();
+        Ok(Arc::new(Registry { inner }))
     }
 
     pub fn max_upload(&self) -> u64 {
@@ -254,16 +292,11 @@ impl Registry {
     /// In the order of names, without adapters that cannot be used.
     pub fn list(&self) -> Vec<AdapterInfo> {
         let slots = self.inner.names.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let usable = slots.iter().filter_map(|(name, slot)| Some((name, slot, slot.current()?.ok()?)));
-        usable.map(|(name, slot, entry)| self.inner.info(name, slot, entry)).collect()
+        slots.iter().filter_map(|(name, slot)| self.inner.tell(name, slot)?.ok()).collect()
     }
 
     pub fn get(&self, name: &str) -> Result<AdapterInfo> {
-        let slot = self.inner.slot(name);
-        match slot.current() {
-            Some(entry) => Ok(self.inner.info(name, &slot, entry?)),
-            None => Err(not_found(name)),
-        }
+        self.inner.tell(name, &self.inner.slot(name)).unwrap_or_else(|| Err(not_found(name)))
     }
 
     /// Whether the name stands for something, be it usable or not.
@@ -277,7 +310,7 @@ impl Registry {
     }
 
     /// The generation that `name` stands for now, loaded, for a request. Holding the `Arc` keeps it in memory. Waits while it
-    /// is read from disk (one read however many wait); other adapters' requests do not wait for it.
+    /// is fetched and read from disk (once however many wait); other adapters' requests do not wait for it.
     pub async fn acquire(&self, name: &str) -> Result<Arc<PackedAdapter>> {
         let adapter = self.loaded(name).await?;
         self.inner.count_use([name]);
@@ -285,7 +318,7 @@ impl Registry {
     }
 
     async fn loaded(&self, name: &str) -> Result<Arc<PackedAdapter>> {
-        let mut entry = self.inner.entry(name)?;
+        let mut entry = self.inner.at_hand(name).await?;
         // The entry whose load, begun by somebody else, failed. That one may have begun before the entry was there.
         let mut doubted: Option<Arc<Entry>> = None;
         for _ in 0..MAX_CHASES {
@@ -303,7 +336,7 @@ impl Registry {
                 // The name was replaced while its old files were being read, or a folder's files changed: the name
                 // knows by now what it stands for.
                 outcome => {
-                    let now = self.inner.entry(name)?;
+                    let now = self.inner.at_hand(name).await?;
                     // By identity: a name that was replaced and put back has files that were gone in between.
                     if let (true, Err(e)) = (Arc::ptr_eq(&now, &entry), outcome) {
                         let again = joined && doubted.as_ref().is_none_or(|d| !Arc::ptr_eq(d, &entry));
@@ -330,8 +363,8 @@ impl Registry {
     }
 
     async fn computed(&self, blend: &Blend) -> Result<Arc<PackedAdapter>> {
-        let entries = || blend.names().map(|name| self.inner.entry(name)).collect::<Result<Vec<_>>>();
-        let mut parts = entries()?;
+        let entries = || futures::future::try_join_all(blend.names().map(|name| self.inner.at_hand(name)));
+        let mut parts = entries().await?;
         for _ in 0..MAX_CHASES {
             let generation = blend.generation(parts.iter().map(|entry| &entry.generation))?;
             let outcome = match self.inner.cache.get(&generation, Path::new("")) {
@@ -343,7 +376,7 @@ impl Registry {
                 }
             };
             // As in `acquire`: files that could not be read may be those of a name that stands for others by now.
-            let now = entries()?;
+            let now = entries().await?;
             match outcome {
                 Err(e) if now.iter().zip(&parts).all(|(now, before)| Arc::ptr_eq(now, before)) => return Err(e),
                 Err(_) => parts = now,
@@ -412,11 +445,13 @@ impl Registry {
     ///
     /// Errors: there is no such adapter, or it is pinned.
     pub fn unload(&self, name: &str) -> Result<AdapterInfo> {
-        let entry = self.inner.entry(name)?;
-        if self.inner.pinned().contains(&entry.generation) {
-            return Err(Error::conflict(format!("adapter {name:?} is pinned; unpin it before it is unloaded")));
+        if let Some(entry) = self.inner.slot(name).current() {
+            let generation = &entry?.generation;
+            if self.inner.pinned().contains(generation) {
+                return Err(Error::conflict(format!("adapter {name:?} is pinned; unpin it before it is unloaded")));
+            }
+            self.inner.cache.forget(generation);
         }
-        self.inner.cache.forget(&entry.generation);
         self.get(name)
     }
 }
@@ -425,17 +460,21 @@ impl Registry {
     /// Sets the gauges of both tiers. They are not kept up to date by every change: what requests release changes them,
     /// too, and only who reads them needs them.
     pub fn update_metrics(&self) {
-        let (mut adapters, mut bytes) = (HashSet::new(), 0);
+        let (mut adapters, mut bytes, mut remote) = (HashSet::new(), 0, (0, 0));
         {
             let names = self.inner.names.read().unwrap_or_else(PoisonError::into_inner);
-            for entry in names.values().filter_map(Slot::current).flatten() {
-                if adapters.insert(entry.generation.clone()) {
-                    bytes += entry.summary.bytes;
+            for slot in names.values() {
+                match (slot.current(), &slot.offer) {
+                    (Some(Ok(entry)), _) if adapters.insert(entry.generation.clone()) => bytes += entry.summary.bytes,
+                    (None, Some(offer)) => remote = (remote.0 + 1, remote.1 + offer.bytes()),
+                    _ => {}
                 }
             }
+            self.inner.count_offers(&names);
         }
         let (ready, used) = self.inner.cache.totals();
-        for (tier, count, bytes) in [("device", ready, used as u64), ("disk", adapters.len(), bytes)] {
+        let tiers = [("device", ready, used as u64), ("disk", adapters.len(), bytes), ("remote", remote.0, remote.1)];
+        for (tier, count, bytes) in tiers {
             self.inner.metrics.adapters.with_label_values(&[tier]).set(count as i64);
             self.inner.metrics.adapter_bytes.with_label_values(&[tier]).set(bytes as i64);
         }
@@ -450,11 +489,25 @@ impl Inner {
         self.room.clone().acquire_many_owned(needed as u32).await.ok()
     }
 
-    fn entry(&self, name: &str) -> Result<Arc<Entry>> {
+    /// What the name stands for, if its files are here.
+    fn entry(&self, name: &str) -> Option<Result<Arc<Entry>>> {
         let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        match names.get(name).and_then(Slot::current) {
-            Some(entry) => entry.cloned(),
-            None => Err(not_found(name)),
+        Some(names.get(name)?.current()?.cloned())
+    }
+
+    /// The same, fetched if its files are elsewhere. Ready at once if they are not.
+    async fn at_hand(self: &Arc<Self>, name: &str) -> Result<Arc<Entry>> {
+        match self.entry(name) {
+            Some(entry) => entry,
+            None => self.fetched(name).await,
+        }
+    }
+
+    /// `None` for an empty slot.
+    fn tell(&self, name: &str, slot: &Slot) -> Option<Result<AdapterInfo>> {
+        match slot.current() {
+            Some(entry) => Some(entry.map(|entry| self.info(name, slot, entry))),
+            None => Some(Ok(self.offered(name, slot, slot.offer.as_ref()?))),
         }
     }
 
@@ -465,7 +518,7 @@ impl Inner {
         AdapterInfo {
             name: name.to_string(),
             generation: entry.generation.to_string(),
-            source: entry.source,
+            source: entry.source.clone(),
             tier: if presence.is_some() { Tier::Device } else { Tier::Disk },
             rank: entry.summary.rank,
             lora_alpha: entry.summary.lora_alpha,
@@ -484,9 +537,10 @@ impl Inner {
 
     fn count_use<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
         let slots = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        for usage in names.into_iter().filter_map(|name| Some(&slots.get(name)?.usage)) {
-            usage.requests.fetch_add(1, Ordering::Relaxed);
-            usage.last.fetch_max(now(), Ordering::Relaxed);
+        for slot in names.into_iter().filter_map(|name| slots.get(name)) {
+            slot.usage.requests.fetch_add(1, Ordering::Relaxed);
+            slot.usage.last.fetch_max(now(), Ordering::Relaxed);
+            self.touch(slot);
         }
     }
 
@@ -553,7 +607,7 @@ impl Inner {
         let work = tokio::task::spawn_blocking(move || {
             let lease = (entry.source == Source::Store).then(|| self.store.lease(&entry.generation));
             let start = Instant::now();
-            let outcome = self.read(&entry.path).and_then(|Loaded { adapter, language, summary }| {
+            let outcome = self.read_entry(&entry).and_then(|Loaded { adapter, language, summary }| {
                 let packed = Arc::new(self.pack(adapter, language)?);
                 if packed.generation != entry.generation {
                     self.follow_change(&entry, &packed.generation, summary)?;
@@ -611,7 +665,7 @@ impl Inner {
         let (mut adapters, mut language) = (Vec::with_capacity(parts.len()), None);
         for (name, entry) in blend.names().zip(parts) {
             let named = |e: Error| e.context(format!("adapter {name:?}"));
-            let Loaded { adapter, language: own, summary } = self.read(&entry.path).map_err(named)?;
+            let Loaded { adapter, language: own, summary } = self.read_entry(entry).map_err(named)?;
             if adapter.generation != entry.generation {
                 self.follow_change(entry, &adapter.generation, summary).map_err(named)?;
                 return Err(named(Error::unavailable("its files changed while they were read; try again")));
@@ -633,6 +687,11 @@ impl Inner {
         peft::load(directory, self.options.config(), &self.options.base)
     }
 
+    fn read_entry(&self, entry: &Entry) -> Result<Loaded> {
+        // A source's adapter was read when it was fetched: what cannot be read now is damaged.
+        self.read(&entry.path).inspect_err(|_| self.discard(entry))
+    }
+
     fn pack(&self, adapter: Adapter, language: Option<OwnLanguage>) -> Result<PackedAdapter> {
         let packed = self.packing.install(|| PackedAdapter::new(adapter, &self.options.decoder))?;
         let own = language.map_or(Ok(None), |own| own.over(&self.options.language))?;
@@ -646,6 +705,12 @@ impl Inner {
         if entry.source == Source::Store {
             return Err(Error::internal(format!(
                 "its files are damaged: their hash is {found}, expected {expected}; upload it again"
+            )));
+        }
+        if entry.copy.is_some() {
+            self.discard(entry);
+            return Err(Error::unavailable(format!(
+                "what was fetched of it is damaged: its hash is {found}, expected {expected}; it is fetched again"
             )));
         }
         tracing::info!("the files in {} have changed from generation {expected} to {found}", entry.path.display());
@@ -671,18 +736,17 @@ impl Inner {
         upload.check_size()?;
         let Loaded { adapter, language, summary } = self.read(upload.path())?;
         let packed = Arc::new(self.pack(adapter, language)?);
-        let brings_template = packed.language.as_ref().is_some_and(|own| !own.has_chat_of(&self.options.language));
-        if brings_template && !self.options.uploaded_templates {
-            return Err(Error::unprocessable(
-                "it has a chat template of its own, which is a program that can take any amount of memory; take \
-                 chat_template.jinja, or chat_template in tokenizer_config.json, out of the upload, or start the server with \
-                 --allow-uploaded-templates",
-            ));
-        }
+        self.check_template(&packed)?;
         let generation = packed.generation.clone();
         let path = self.store.object(&generation);
-        let entry =
-            Arc::new(Entry { generation: generation.clone(), source: Source::Store, path, summary, created: now() });
+        let entry = Arc::new(Entry {
+            generation: generation.clone(),
+            source: Source::Store,
+            path,
+            summary,
+            created: now(),
+            copy: None,
+        });
 
         // From here on the object cannot be collected; if the change is not made, it is when the lease ends.
         let lease = self.store.lease(&generation);
@@ -692,6 +756,19 @@ impl Inner {
         let published = self.swap_in(name, entry, &lease, when);
         self.forget_unnamed(&generation);
         published.map(|(entry, published)| (self.info(name, &self.slot(name), &entry), published))
+    }
+
+    /// Refuses a chat template that comes from others than who runs the server.
+    fn check_template(&self, packed: &PackedAdapter) -> Result<()> {
+        let brings_template = packed.language.as_ref().is_some_and(|own| !own.has_chat_of(&self.options.language));
+        if brings_template && !self.options.uploaded_templates {
+            return Err(Error::unprocessable(
+                "it has a chat template of its own, which is a program that can take any amount of memory; take \
+                 chat_template.jinja, or chat_template in tokenizer_config.json, out of it, or start the server with \
+                 --allow-uploaded-templates",
+            ));
+        }
+        Ok(())
     }
 
     /// The instant of publishing: checks the condition, makes the change durable, then visible.
@@ -706,12 +783,12 @@ impl Inner {
         let slot = self.slot(name);
         check(name, &slot, when)?;
         let published = match slot.current() {
-            None => Published::Created,
+            None if slot.is_empty() => Published::Created,
             // The same content from a folder is replaced all the same: it stays when the folder goes.
             Some(Ok(old)) if old.generation == entry.generation && old.source == Source::Store => {
                 return Ok((old.clone(), Published::Unchanged));
             }
-            Some(_) => Published::Replaced,
+            _ => Published::Replaced,
         };
         // The old files stay until no reader can find the entry that leads to them.
         let _old = self.lease_stored(&slot);
@@ -731,24 +808,34 @@ impl Inner {
         let removed = {
             let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
             let slot = self.slot(name);
-            let current = slot.current().ok_or_else(|| not_found(name))?;
-            check(name, &slot, when)?;
-            if slot.stored.is_none() {
-                let path = slot.directory.as_ref().map_or(String::new(), |e| e.path.display().to_string());
-                return Err(Error::conflict(format!(
-                    "adapter {name:?} comes from the read-only folder {path}; it can be hidden by an upload of the same \
-                     name, but not removed"
-                )));
+            if slot.is_empty() {
+                return Err(not_found(name));
             }
-            let removed = current.map(|entry| (self.info(name, &slot, entry), entry.generation.clone()));
+            check(name, &slot, when)?;
+            let Some(stored) = &slot.stored else {
+                let origin = match (&slot.directory, &slot.offer) {
+                    (None, Some(offer)) => format!("source {}", self.url(offer)),
+                    (entry, _) => {
+                        let path = entry.as_ref().map_or(String::new(), |e| e.path.display().to_string());
+                        format!("read-only folder {path}")
+                    }
+                };
+                return Err(Error::conflict(format!(
+                    "adapter {name:?} comes from the {origin}; it can be hidden by an upload of the same name, but not \
+                     removed here"
+                )));
+            };
+            let removed = stored.clone().map(|entry| (self.info(name, &slot, &entry), entry.generation.clone()));
             // As for a replacement.
             let _old = self.lease_stored(&slot);
             self.store.remove_name(name)?;
             {
                 let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
-                match &slot.directory {
-                    Some(_) => names.entry(name.to_string()).or_default().stored = None,
-                    None => drop(names.remove(name)),
+                if let Some(slot) = names.get_mut(name) {
+                    slot.stored = None;
+                    if slot.is_empty() {
+                        names.remove(name);
+                    }
                 }
             }
             self.update_pins();
@@ -785,6 +872,9 @@ impl Inner {
 fn check(name: &str, slot: &Slot, when: &Condition) -> Result<()> {
     let current = slot.current();
     match (when, &current) {
+        (Condition::Absent | Condition::Is(_), None) if !slot.is_empty() => {
+            Err(Error::conflict(format!("adapter {name:?} is there already, in a source, and not fetched yet")))
+        }
         (Condition::Always, _) | (Condition::Absent, None) => Ok(()),
         (Condition::Absent, Some(Ok(entry))) => {
             Err(Error::conflict(format!("adapter {name:?} is there already, as generation {}", entry.generation)))
@@ -849,7 +939,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
 
 fn directory_entry(path: PathBuf, generation: Generation, summary: Summary) -> Arc<Entry> {
     let created = modified(&path);
-    Arc::new(Entry { generation, source: Source::Directory, path, summary, created })
+    Arc::new(Entry { generation, source: Source::Directory, path, summary, created, copy: None })
 }
 
 fn not_found(name: &str) -> Error {
@@ -907,35 +997,54 @@ mod tests {
     use super::*;
     use crate::ErrorKind;
     use crate::adapter::files::{CONFIG, WEIGHTS};
-    use crate::adapter::testing::{Files, Tensor, adapter, adapter_of_rank, classifier, fixtures, tiny};
+    use crate::adapter::testing::{Bucket, Files, Net, Tensor, adapter, adapter_of_rank, classifier, fixtures, tiny};
     use crate::base::testing::{decoder, options};
     use crate::base::{Base, Kernels};
 
-    struct World {
-        root: TempDir,
-        memory: usize,
-        metrics: Arc<Metrics>,
+    pub(super) struct World {
+        pub root: TempDir,
+        pub memory: usize,
+        pub metrics: Arc<Metrics>,
+        /// Sources, of which those that list come first.
+        pub buckets: Vec<Arc<Bucket>>,
+        pub web: Vec<Arc<Bucket>>,
+        pub source_refresh: Duration,
+        pub source_cache: u64,
     }
 
     impl World {
-        fn new() -> Self {
+        pub fn new() -> Self {
             let root = tempfile::tempdir().unwrap();
             std::fs::create_dir(root.path().join("adapters")).unwrap();
-            World { root, memory: 1 << 20, metrics: Arc::new(Metrics::new()) }
+            World {
+                root,
+                memory: 1 << 20,
+                metrics: Arc::new(Metrics::new()),
+                buckets: vec![],
+                web: vec![],
+                source_refresh: Duration::from_millis(10),
+                source_cache: 1 << 20,
+            }
         }
 
         /// Puts an adapter into the read-only folder.
-        fn folder(&self, name: &str, files: &Files) -> PathBuf {
+        pub fn folder(&self, name: &str, files: &Files) -> PathBuf {
             let path = self.root.path().join("adapters").join(name);
             files.write(&path);
             path
         }
 
-        fn open(&self) -> Arc<Registry> {
+        pub fn open(&self) -> Arc<Registry> {
             self.open_with("tiny").unwrap()
         }
 
-        fn open_with(&self, base: &str) -> Result<Arc<Registry>> {
+        pub fn open_with(&self, base: &str) -> Result<Arc<Registry>> {
+            let listed = self.buckets.iter().map(|bucket| (bucket, true));
+            let sources = listed.chain(self.web.iter().map(|bucket| (bucket, false))).enumerate();
+            let source = |(i, (bucket, lists)): (usize, (&Arc<Bucket>, bool))| {
+                let (store, url) = (Arc::new(Net(bucket.clone())), format!("memory://source-{i}"));
+                Remote::over(store, &url, "prefix".into(), lists).with_patience(Duration::from_secs(1))
+            };
             let options = RegistryOptions {
                 base: base.into(),
                 decoder: Arc::new(decoder(&tiny(), options(Kernels::for_device(&Device::Cpu)), 1)),
@@ -945,6 +1054,9 @@ mod tests {
                 memory: self.memory,
                 max_upload: 1 << 20,
                 uploaded_templates: false,
+                sources: sources.map(source).collect(),
+                source_refresh: self.source_refresh,
+                source_cache: self.source_cache,
             };
             Registry::open(options, self.metrics.clone())
         }
@@ -953,14 +1065,14 @@ mod tests {
             self.root.path().join("store/objects").join(&info.generation)
         }
 
-        fn gauge(&self, registry: &Registry, tier: &str) -> (i64, i64) {
+        pub fn gauge(&self, registry: &Registry, tier: &str) -> (i64, i64) {
             registry.update_metrics();
             let value = |gauges: &prometheus::IntGaugeVec| gauges.with_label_values(&[tier]).get();
             (value(&self.metrics.adapters), value(&self.metrics.adapter_bytes))
         }
     }
 
-    fn upload(registry: &Registry, files: &Files) -> Upload {
+    pub(super) fn upload(registry: &Registry, files: &Files) -> Upload {
         let upload = registry.upload().unwrap();
         files.write(upload.path());
         upload
@@ -1454,7 +1566,7 @@ mod tests {
         world.memory = 0;
         let registry = world.open();
         publish(&registry, "a", 1).await;
-        let entry = registry.inner.entry("a").unwrap();
+        let entry = registry.inner.entry("a").unwrap().unwrap();
         let Lookup::Load(flight, _) = registry.inner.cache.get(&entry.generation, &entry.path) else { panic!() };
         let fail = async { flight.settle(Err(Error::internal("its files were gone")), |_| true).announce() };
         // Polled in this order: the request has joined the load when that fails.

@@ -5,6 +5,7 @@
 //! objects/<generation>/    an adapter's files, never changed once there
 //! names/<name>             {"generation": …, "created": …}: what a name stands for
 //! incoming/                uploads and everything half-done; emptied when the store is opened
+//! fetched/                 copies of sources' adapters, which the registry keeps by itself
 //! ```
 //!
 //! A change becomes visible by renaming one file into `names/`; what it points to was made durable before. What no

@@ -1,8 +1,19 @@
-//! Small adapters made in code, for the tests of this layer.
+//! Small adapters made in code, and a bucket to put them in, for the tests of this layer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+use object_store::memory::InMemory;
+use object_store::path::Path as Location;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
+    ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult,
+};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -128,5 +139,163 @@ impl Files {
         let folder = tempfile::tempdir().unwrap();
         self.write(folder.path());
         folder
+    }
+}
+
+/// How a bucket's network is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Network {
+    #[default]
+    Well,
+    /// Every request fails.
+    Down,
+    /// No request is answered.
+    Silent,
+    /// Bodies end early.
+    Cut,
+    /// Files may be listed but not read.
+    Private,
+}
+
+/// A bucket in memory, with a network that is as it is told to be. Adapters lie below `prefix`.
+#[derive(Debug, Default)]
+pub struct Bucket {
+    memory: InMemory,
+    network: Mutex<Network>,
+    /// What each next request for weights has done to the bucket by the time it is answered.
+    changes: Mutex<VecDeque<(Location, Vec<u8>)>>,
+    /// Lists that were asked for.
+    pub lists: AtomicUsize,
+    /// Files that were asked for.
+    pub gets: AtomicUsize,
+}
+
+impl Bucket {
+    pub fn set(&self, network: Network) {
+        *self.network.lock().unwrap() = network;
+    }
+
+    pub async fn put(&self, name: &str, files: &Files) {
+        self.put_file(name, "adapter_config.json", files.config.to_string().into_bytes()).await;
+        self.put_file(name, "adapter_model.safetensors", files.weights()).await;
+    }
+
+    pub async fn put_file(&self, name: &str, file: &str, content: Vec<u8>) {
+        self.memory.put(&Self::location(name, file), content.into()).await.unwrap();
+    }
+
+    pub async fn remove(&self, name: &str) {
+        let all: Vec<ObjectMeta> =
+            self.memory.list(Some(&Location::from_iter(["prefix", name]))).try_collect().await.unwrap();
+        for meta in all {
+            self.memory.delete(&meta.location).await.unwrap();
+        }
+    }
+
+    /// Lets the next request for weights be followed by this change.
+    pub fn change_under_fetch(&self, name: &str, file: &str, content: Vec<u8>) {
+        self.changes.lock().unwrap().push_back((Self::location(name, file), content));
+    }
+
+    fn location(name: &str, file: &str) -> Location {
+        Location::from_iter(["prefix"].into_iter().chain(name.split('/')).chain([file]))
+    }
+
+    /// What the network makes of a request.
+    async fn send(&self) -> object_store::Result<Network> {
+        let network = *self.network.lock().unwrap();
+        match network {
+            Network::Down => {
+                let source =
+                    std::io::Error::other("connection refused at memory://user:secret@host/?sig=secret").into();
+                Err(object_store::Error::Generic { store: "test", source })
+            }
+            Network::Silent => std::future::pending().await,
+            other => Ok(other),
+        }
+    }
+}
+
+impl fmt::Display for Bucket {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a bucket")
+    }
+}
+
+/// An [`ObjectStore`] of which only what reads is of use; adapters are put past the network.
+#[derive(Debug)]
+pub struct Net(pub std::sync::Arc<Bucket>);
+
+impl fmt::Display for Net {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Net {
+    async fn put_opts(&self, at: &Location, body: PutPayload, o: PutOptions) -> object_store::Result<PutResult> {
+        self.0.memory.put_opts(at, body, o).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        at: &Location,
+        options: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.0.memory.put_multipart_opts(at, options).await
+    }
+
+    async fn get_opts(&self, at: &Location, options: GetOptions) -> object_store::Result<GetResult> {
+        let (bucket, head) = (&self.0, options.head);
+        bucket.gets.fetch_add(usize::from(!head), Ordering::Relaxed);
+        let network = bucket.send().await?;
+        if network == Network::Private && !head {
+            let source = std::io::Error::other("403").into();
+            return Err(object_store::Error::PermissionDenied { path: at.to_string(), source });
+        }
+        let got = bucket.memory.get_opts(at, options).await?;
+        if head {
+            return Ok(got);
+        }
+        let is_weights = at.filename().is_some_and(|name| name.ends_with(".safetensors"));
+        let change = if is_weights { bucket.changes.lock().unwrap().pop_front() } else { None };
+        if let Some((at, content)) = change {
+            bucket.memory.put(&at, content.into()).await?;
+        }
+        if network == Network::Cut {
+            let GetResult { meta, range, attributes, .. } = &got;
+            let (meta, range, attributes) = (meta.clone(), range.clone(), attributes.clone());
+            let whole = got.bytes().await?;
+            let half = whole.slice(..whole.len() / 2);
+            let payload = GetResultPayload::Stream(futures::stream::once(async { Ok(half) }).boxed());
+            return Ok(GetResult { payload, meta, range, attributes });
+        }
+        Ok(got)
+    }
+
+    fn delete_stream(
+        &self,
+        all: BoxStream<'static, object_store::Result<Location>>,
+    ) -> BoxStream<'static, object_store::Result<Location>> {
+        self.0.memory.delete_stream(all)
+    }
+
+    fn list(&self, prefix: Option<&Location>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        self.0.lists.fetch_add(1, Ordering::Relaxed);
+        let (bucket, prefix) = (self.0.clone(), prefix.cloned());
+        let objects = async move {
+            bucket.send().await?;
+            Ok::<_, object_store::Error>(bucket.memory.list(prefix.as_ref()))
+        };
+        futures::stream::once(objects).try_flatten().boxed()
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Location>) -> object_store::Result<ListResult> {
+        self.0.memory.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Location, to: &Location, options: CopyOptions) -> object_store::Result<()> {
+        self.0.memory.copy_opts(from, to, options).await
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
@@ -94,6 +94,15 @@ impl Upload {
             }
         }
         Ok(())
+    }
+
+    /// Moves its folder into another one of the same file system, and tells where it is.
+    pub(super) fn keep_in(self, folder: &Path) -> Result<PathBuf> {
+        let from = self.folder.keep();
+        let to = folder.join(from.file_name().unwrap_or_default());
+        let failed = |e| Error::internal(format!("{} could not be moved: {e}", from.display()));
+        fs::rename(&from, &to).map_err(failed)?;
+        Ok(to)
     }
 
     /// Size of the files that matter.

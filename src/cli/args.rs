@@ -119,10 +119,22 @@ pub struct ServeArgs {
     /// stops at once
     #[arg(long, env = "LORAMUX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
     pub drain_timeout: u64,
+    /// Place that adapters are fetched from when they are asked for: s3://bucket/prefix, gs://…, az://… or https://…, each
+    /// folder in it an adapter, named after it. Keys and endpoints are read from AWS_*, GOOGLE_* and AZURE_*. Repeatable; `,`
+    /// separates several
+    #[arg(long = "source", env = "LORAMUX_SOURCE", value_name = "URL", value_delimiter = ',', hide_env_values = true)]
+    pub source: Vec<String>,
+    /// Seconds from one look at a source for new adapters to the next
+    #[arg(long, env = "LORAMUX_SOURCE_REFRESH", value_name = "SECONDS", default_value_t = 5,
+        value_parser = clap::value_parser!(u64).range(1..))]
+    pub source_refresh: u64,
+    /// Adapters from sources that are kept in the store; those that were used least recently go first
+    #[arg(long, env = "LORAMUX_SOURCE_CACHE", value_name = "SIZE", default_value = "10GiB")]
+    pub source_cache: Bytes,
     /// Let clients name directories of this machine in /v1/load_lora_adapter
     #[arg(long, env = "LORAMUX_ALLOW_LOCAL_PATHS")]
     pub allow_local_paths: bool,
-    /// Let uploads bring chat templates other than the base's: programs that can take any amount of memory
+    /// Let uploads and adapters from sources bring chat templates other than the base's: programs that can take any amount of memory
     #[arg(long, env = "LORAMUX_ALLOW_UPLOADED_TEMPLATES")]
     pub allow_uploaded_templates: bool,
     /// TOML file of API keys, hashed, as `loramux keys new` makes it; read again when it changes. Without it everybody on this

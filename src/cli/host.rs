@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use candle_core::{DType, Device};
 
 use super::args::{Dtype, ModelArgs, Quantize};
-use crate::adapter::{Registry, RegistryOptions};
+use crate::adapter::{Registry, RegistryOptions, Remote};
 use crate::base::matmul::Format;
 use crate::base::parallel;
 use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language};
@@ -21,8 +22,12 @@ pub struct Limits {
     pub max_batch_tokens: usize,
     pub max_queue: usize,
     pub max_upload: u64,
-    /// Whether uploads may bring chat templates.
+    /// Whether uploads and adapters of sources may bring chat templates.
     pub uploaded_templates: bool,
+    /// URLs of places to fetch adapters from.
+    pub sources: Vec<String>,
+    pub source_refresh: Duration,
+    pub source_cache: u64,
 }
 
 /// Everything that answers requests.
@@ -52,6 +57,8 @@ impl Host {
         // Enough for the rows of a large step.
         memory::keep(64 << 20);
         let device = device(&args.device)?;
+        // Before the model, since these may be wrong.
+        let sources = limits.sources.iter().map(|url| Remote::open(url)).collect::<Result<Vec<_>>>()?;
         let base = Base::open(&args.model)?;
         let kernels = Kernels::for_device(&device);
         let (format, dtype) = formats(args, &device)?;
@@ -74,6 +81,9 @@ impl Host {
                 memory: args.adapter_memory.0 as usize,
                 max_upload: limits.max_upload,
                 uploaded_templates: limits.uploaded_templates,
+                sources,
+                source_refresh: limits.source_refresh,
+                source_cache: limits.source_cache,
             },
             metrics.clone(),
         )?;

@@ -95,6 +95,9 @@ fn serve(args: ServeArgs) -> Result<()> {
         max_queue: args.max_queue,
         max_upload: args.max_upload.0,
         uploaded_templates: args.allow_uploaded_templates,
+        sources: args.source,
+        source_refresh: Duration::from_secs(args.source_refresh),
+        source_cache: args.source_cache.0,
     };
     let load = move || {
         let host = Host::start(&args.model, limits)?;

@@ -3,6 +3,7 @@
 use std::io::{BufRead, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -29,6 +30,9 @@ pub(super) async fn start(
         max_queue: 1 << 20,
         max_upload: u64::MAX,
         uploaded_templates: false,
+        sources: vec![],
+        source_refresh: Duration::MAX,
+        source_cache: 0,
     };
     let host = Host::start(args, limits)?;
     let Some(name) = adapter else { return Ok((host, None, store)) };
