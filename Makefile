@@ -22,9 +22,9 @@ build:
 model: build
 	$(CARGO_TARGET_DIR)/release/loramux fetch
 
-test: $(CLIENTS)/ready $(CLIENTS)/peft/ready $(CLIENTS)/prometheus
+test: $(CLIENTS)/ready $(CLIENTS)/peft/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx
 	PYTHONPATH=$(CLIENTS)/python LORAMUX_TEST_PYTHON=$(PYTHON) LORAMUX_TEST_PEFT=$(CLIENTS)/peft \
-	LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus $(CARGO) test
+	LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus LORAMUX_TEST_NGINX=$(CLIENTS)/nginx $(CARGO) test
 
 # The real clients that the tests run against a real server.
 $(CLIENTS)/ready: tests/clients/requirements.txt
@@ -43,10 +43,17 @@ $(CLIENTS)/prometheus:
 	else cd $(CLIENTS)/deb && { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } \
 	&& dpkg -x prometheus_*.deb . && ln -sf deb/usr/bin/prometheus $@; fi
 
+# The same for nginx; its test is skipped where there is none to be had.
+$(CLIENTS)/nginx:
+	mkdir -p $(CLIENTS)/deb
+	if command -v nginx; then ln -sf "$$(command -v nginx)" $@; \
+	elif cd $(CLIENTS)/deb && { apt-get download nginx || { apt-get update && apt-get download nginx; }; } \
+	&& dpkg -x nginx_*.deb . && test -x usr/sbin/nginx; then ln -sf deb/usr/sbin/nginx $@; fi
+
 # Images, units, manifests, alerts and the dashboard in deploy/. What has no program here is skipped, and said to be.
-deploy-check: build $(CLIENTS)/deploy/ready $(CLIENTS)/prometheus
+deploy-check: build $(CLIENTS)/deploy/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx
 	PYTHONPATH=$(CLIENTS)/deploy/python $(PYTHON) deploy/check.py --loramux $(CARGO_TARGET_DIR)/release/loramux \
-	--prometheus $(CLIENTS)/prometheus --modules $(CLIENTS)/deploy/node_modules $(ARGS)
+	--prometheus $(CLIENTS)/prometheus --nginx $(CLIENTS)/nginx --modules $(CLIENTS)/deploy/node_modules $(ARGS)
 
 $(CLIENTS)/deploy/ready: deploy/requirements.txt deploy/checks/package.json
 	$(PYTHON) -m pip install --quiet --upgrade --target $(@D)/python --requirement $<

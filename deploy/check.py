@@ -491,6 +491,23 @@ def check_config(binary, path):
     assert 'model "/nowhere" is nothing that exists here' in output, output
 
 
+# nginx
+
+
+@check
+def nginx(args):
+    """nginx on its configuration, with addresses in place of the replicas' names."""
+    binary = args.nginx if args.nginx and os.path.exists(args.nginx) else program("nginx", "/usr/sbin")
+    text = re.sub(r"loramux-\d:8080", "127.0.0.1:8080", (DEPLOY / "nginx/loramux.conf").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        folders = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
+        path = Path(folder) / "nginx.conf"
+        path.write_text(f"pid {folder}/pid;\nevents {{}}\nhttp {{\naccess_log off;\n{folders}{text}}}\n")
+        complaints = run(binary, "-t", "-q", "-e", "stderr", "-c", path)
+        assert not complaints, complaints
+
+
 # Kubernetes
 
 
@@ -606,7 +623,8 @@ def chart_options(args):
     config = {"adapter-memory": "2GiB", "allow-local-paths": True, "allow-uploaded-templates": False,
               "audit-log": "/var/lib/loramux/audit.jsonl", "device": "cpu", "dtype": "auto", "kv-memory": 1 << 30,
               "max-batch-tokens": 1024, "max-queue": 2_000_000, "max-sequences": 64, "max-upload": "512MiB",
-              "quantize": "q8", "request-timeout": 300, "threads": 0}
+              "quantize": "q8", "request-timeout": 300, "source": ["s3://bucket/adapters"], "source-cache": "1GiB",
+              "source-refresh": 2, "threads": 0}
     config = {key: config.get(key, True) for key in known}
     volume = {"emptyDir": {}}
     values = {"config": config, "adapters": {"volume": volume}, "drainTimeout": 1}
@@ -653,6 +671,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loramux", help="the built program")
     parser.add_argument("--prometheus", help="the program prometheus, with promtool beside it; else those on the PATH")
+    parser.add_argument("--nginx", help="the program nginx; else the one on the PATH")
     parser.add_argument("--modules", help="folder node_modules with what checks/package.json names")
     parser.add_argument("--strict", action="store_true", help="a skipped check fails")
     parser.add_argument("checks", nargs="*", help="only these: " + ", ".join(c.__name__ for c in CHECKS))

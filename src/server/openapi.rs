@@ -237,11 +237,12 @@ pub fn document() -> Value {
         "paths": {
             "/v1/generate": { "post": native_generate },
             "/v1/classify": { "post": native_classify },
-            "/v1/adapters": { "get": plain("List adapters"), "post": post_adapter },
+            "/v1/adapters": { "get": plain("List adapters; one that a source offers has its URL as `source`, and an empty \
+                `generation` in the tier `remote` until it is fetched"), "post": post_adapter },
             "/v1/adapters/{name}": {
                 "get": operation("One adapter", None, vec![name.clone()]),
                 "put": put_adapter,
-                "delete": operation("Remove an uploaded adapter", None, vec![name.clone(), header("If-Match")]),
+                "delete": operation("Remove an uploaded adapter; one of a folder or a source cannot be", None, vec![name.clone(), header("If-Match")]),
             },
             "/v1/adapters/{name}/pin": {
                 "put": operation("Keep an adapter in memory until the server ends", None, vec![name.clone()]),

@@ -29,6 +29,15 @@ impl Server {
         server
     }
 
+    /// With a store and variables of its own.
+    pub async fn start_with(model: &str, extra: &[&str], variables: &[(&str, &str)]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let store = folder.path().join("store");
+        let mut server = Self::listening_with(model, &store, extra, variables).ready().await;
+        server._folder = Some(folder);
+        server
+    }
+
     /// On a store that outlives it.
     pub async fn start_on(model: &str, store: &Path, extra: &[&str]) -> Self {
         Self::listening(model, store, extra).ready().await
@@ -48,17 +57,17 @@ impl Server {
 
     /// One that has a port, and loads its model still.
     pub fn listening(model: &str, store: &Path, extra: &[&str]) -> Self {
-        Self::listening_in(model, store, extra, &[])
+        Self::listening_with(model, store, extra, &[])
     }
 
     /// The same with more environment.
-    pub fn listening_in(model: &str, store: &Path, extra: &[&str], environment: &[(&str, &str)]) -> Self {
+    pub fn listening_with(model: &str, store: &Path, extra: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_loramux"))
             .args(["serve", "--model", model, "--listen", "127.0.0.1:0", "--store"])
             .arg(store)
             .args(extra)
             .env("LORAMUX_LOG", "warn,loramux::server=info")
-            .envs(environment.iter().copied())
+            .envs(variables.iter().copied())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()

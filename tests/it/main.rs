@@ -19,6 +19,7 @@ mod methods;
 mod server;
 mod shapes;
 mod smollm2;
+mod sources;
 mod tiny;
 mod traces;
 mod train;

@@ -51,7 +51,7 @@ async fn a_request_is_a_span_in_the_clients_trace() {
     let tiny = fixtures().join("tiny/llama");
     let environment = [("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()), ("OTEL_BSP_SCHEDULE_DELAY", "100")];
     let base = tiny.join("base").display().to_string();
-    let mut server = Server::listening_in(&base, &folder.path().join("s/store"), &[], &environment).ready().await;
+    let mut server = Server::listening_with(&base, &folder.path().join("s/store"), &[], &environment).ready().await;
     assert_eq!(server.put_directory("a", &tiny.join("adapter_qv_r4")).await.0, 201);
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     let ask = |adapter: &str| {

@@ -173,10 +173,11 @@ function Row({ adapter: a, show, act }: RowProps) {
   const loaded = a.tier === "device";
   // A tenant is not told of others' use of it, nor may change it.
   const shared = a.tier === undefined;
+  const fetched = a.generation !== "";
+  const origins: Record<string, string> = { directory: "from a read-only folder", store: "uploaded" };
   const details = [
-    `alpha ${a.lora_alpha}`,
-    `${count(a.parameters)} parameters`,
-    a.source === "directory" ? "from a read-only folder" : "uploaded",
+    ...(fetched ? [`alpha ${a.lora_alpha}`, `${count(a.parameters)} parameters`] : []),
+    origins[a.source] ?? `from ${a.source}`,
     date(a.created),
   ].join(" · ");
   return (
@@ -193,11 +194,11 @@ function Row({ adapter: a, show, act }: RowProps) {
         </span>
       </th>
       <td>
-        {shared ? "–" : <span class={loaded ? "tier device" : "tier"}>{loaded ? "memory" : "disk"}</span>}
+        {shared ? "–" : <span class={loaded ? "tier device" : "tier"}>{loaded ? "memory" : a.tier}</span>}
         {a.pinned && <span class="tier pinned">pinned</span>}
       </td>
       <td class="number" title={a.target_modules.join(", ")}>
-        {a.rank}
+        {fetched ? a.rank : "–"}
       </td>
       <td class="number" title={`${count(a.bytes)} bytes`}>
         {bytes(a.bytes)}
@@ -221,7 +222,7 @@ function Row({ adapter: a, show, act }: RowProps) {
 function Actions({ adapter: a, show, act }: RowProps) {
   return (
     <>
-      <Action name={a.name} verb="Replace" onClick={() => show("replace", a)} />
+      {a.generation !== "" && <Action name={a.name} verb="Replace" onClick={() => show("replace", a)} />}
       <Action
         name={a.name}
         verb={a.pinned ? "Unpin" : "Pin"}

@@ -5,9 +5,11 @@ import * as key from "./key";
 /** What is optional is not told to a tenant of adapters that are everybody's. */
 export interface Adapter {
   name: string;
+  /** Empty, as what follows it is, until it is fetched: in the tier `remote`. */
   generation: string;
-  source: "directory" | "store";
-  tier?: "device" | "disk";
+  /** `directory`, `store`, or the URL that it is fetched from. */
+  source: string;
+  tier?: "device" | "disk" | "remote";
   rank: number;
   lora_alpha: number;
   target_modules: string[];
