@@ -12,10 +12,13 @@
 //! - [`hosting`]: the cost of hosting and of training, measured; beside the layers that serve
 //! - [`memory`]: what is kept of freed memory
 //! - [`base`]: configuration, weights, tokenizer, chat template and the decoder
+//! - `cuda`: kernels of our own for NVIDIA GPUs, with the feature of that name
 
 pub mod adapter;
 pub mod base;
 pub mod cli;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
 pub mod engine;
 pub mod error;
 pub mod hosting;

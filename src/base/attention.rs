@@ -1,14 +1,19 @@
 //! Attention with grouped queries over the paged KV cache: causal, or an encoder's.
 
 use std::ops::{Deref, Range};
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::Result;
 use crate::base::ModelConfig;
 use crate::base::buffer::Buffer;
 use crate::base::decoder::RowNorm;
 use crate::base::kv::{BLOCK, KvCache, LayerCache, value_width};
+#[cfg(feature = "cuda")]
+use crate::base::paged::tiles::AttentionTiles;
+use crate::base::paged::{Heads, PagedAttention};
 use crate::base::parallel;
 use crate::base::simd::{self, GROUP, LANES, Rows, Simd};
 
@@ -29,7 +34,7 @@ impl SequenceRows<'_> {
         if config.family.is_encoder() { self.start + self.rows.len() } else { position + 1 }
     }
 
-    fn slot(&self, position: usize) -> usize {
+    pub(super) fn slot(&self, position: usize) -> usize {
         self.blocks[position / BLOCK] as usize * BLOCK + position % BLOCK
     }
 }
@@ -70,6 +75,63 @@ impl Rotation {
             o2[i] = (x2[i] * cos[i] + x1[i] * sin[i]) * scale;
         }
         o2[half..].iter_mut().zip(&x2[half..]).for_each(|(o, x)| *o = x * scale);
+    }
+}
+
+/// What the layers' attention over tensors has in common: put on the device once a step.
+pub(super) struct StepTensors {
+    /// Of the rotation, `[rows, half]`; `None` where nothing is turned.
+    rotation: Option<[Tensor; 2]>,
+    /// Slot of each row, once for each number of its keys: `[rows, kv_heads * head_dim]`.
+    slots: Tensor,
+    #[cfg(feature = "cuda")]
+    tiles: OnceLock<(AttentionTiles, crate::cuda::gpu::GpuMemory)>,
+}
+
+impl StepTensors {
+    pub fn new(
+        config: &ModelConfig,
+        rotation: &Rotation,
+        sequences: &[SequenceRows],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let (rows, half) = (sequences.iter().map(|s| s.rows.end).max().unwrap_or(0), rotation.half);
+        let table = |t: &[f32]| Tensor::from_slice(t, (rows, half), device)?.to_dtype(dtype);
+        let rotation = match half {
+            0 => None,
+            _ => Some([table(&rotation.cos)?, table(&rotation.sin)?]),
+        };
+        let mut slots = vec![0u32; rows];
+        for s in sequences {
+            s.rows.clone().enumerate().for_each(|(i, row)| slots[row] = s.slot(s.start + i) as u32);
+        }
+        let width = config.kv_heads * config.head_dim;
+        let slots = Tensor::from_vec(slots, (rows, 1), device)?.broadcast_as((rows, width))?.contiguous()?;
+        Ok(StepTensors {
+            rotation,
+            slots,
+            #[cfg(feature = "cuda")]
+            tiles: OnceLock::new(),
+        })
+    }
+
+    /// The launches, and the address of their words.
+    #[cfg(feature = "cuda")]
+    fn tiles(
+        &self,
+        heads: &Heads,
+        sequences: &[SequenceRows],
+        queries: &Tensor,
+    ) -> Result<Option<(&AttentionTiles, u64)>> {
+        use crate::cuda::{Machine, Memory};
+        let Device::Cuda(device) = queries.device() else { return Ok(None) };
+        if self.tiles.get().is_none() {
+            let tiles = AttentionTiles::new(heads, queries.dtype(), sequences);
+            let words = device.upload(&tiles.words)?;
+            self.tiles.get_or_init(|| (tiles, words));
+        }
+        Ok(self.tiles.get().map(|(tiles, words)| (tiles, words.address())))
     }
 }
 
@@ -233,72 +295,55 @@ impl Target {
     }
 }
 
-/// The same by candle's operations, on any device.
-pub(super) fn tensors(attention: &Attention, qkv: &Tensor, cache: &mut LayerCache) -> Result<Tensor> {
-    let &Attention { config, layer, ref head_norms, rotation, sequences } = attention;
+/// The same for tensors, on any device.
+pub(super) fn tensors(
+    attention: &Attention,
+    qkv: &Tensor,
+    step: &StepTensors,
+    cache: &mut LayerCache,
+) -> Result<Tensor> {
+    let &Attention { config, layer, ref head_norms, sequences, .. } = attention;
     let LayerCache::Tensor { keys, values } = cache else { unreachable!("the decoder made its own cache") };
     let (hd, heads, kv_heads) = (config.head_dim, config.heads, config.kv_heads);
     let (rows, _) = qkv.dims2()?;
-    let (device, dtype) = (qkv.device(), qkv.dtype());
     let turn = |which: usize, x: Tensor, heads: usize| -> Result<Tensor> {
         let mut x = x.reshape((rows * heads, hd))?;
         if let Some(norms) = head_norms {
             x = norms[which].tensor(&x, heads)?;
         }
         let x = x.reshape((rows, heads, hd))?;
-        let (half, turned) = (rotation.half, 2 * rotation.half);
-        if half == 0 {
-            return Ok(x);
-        }
-        let table = |t: &[f32]| Tensor::from_slice(t, (rows, half), device)?.to_dtype(dtype);
+        let Some([cos, sin]) = &step.rotation else { return Ok(x) };
+        let turned = 2 * cos.dims()[1];
         let first = x.narrow(2, 0, turned)?.transpose(0, 1)?.unsqueeze(0)?.contiguous()?;
-        let first = candle_nn::rotary_emb::rope(&first, &table(&rotation.cos)?, &table(&rotation.sin)?)?;
+        let first = candle_nn::rotary_emb::rope(&first, cos, sin)?;
         let first = first.squeeze(0)?.transpose(0, 1)?;
         match turned == hd {
             true => Ok(first.contiguous()?),
             false => Ok(Tensor::cat(&[first, x.narrow(2, turned, hd - turned)?], 2)?),
         }
     };
-    let q = turn(0, qkv.narrow(1, 0, heads * hd)?, heads)?;
+    let q = turn(0, qkv.narrow(1, 0, heads * hd)?, heads)?.reshape((rows, heads * hd))?.contiguous()?;
     let k = turn(1, qkv.narrow(1, heads * hd, kv_heads * hd)?, kv_heads)?.reshape((rows, kv_heads * hd))?;
     let v = qkv.narrow(1, (heads + kv_heads) * hd, kv_heads * hd)?.contiguous()?;
-    let mut slots = vec![0u32; rows];
-    for s in sequences {
-        s.rows.clone().enumerate().for_each(|(i, row)| slots[row] = s.slot(s.start + i) as u32);
-    }
-    let index = Tensor::from_vec(slots, (rows, 1), device)?.broadcast_as((rows, kv_heads * hd))?.contiguous()?;
-    keys.scatter_set(&index, &k, 0)?;
-    values.scatter_set(&index, &v, 0)?;
+    keys.scatter_set(&step.slots, &k, 0)?;
+    values.scatter_set(&step.slots, &v, 0)?;
 
-    let window = config.window(layer).unwrap_or(usize::MAX);
-    let mut out = Vec::with_capacity(sequences.len());
-    for s in sequences {
-        // The first row looks back furthest.
-        let (m, end) = (s.rows.len(), s.start + s.rows.len());
-        let first = (s.start + 1).saturating_sub(window);
-        let length = end - first;
-        let slots: Vec<u32> = (first..end).map(|p| s.slot(p) as u32).collect();
-        let slots = Tensor::from_vec(slots, length, device)?;
-        let fetch =
-            |t: &Tensor| t.index_select(&slots, 0)?.reshape((length, kv_heads, hd))?.transpose(0, 1)?.contiguous();
-        let (k, v) = (fetch(keys)?, fetch(values)?);
-        // Queries that share a key-value head become rows of one product: [kv_heads, group * m, head_dim].
-        let q = q.narrow(0, s.rows.start, m)?.transpose(0, 1)?.contiguous()?;
-        let q = q.reshape((kv_heads, heads / kv_heads * m, hd))?;
-        let mut scores = (q.matmul(&k.t()?)?.to_dtype(DType::F32)? * f64::from(config.attention_scale(layer)))?;
-        if let Some(cap) = config.architecture.attention_softcap {
-            scores = softcap(&scores, cap)?;
-        }
-        let seen = |i: usize, p: usize| p < s.seen(config, s.start + i) && (s.start + i).saturating_sub(p) < window;
-        let mask: Vec<f32> =
-            (0..m).flat_map(|i| (first..end).map(move |p| if seen(i, p) { 0.0 } else { f32::NEG_INFINITY })).collect();
-        let mask = Tensor::from_vec(mask, (1, 1, m, length), device)?;
-        let scores = scores.reshape((kv_heads, heads / kv_heads, m, length))?.broadcast_add(&mask)?;
-        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(dtype)?;
-        let y = weights.reshape((kv_heads, heads / kv_heads * m, length))?.matmul(&v)?;
-        out.push(y.reshape((heads, m, hd))?.transpose(0, 1)?.reshape((m, heads * hd))?);
-    }
-    Ok(Tensor::cat(&out, 0)?)
+    let heads = Heads {
+        kv_heads,
+        group: heads / kv_heads,
+        head_dim: hd,
+        causal: !config.family.is_encoder(),
+        window: config.window(layer),
+        scale: config.attention_scale(layer),
+        softcap: config.architecture.attention_softcap.map(|cap| cap as f32),
+    };
+    let op = PagedAttention {
+        heads,
+        sequences,
+        #[cfg(feature = "cuda")]
+        tiles: step.tiles(&heads, sequences, &q)?,
+    };
+    Ok(q.apply_op3_no_bwd(keys, values, &op)?)
 }
 
 /// `cap * tanh(x / cap)`.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::base::attention::{self, Attention, Rotation, SequenceRows};
+use crate::base::attention::{self, Attention, Rotation, SequenceRows, StepTensors};
 use crate::base::buffer::Buffer;
 use crate::base::kv::KvCache;
 use crate::base::matmul::{self, Batch, Format, PackedMatrix, Product};
@@ -508,6 +508,11 @@ impl Decoder {
         wanted: &[usize],
     ) -> Result<Vec<f32>> {
         let rotation = Rotation::new(&self.config, sequences);
+        let DecoderOptions { device, dtype, .. } = &self.options;
+        let step = match self.options.kernels {
+            Kernels::Packed(_) => None,
+            Kernels::Tensor => Some(StepTensors::new(&self.config, &rotation, sequences, *dtype, device)?),
+        };
         let mut x = self.embed(tokens, sequences, delta)?;
         let norm = |base, site: NormSite| RowNorm { base, own: delta.norms(site) };
         for (l, layer) in self.layers.iter().enumerate() {
@@ -521,12 +526,12 @@ impl Decoder {
             let config = &self.config;
             let attention = Attention { config, layer: l, head_norms, rotation: &rotation, sequences };
             let cache = &mut cache.layers[l];
-            let h = match (&qkv, self.options.kernels) {
-                (Rows::Host { data, .. }, Kernels::Packed(simd)) => {
+            let h = match (&qkv, self.options.kernels, &step) {
+                (Rows::Host { data, .. }, Kernels::Packed(simd), _) => {
                     let data = attention::packed(&attention, simd, data, cache);
                     Rows::Host { data, width: config.heads * config.head_dim }
                 }
-                (Rows::Device(qkv), _) => Rows::Device(attention::tensors(&attention, qkv, cache)?),
+                (Rows::Device(qkv), _, Some(step)) => Rows::Device(attention::tensors(&attention, qkv, step, cache)?),
                 _ => unreachable!("host rows are made by the packed kernels"),
             };
             let h = self.linear(&layer.o, l, Site::O, &h, delta)?;

@@ -21,7 +21,7 @@ pub enum Projection {
 }
 
 /// The linear layers of a block after fusion, and the pooler. An adapter's delta is added at each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Site {
     Qkv,
     O,

@@ -1,15 +1,26 @@
 //! The delta of a step: rows grouped by adapter, each group's through its own factors.
 
 use std::ops::Range;
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
 
 use candle_core::Tensor;
+#[cfg(feature = "cuda")]
+use candle_core::{CudaDevice, DType, Device};
 
+use super::op::AddDelta;
 use super::packed::{Finish, PackedAdapter, PackedSite, Part};
-use super::table::{self, Embedding, LmHead, finish, finish_tensor};
+use super::table::{self, Embedding, LmHead, finish};
+#[cfg(feature = "cuda")]
+use super::tiles::StepTiles;
 use crate::Result;
 use crate::base::matmul::{self, Batch, Product};
 use crate::base::simd::Simd;
 use crate::base::{Delta, Norm, NormSite, Site};
+#[cfg(feature = "cuda")]
+use crate::cuda::gpu::{GpuMemory, tensor_address};
+#[cfg(feature = "cuda")]
+use crate::cuda::{Machine, Memory};
 
 /// Rows of a step that use one adapter.
 pub struct Segment<'a> {
@@ -26,13 +37,20 @@ pub struct BatchDelta<'a> {
     simd: Simd,
     /// In ascending order of rows.
     segments: Vec<Segment<'a>>,
+    #[cfg(feature = "cuda")]
+    on_gpu: OnceLock<(StepTiles, GpuMemory)>,
 }
 
 impl<'a> BatchDelta<'a> {
     /// `segments` in ascending order of rows, without overlap.
     pub fn new(simd: Simd, segments: Vec<Segment<'a>>) -> Self {
         debug_assert!(segments.windows(2).all(|s| s[0].rows.end <= s[1].rows.start));
-        BatchDelta { simd, segments }
+        BatchDelta {
+            simd,
+            segments,
+            #[cfg(feature = "cuda")]
+            on_gpu: OnceLock::new(),
+        }
     }
 
     /// The segments whose adapter has a part of this kind.
@@ -42,6 +60,23 @@ impl<'a> BatchDelta<'a> {
 
     fn sites(&self, layer: usize, site: Site) -> Vec<(&Range<usize>, &'a PackedSite)> {
         self.with(|adapter| adapter.sites.get(&(layer, site)))
+    }
+
+    /// The launches of all layers, laid out and uploaded when the first one asks.
+    #[cfg(feature = "cuda")]
+    fn on_gpu(&self, device: &CudaDevice, dtype: DType) -> Result<&(StepTiles, GpuMemory)> {
+        if let Some(there) = self.on_gpu.get() {
+            return Ok(there);
+        }
+        let mut step = StepTiles::default();
+        let mut places: Vec<_> = self.segments.iter().flat_map(|s| s.adapter.sites.keys().copied()).collect();
+        places.sort_unstable();
+        places.dedup();
+        for (layer, site) in places {
+            step.add((layer, site), &self.sites(layer, site), dtype, &mut tensor_address)?;
+        }
+        let words = device.upload(&step.words)?;
+        Ok(self.on_gpu.get_or_init(|| (step, words)))
     }
 
     fn embeddings(&self) -> Vec<(&Range<usize>, &Embedding)> {
@@ -84,29 +119,18 @@ impl<'a> Delta for BatchDelta<'a> {
     }
 
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor> {
-        let mut y = y;
-        for (rows, site) in self.sites(layer, site) {
-            let rows_of = |t: &Tensor| t.narrow(0, rows.start, rows.len());
-            let mut part_of_y = rows_of(&y)?;
-            if let Some(a) = &site.a {
-                let h = rows_of(x)?.matmul(&a.tensor().t()?)?;
-                for part in &site.parts {
-                    let b = part.b.tensor().t()?;
-                    let (rank, n) = b.dims2()?;
-                    let h = h.narrow(1, part.rank_start, rank)?.contiguous()?;
-                    let delta = (h.matmul(&b)? * part.scale as f64)?;
-                    let sum = (part_of_y.narrow(1, part.column, n)? + delta)?;
-                    part_of_y = part_of_y.slice_assign(&[0..rows.len(), part.column..part.column + n], &sum)?;
-                }
-            }
-            for Finish { columns, gain, shift } in &site.finishes {
-                let part = part_of_y.narrow(1, columns.start, columns.len())?;
-                let part = finish_tensor(gain, shift, part)?;
-                part_of_y = part_of_y.slice_assign(&[0..rows.len(), columns.clone()], &part)?;
-            }
-            let width = part_of_y.dims()[1];
-            y = y.slice_assign(&[rows.clone(), 0..width], &part_of_y)?;
+        let sites = self.sites(layer, site);
+        if sites.is_empty() {
+            return Ok(y);
         }
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = x.device() {
+            let (step, words) = self.on_gpu(device, x.dtype())?;
+            let tiles = &step.sites[&(layer, site)];
+            y.inplace_op2(&x.contiguous()?, &AddDelta::on_gpu((tiles, words.address())))?;
+            return Ok(y);
+        }
+        y.inplace_op2(&x.contiguous()?, &AddDelta::plain(sites))?;
         Ok(y)
     }
 

@@ -3,8 +3,11 @@
 
 mod delta;
 mod dora;
+mod op;
 mod packed;
 mod table;
+#[cfg(any(feature = "cuda", test))]
+mod tiles;
 
 pub use delta::{BatchDelta, Segment};
 pub use packed::PackedAdapter;

@@ -19,6 +19,8 @@ pub(super) struct PackedSite {
     pub a: Option<Factor>,
     pub parts: Vec<Part>,
     pub finishes: Vec<Finish>,
+    /// Outputs of the fused layer.
+    pub width: usize,
 }
 
 /// What follows the products with a projection's weights and pair: `y = gain * y + shift`. The base's bias comes after it,
@@ -59,6 +61,18 @@ impl Factor {
             }),
             Kernels::Tensor => Factor::Tensor(tensor(rows, (n, k), base)?),
         })
+    }
+
+    /// The same, but a tensor's numbers lie column by column: neighbours are what neighbouring output features have of one
+    /// input feature, which the kernels of a GPU read together.
+    pub fn by_columns(rows: &[f32], n: usize, k: usize, base: &DecoderOptions) -> Result<Self> {
+        match base.kernels {
+            Kernels::Packed(_) => Factor::new(rows, n, k, base),
+            Kernels::Tensor => {
+                let turned: Vec<f32> = (0..k).flat_map(|i| (0..n).map(move |j| rows[j * k + i])).collect();
+                Ok(Factor::Tensor(tensor(&turned, (k, n), base)?.t()?))
+            }
+        }
     }
 
     pub fn bytes(&self) -> usize {
@@ -179,7 +193,7 @@ impl PackedAdapter {
                         shift =
                             pair.bias.as_ref().map(|bias| bias.iter().map(|b| pair.scale * b).collect::<Vec<f32>>());
                         a.extend_from_slice(&pair.a);
-                        let b = Factor::new(&pair.b, n, pair.rank, options)?;
+                        let b = Factor::by_columns(&pair.b, n, pair.rank, options)?;
                         parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
                         ranks += pair.rank;
                     }
@@ -198,7 +212,7 @@ impl PackedAdapter {
                 }
                 if !(parts.is_empty() && finishes.is_empty()) {
                     let a = (ranks > 0).then(|| Factor::new(&a, ranks, width, options)).transpose()?;
-                    sites.insert((layer, site), PackedSite { a, parts, finishes });
+                    sites.insert((layer, site), PackedSite { a, parts, finishes, width: column });
                 }
             }
         }
