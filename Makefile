@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 DATA := $(abspath $(CARGO_TARGET_DIR))/data
 
-.PHONY: serve build model test deploy-check bench-train bench-methods adapters lint page page-check page-test
+.PHONY: serve build model test deploy-check bench-train bench-methods adapters cuda-check lint page page-check page-test
 
 serve: build model
 	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
@@ -84,6 +84,13 @@ adapters: model $(DATA)/ready $(CLIENTS)/peft/ready
 $(DATA)/ready: recipes/data.py recipes/book-reviews-train.csv
 	$(PYTHON) recipes/data.py $(DATA)
 	touch $@
+
+# The CUDA kernels for GPUs of compute capability 8.0 and 9.0, none of which may spill a register. Takes nvcc, and no GPU.
+cuda-check:
+	mkdir -p $(CARGO_TARGET_DIR)/kernels
+	set -e; cd src/cuda/kernels; for name in lora attention; do for sm in 80 90; do \
+	nvcc -std=c++17 -O3 -cubin -arch=sm_$$sm -Xptxas -v,--warn-on-spills,-Werror -Werror all-warnings \
+	-o $(abspath $(CARGO_TARGET_DIR))/kernels/$$name.$$sm.cubin $$name.cu; done; done
 
 lint:
 	$(CARGO) fmt --check

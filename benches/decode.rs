@@ -5,16 +5,17 @@
 //!     cargo bench --bench decode -- int8 model=llama-1b.gguf   # see serve/shape.py
 //!     cargo bench --bench decode -- 8 32 steps=300    # only so many rows, and longer, to profile
 //!     cargo bench --bench decode -- prompt=512 threads=4 json   # one prompt of so many tokens; a JSON object a line
+//!     cargo bench --features cuda --bench decode -- device=cuda dtype=bf16
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 use loramux::adapter::{Adapter, Generation, LoraPair};
 use loramux::base::matmul::Format;
-use loramux::base::{BLOCK, Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels, parallel};
+use loramux::base::{BLOCK, Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels, device, parallel};
 use loramux::engine::{Model, Output, Runner, Work};
 use loramux::lora::PackedAdapter;
 use serde_json::json;
@@ -80,9 +81,11 @@ fn main() {
     let other = value("model");
     let json = has("json");
     let base = Base::open(other.as_deref().unwrap_or(DEFAULT_MODEL)).expect("a model");
-    let kernels = Kernels::for_device(&Device::Cpu);
+    let device = device::open(value("device").as_deref().unwrap_or("cpu")).expect("a device");
+    let kernels = Kernels::for_device(&device);
     let format = has("int8").then_some(Format::Int8);
-    let options = DecoderOptions { device: Device::Cpu, kernels, format, dtype: DType::F32 };
+    let dtype = value("dtype").map_or(DType::F32, |name| name.parse().expect("numbers that candle has"));
+    let options = DecoderOptions { device, kernels, format, dtype };
     let decoder = Arc::new(Decoder::load(&base.config, &base.weights, options).expect("weights"));
     let mut runner = Runner::new(decoder.clone(), 256 << 20).expect("cache");
     let adapter = |i: usize| {

@@ -89,8 +89,36 @@ impl Error {
 
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
-        Error::internal(e)
+        let message = e.to_string();
+        match cuda_advice(&message) {
+            // What candle says has a backtrace in it where one is asked for.
+            Some(advice) => Error::internal(format!("{advice} ({})", message.lines().next().unwrap_or_default())),
+            None => Error::internal(message),
+        }
     }
+}
+
+/// What to do about an error of CUDA's, which is known by its name in the driver's interface.
+fn cuda_advice(message: &str) -> Option<&'static str> {
+    const ADVICE: [(&str, &str); 7] = [
+        ("CUDA_ERROR_NO_DEVICE", "there is no NVIDIA GPU here; see nvidia-smi, and in a container --gpus all"),
+        ("CUDA_ERROR_INVALID_DEVICE", "there is no GPU of that number; nvidia-smi -L lists them, from 0 on"),
+        ("CUDA_ERROR_STUB_LIBRARY", "libcuda is the toolkit's stub; the NVIDIA driver's own has to come first"),
+        (
+            "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+            "the NVIDIA driver's parts are of different versions; restart the machine",
+        ),
+        (
+            "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+            "the NVIDIA driver is older than the CUDA that this program was built with",
+        ),
+        ("CUDA_ERROR_INSUFFICIENT_DRIVER", "the NVIDIA driver is older than the CUDA that this program was built with"),
+        (
+            "CUDA_ERROR_OUT_OF_MEMORY",
+            "the GPU's memory is full; less of --kv-memory, --adapter-memory or --max-batch-tokens leaves room",
+        ),
+    ];
+    ADVICE.into_iter().find(|(name, _)| message.contains(name)).map(|(_, advice)| advice)
 }
 
 impl From<std::io::Error> for Error {
@@ -109,5 +137,20 @@ pub(crate) fn shorten(text: &str, length: usize) -> String {
     match text.char_indices().nth(length) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_cuda_say_what_to_do() {
+        let of = |text: &str| Error::from(candle_core::Error::Msg(text.into())).message;
+        let error = of("DriverError(CUDA_ERROR_NO_DEVICE, \"no CUDA-capable device is detected\")\n   0: a backtrace");
+        assert!(error.starts_with("there is no NVIDIA GPU here") && error.contains("CUDA_ERROR_NO_DEVICE"), "{error}");
+        assert!(!error.contains("backtrace"), "{error}");
+        assert!(of("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")").contains("--kv-memory"));
+        assert_eq!(of("shapes differ"), "shapes differ");
     }
 }

@@ -10,7 +10,7 @@ use super::args::{Dtype, ModelArgs, Quantize};
 use crate::adapter::{Registry, RegistryOptions, Remote};
 use crate::base::matmul::Format;
 use crate::base::parallel;
-use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language};
+use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language, device};
 use crate::engine::{Engine, EngineOptions, Runner};
 use crate::metrics::Metrics;
 use crate::{Error, Result, memory};
@@ -56,12 +56,13 @@ impl Host {
         }
         // Enough for the rows of a large step.
         memory::keep(64 << 20);
-        let device = device(&args.device)?;
+        let device = device::open(&args.device)?;
         // Before the model, since these may be wrong.
         let sources = limits.sources.iter().map(|url| Remote::open(url)).collect::<Result<Vec<_>>>()?;
         let base = Base::open(&args.model)?;
         let kernels = Kernels::for_device(&device);
         let (format, dtype) = formats(args, &device)?;
+        device::check(&device, &base.config, dtype, args.kv_memory.0, args.adapter_memory.0)?;
         let metrics = Arc::new(Metrics::new());
         let device_name = if device.is_cpu() { "cpu" } else { "cuda" };
         tracing::info!("loading {} on {}", base.id, device_name);
@@ -112,19 +113,6 @@ impl Host {
             decoder,
             labels,
         })
-    }
-}
-
-/// The device of a name in `--device`.
-pub fn device(name: &str) -> Result<Device> {
-    let cuda =
-        |ordinal: usize| Device::new_cuda(ordinal).map_err(|e| Error::bad_request(format!("--device {name}: {e}")));
-    match name.split_once(':') {
-        None if name == "cpu" => Ok(Device::Cpu),
-        None if name == "cuda" => cuda(0),
-        None if name == "auto" => Ok(Device::cuda_if_available(0)?),
-        Some(("cuda", n)) if n.parse::<usize>().is_ok() => cuda(n.parse().unwrap_or(0)),
-        _ => Err(Error::bad_request(format!("--device is {name:?}; expected auto, cpu, cuda or cuda:N"))),
     }
 }
 

@@ -18,7 +18,6 @@ use tokio::sync::Semaphore;
 
 pub(crate) use adapters::push;
 pub(crate) use client::Client;
-pub(crate) use host::device;
 
 use args::{BenchCommand, Cli, Command, ServeArgs};
 use host::{Host, Limits};

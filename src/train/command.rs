@@ -23,8 +23,8 @@ use super::push::Push;
 use super::random;
 use super::table::{self, Record};
 use super::trainer::{Account, Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
-use crate::base::Base;
-use crate::{Error, Result, cli, memory};
+use crate::base::{Base, device};
+use crate::{Error, Result, memory};
 
 /// Largest rank, as the server takes it.
 const MAX_RANK: usize = 4096;
@@ -278,7 +278,7 @@ fn fingerprint(settings: &[(&str, String)], data: &Data, init: Option<&Path>) ->
 
 /// Where the options say that it is to be trained, and in which numbers.
 fn held(run: &RunArgs) -> Result<Held> {
-    let device = cli::device(&run.device)?;
+    let device = device::open(&run.device)?;
     let dtype = match run.compute {
         None if device.is_cpu() => DType::F32,
         None | Some(args::Dtype::Bf16) => DType::BF16,
