@@ -3,7 +3,7 @@
 # decode.rs. The machine with the GPU needs its driver, and neither a network nor Rust.
 #
 #   benches/gpu.sh pack DIR [MODEL]   on a machine with nvcc: puts programs, fixtures, this script (and a model's folder) there
-#   DIR/gpu.sh run [DEVICE]           on the machine with the GPU (default cuda); CUDA's libraries may lie in DIR/lib
+#   DIR/gpu.sh run [DEVICE NUMBERS]   on the machine with the GPU (default cuda 'f32 bf16'); CUDA's libraries may lie in DIR/lib
 set -euo pipefail
 
 pack() {
@@ -27,7 +27,7 @@ for line in sys.stdin:
 }
 
 run() {
-  local here device=${1:-cuda} failed=0 dtype
+  local here device=$1 numbers=$2 failed=0 dtype
   here=$(cd "$(dirname "$0")" && pwd)
   export LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
   if [ "${device#cuda}" != "$device" ]; then
@@ -35,11 +35,11 @@ run() {
   fi
   echo "| model | numbers | what | result | verdict |"
   echo "|---|---|---|---|---|"
-  for dtype in f32 bf16; do
+  for dtype in $numbers; do
     "$here/device" "$here/tiny" "$device" "$dtype" || failed=1
   done
   if [ -d "$here/model" ]; then
-    for dtype in f32 bf16; do
+    for dtype in $numbers; do
       "$here/decode" json "device=$device" "dtype=$dtype" "model=$here/model" | python3 -c '
 import json, sys
 for line in sys.stdin:
@@ -55,6 +55,6 @@ for line in sys.stdin:
 
 case ${1:-} in
   pack) pack "${2:?DIR}" "${3:-}" ;;
-  run) run "${2:-cuda}" ;;
+  run) run "${2:-cuda}" "${3:-f32 bf16}" ;;
   *) sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//' ;;
 esac
