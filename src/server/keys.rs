@@ -261,10 +261,14 @@ pub fn create(path: &Path, id: &str, entry: impl FnOnce(String) -> Entry) -> Res
     let entry = entry(hexadecimal(&hash(&secret)));
     let lines = toml::to_string(&BTreeMap::from([("keys", BTreeMap::from([(id, entry)]))])).map_err(Error::internal)?;
     let gap = if before.is_empty() { "" } else { "\n" };
-    // Beside the file and then in its place, so that a server that reads it sees all or nothing; and for no one else's eyes.
+    // Beside the file and then in its place, so that a server that reads it sees all or nothing; a new one is for its owner alone.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut new = tempfile::NamedTempFile::new_in(folder).map_err(|e| wrong(e.to_string()))?;
     new.write_all(format!("{}{gap}{lines}", before).as_bytes())?;
+    // Its owner may have let the server's user read it.
+    if let Ok(old) = std::fs::metadata(path) {
+        new.as_file().set_permissions(old.permissions())?;
+    }
     new.as_file().sync_all()?;
     // As a whole once more: what would not be read must not be written.
     Keys::read(new.path(), &Keys::default())?;
@@ -323,7 +327,11 @@ mod tests {
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
-            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o077, 0);
+            let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode(), 0o600);
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+            create(&path, "three", entry).unwrap();
+            assert_eq!(mode(), 0o640);
         }
     }
 
