@@ -7,7 +7,7 @@ use crate::engine::detokenizer::{Detokenizer, Vocabulary};
 use crate::engine::grammar::Matcher;
 use crate::engine::sampler::{Sampler, likeliest, log_sum_exp};
 use crate::engine::stop::StopMatcher;
-use crate::engine::{Choice, FinishReason, Generate, TokenLogprob};
+use crate::engine::{Choice, FinishReason, Generate, Grammar, TokenLogprob};
 
 /// Everything of a choice that goes on from step to step, but its tokens. It does not change when the sequence is
 /// preempted and computed again, so neither does what comes out.
@@ -15,7 +15,7 @@ use crate::engine::{Choice, FinishReason, Generate, TokenLogprob};
 pub struct Continuation {
     index: usize,
     generate: Arc<Generate>,
-    /// Where the text is in its grammar.
+    /// Where the text is in its grammar; there from the first token on, for copying the grammar's state takes a while.
     matcher: Option<Matcher>,
     sampler: Sampler,
     detokenizer: Detokenizer,
@@ -30,7 +30,7 @@ impl Continuation {
         let seed = seed.wrapping_add(index as u64);
         Continuation {
             index,
-            matcher: generate.grammar.as_ref().map(|grammar| grammar.matcher()),
+            matcher: None,
             sampler: Sampler::new(generate.sampling.clone(), prompt, seed),
             detokenizer: Detokenizer::default(),
             stop: StopMatcher::new(&generate.stop, generate.include_stop),
@@ -53,6 +53,9 @@ impl Continuation {
         eos_tokens: &[u32],
     ) -> Result<Choice> {
         let raw = self.generate.logprobs.map(|_| logits.to_vec());
+        if self.drawn == 0 {
+            self.matcher = self.generate.grammar.as_ref().map(Grammar::matcher);
+        }
         self.drawn += 1;
         let mut choice = Choice { index: self.index, ..Choice::default() };
         if let Some(matcher) = &mut self.matcher {

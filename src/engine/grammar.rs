@@ -444,13 +444,16 @@ pub(super) mod tests {
                 // The model has more logits than the vocabulary has tokens.
                 let mut logits = vec![0.0; words.len() + 3];
                 let any = matcher.mask(&mut logits, &refused);
+                match any {
+                    Ok(any) => prop_assert!(any == expected.contains(&true) && (any || is_complete)),
+                    Err(e) => {
+                        prop_assert!(!expected.contains(&true) && !is_complete, "{} after {:?}", e, text);
+                        break;
+                    }
+                }
                 let allowed: Vec<bool> = logits.iter().map(|logit| *logit == 0.0).collect();
                 prop_assert_eq!(&allowed[..words.len()], &expected, "after {:?}", text);
                 prop_assert!(!allowed[words.len()..].contains(&true));
-                match any {
-                    Ok(any) => prop_assert!(any == expected.contains(&true) && (any || is_complete)),
-                    Err(e) => prop_assert!(!expected.contains(&true) && !is_complete, "{}", e),
-                }
                 let next: Vec<usize> = (0..words.len()).filter(|&id| expected[id] && is_text(id)).collect();
                 if next.is_empty() {
                     break;

@@ -43,10 +43,10 @@ assert stopped.details.finish_reason == "stop_sequence", stopped
 answer = {"type": "object", "properties": {"good": {"type": "boolean"}, "stars": {"type": "integer", "minimum": 1,
           "maximum": 5}}, "required": ["good", "stars"], "additionalProperties": False}
 form = {"type": "json_object", "schema": answer}
-formed = client.generate(prompt, adapter_id=ADAPTER, response_format=form, max_new_tokens=100)
+formed = client.generate(prompt, adapter_id=ADAPTER, response_format=form, max_new_tokens=400)
 value = json.loads(formed.generated_text)
 assert isinstance(value["good"], bool) and value["stars"] in range(1, 6) and len(value) == 2, value
-streamed = list(client.generate_stream(prompt, adapter_id=ADAPTER, response_format=form, max_new_tokens=100))
+streamed = list(client.generate_stream(prompt, adapter_id=ADAPTER, response_format=form, max_new_tokens=400))
 assert streamed[-1].generated_text == formed.generated_text, streamed
 
 # Several adapters as one. With a weight of nearly nothing the base is left.

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Literal
+from typing import List, Literal
 
 import openai
 import pydantic
@@ -130,7 +130,7 @@ class Pet(pydantic.BaseModel):
     name: str = pydantic.Field(max_length=20)
     kind: Literal["cat", "dog"]
     age: int = pydantic.Field(ge=0, le=30)
-    friends: list[Literal["bird", "fish"]] = pydantic.Field(max_length=2)
+    friends: List[Literal["bird", "fish"]] = pydantic.Field(max_length=2)
 
 
 pets = [{"role": "user", "content": "Describe a pet as JSON."}]
