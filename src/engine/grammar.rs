@@ -525,7 +525,7 @@ pub(super) mod tests {
                 break;
             }
             let mut allowed = (0..256u32).filter(|&id| logits[id as usize] == 0.0);
-            let token = if last { allowed.last() } else { allowed.next() }.unwrap();
+            let token = if last { allowed.next_back() } else { allowed.next() }.unwrap();
             text.push(token as u8);
             if matcher.take(token).unwrap() {
                 break;
@@ -618,7 +618,7 @@ pub(super) mod tests {
                     // Too complex to go on is an answer too.
                     let Ok(true) = matcher.mask(&mut logits, &[256]) else { break };
                     let mut allowed = (0..256u32).filter(|&id| logits[id as usize] == 0.0);
-                    let token = if last { allowed.last() } else { allowed.next() }.unwrap();
+                    let token = if last { allowed.next_back() } else { allowed.next() }.unwrap();
                     if matcher.take(token).unwrap_or(true) {
                         break;
                     }

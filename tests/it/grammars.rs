@@ -57,11 +57,14 @@ fn is_pair(text: &str) -> bool {
     }
 }
 
+/// Tells whether a text is what was asked for.
+type Check = fn(&str) -> bool;
+
 /// Every way to ask, and what the answer then is.
-fn ways() -> Vec<(Value, fn(&str) -> bool)> {
+fn ways() -> Vec<(Value, Check)> {
     let (colours, year) = (json!(["red", "green", "blue-green"]), json!("19[0-9]{2}"));
     let named = json!({ "name": "person", "schema": schema(), "strict": true });
-    let is_person: fn(&str) -> bool = is_person;
+    let is_person: Check = is_person;
     vec![
         (json!({ "response_format": { "type": "json_schema", "json_schema": named } }), is_person),
         (json!({ "response_format": { "type": "json_object", "schema": schema() } }), is_person),
