@@ -22,7 +22,7 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             for a in rows {
                 let text = |key: &str| a[key].as_str().unwrap_or("-").to_string();
                 // As texts: a JSON value does not take a width.
-                let number = |key: &str| a[key].to_string();
+                let number = |key: &str| if a[key].is_null() { "-".to_string() } else { a[key].to_string() };
                 let generation: String = text("generation").chars().take(12).collect();
                 println!(
                     "{:<32} {generation:<12} {:<6} {:>5} {:>12} {:>10}",
