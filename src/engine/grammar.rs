@@ -20,8 +20,13 @@ use crate::engine::Vocabulary;
 use crate::error::shorten;
 use crate::{Error, Result};
 
-/// Longest schema, regular expression or grammar, and all choices together, in bytes.
+/// Longest schema, and all choices together, in bytes.
 const MAX_SOURCE: usize = 128 << 10;
+/// All regular expressions of a constraint together: what they take to compile can grow with the square of their length, 65 s for
+/// `a?` 30,000 times.
+const MAX_REGEX: usize = 8 << 10;
+/// Longest grammar, of which much can be regular expressions.
+const MAX_LARK: usize = 16 << 10;
 /// Grammars that are compiled at the same time.
 const PLACES: usize = 2;
 /// How long one waits for its place, and then how long it may take.
@@ -57,20 +62,30 @@ pub enum Constraint {
 }
 
 impl Constraint {
-    fn bytes(&self) -> usize {
-        match self {
-            Constraint::Json(schema) => schema.to_string().len(),
-            Constraint::Regex(text) | Constraint::Lark(text) => text.len(),
-            Constraint::Choice(choices) => choices.iter().map(String::len).sum(),
+    /// Errors: `BadRequest` for one that would take too long.
+    fn check_size(&self) -> Result<()> {
+        let (bytes, limit) = match self {
+            Constraint::Json(schema) => (schema.to_string().len(), MAX_SOURCE),
+            Constraint::Choice(choices) => (choices.iter().map(String::len).sum(), MAX_SOURCE),
+            Constraint::Regex(text) => (text.len(), MAX_REGEX),
+            Constraint::Lark(text) => (text.len(), MAX_LARK),
+        };
+        if bytes > limit {
+            return Err(Error::bad_request(format!("it has {bytes} bytes; the limit is {limit}")));
         }
+        if let Constraint::Json(schema) = self {
+            let bytes = patterns(schema);
+            if bytes > MAX_REGEX {
+                let what = format!("its patterns have {bytes} bytes together; the limit is {MAX_REGEX}");
+                return Err(Error::bad_request(what));
+            }
+        }
+        Ok(())
     }
 
     /// For llguidance. Errors: `BadRequest`.
     fn source(&self) -> Result<TopLevelGrammar> {
-        let bytes = self.bytes();
-        if bytes > MAX_SOURCE {
-            return Err(Error::bad_request(format!("it has {bytes} bytes; the limit is {MAX_SOURCE}")));
-        }
+        self.check_size()?;
         Ok(match self {
             Constraint::Json(schema) => TopLevelGrammar::from_json_schema(with_bounded_space(schema)),
             Constraint::Regex(regex) => {
@@ -90,6 +105,29 @@ impl Constraint {
             Constraint::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
         })
     }
+}
+
+/// Bytes of all that may be a regular expression in a schema.
+fn patterns(schema: &Value) -> usize {
+    let mut left = vec![schema];
+    let mut bytes = 0;
+    while let Some(value) = left.pop() {
+        match value {
+            Value::Object(map) => {
+                for (key, value) in map {
+                    bytes += match (key.as_str(), value) {
+                        ("patternProperties", Value::Object(properties)) => properties.keys().map(String::len).sum(),
+                        (_, Value::String(text)) if key.contains("pattern") => text.len(),
+                        _ => 0,
+                    };
+                    left.push(value);
+                }
+            }
+            Value::Array(list) => left.extend(list),
+            _ => {}
+        }
+    }
+    bytes
 }
 
 /// The schema with [`JSON_SPACE`], unless it has its own mind about space in `x-guidance`, where llguidance's options stand.
@@ -356,7 +394,7 @@ pub(super) mod tests {
         Constraint::Regex(text.into())
     }
 
-    /// A constraint, its texts of up to nine of the characters a, b and é, and all beginnings of these.
+    /// A constraint, its texts of up to nine of the characters a, b and é or more, and all beginnings of these.
     struct Language {
         constraint: Constraint,
         texts: HashSet<Vec<u8>>,
@@ -373,10 +411,12 @@ pub(super) mod tests {
             }
             from = until;
         }
-        let language = |constraint: Constraint, has: &dyn Fn(&str) -> bool| {
-            let texts: HashSet<Vec<u8>> = all.iter().filter(|text| has(text)).map(|text| text.clone().into()).collect();
+        let of = |constraint: Constraint, texts: HashSet<Vec<u8>>| {
             let beginnings = texts.iter().flat_map(|text| (0..=text.len()).map(|end| text[..end].to_vec())).collect();
             Language { constraint, texts, beginnings }
+        };
+        let language = |constraint: Constraint, has: &dyn Fn(&str) -> bool| {
+            of(constraint, all.iter().filter(|text| has(text)).map(|text| text.clone().into()).collect())
         };
         let mut languages: Vec<Language> =
             ["a*b", "(ab|é)+", "a?é?b?", "(a|ab|abé)b*", "[ab]{2,4}", "é(a|b)*", "^(aa|bb|éé){1,2}$", "[^a]*", "é"]
@@ -389,10 +429,9 @@ pub(super) mod tests {
         let choices = ["a", "ab", "abé", "éa"];
         languages.push(language(Constraint::Choice(choices.map(String::from).into()), &|text| choices.contains(&text)));
         let nested = "start: \"a\" start \"b\" | \"é\"";
-        languages.push(language(Constraint::Lark(nested.into()), &|text| {
-            let n = text.chars().count() / 2;
-            text == format!("{}é{}", "a".repeat(n), "b".repeat(n))
-        }));
+        // As long as its longest beginnings need: of six times a, thirteen characters.
+        let texts = (0..8).map(|n| format!("{}é{}", "a".repeat(n), "b".repeat(n)).into_bytes()).collect();
+        languages.push(of(Constraint::Lark(nested.into()), texts));
         languages
     });
 
@@ -511,7 +550,12 @@ pub(super) mod tests {
         for text in ["", "begin: \"a\"", "start: \"a", "start: no_such", "root ::= \"a\"", "{\"grammars\": []}"] {
             error(Constraint::Lark(text.into()));
         }
-        assert!(error(regex(&"a".repeat(MAX_SOURCE + 1))).message.contains("limit"));
+        let long = "a?".repeat(MAX_REGEX / 2);
+        assert!(error(regex(&format!("{long}b"))).message.contains("limit"));
+        assert!(error(Constraint::Lark(format!("start: /{}/", "a?".repeat(MAX_LARK / 2)))).message.contains("limit"));
+        assert!(json(json!({ "items": [{ "pattern": long }, { "pattern": "a" }] })).contains("patterns"));
+        assert!(json(json!({ "patternProperties": { long + "a": {} } })).contains("patterns"));
+        assert!(json(json!({ "const": "a".repeat(MAX_SOURCE) })).contains("limit"));
         // The end of a multi-byte character lies where the message is cut.
         error(Constraint::Json(json!({ "type": format!("{}é", "x".repeat(98)) })));
     }
