@@ -31,6 +31,7 @@ def arguments():
     parser.add_argument("--clients", type=int, default=2, help="of the tenant that is looked at")
     parser.add_argument("--times", type=int, default=50, help="as many clients of the other")
     parser.add_argument("--requests", type=int, default=40, help="of each client that is looked at, in a run")
+    parser.add_argument("--flood-requests", type=int, default=40, help="of each other client; they must outlast a run")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=3)
@@ -56,7 +57,7 @@ def measured(args, server, key, seed):
 @contextlib.contextmanager
 def flood(args, server, key, seed):
     """The other tenant's requests, from when its queue is full to the end of the block."""
-    command, environment = load(args, server, key, args.clients * args.times, 10_000, seed)
+    command, environment = load(args, server, key, args.clients * args.times, args.flood_requests, seed)
     with open(args.work / "flood.log", "w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as one:
         try:
             start = time.monotonic()
