@@ -234,6 +234,7 @@ pub enum KeysCommand {
         /// Whose key it is: it sees this tenant's adapters and those of no tenant. Without it, it sees all
         #[arg(long, value_name = "NAME")]
         tenant: Option<String>,
+        /// To generate, classify or tokenize
         #[arg(long, value_name = "N")]
         requests_per_minute: Option<NonZeroU32>,
         /// Of prompts and answers together

@@ -109,7 +109,7 @@ impl Caller {
 pub fn late() -> Error {
     Error::new(
         ErrorKind::Timeout,
-        "the request's time is over; it was given up. x-request-timeout gives it more seconds",
+        "the request's time, of x-request-timeout or --request-timeout, is over; it was given up",
     )
 }
 
