@@ -30,6 +30,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use actix_web::dev::Payload;
+use actix_web::guard::{self, Guard};
+use actix_web::http::header::{ALLOW, HeaderValue};
 use actix_web::http::{Method, StatusCode};
 use actix_web::web::{self, Data};
 use actix_web::{App, FromRequest, HttpRequest, HttpResponse, HttpServer, ResponseError};
@@ -151,6 +153,7 @@ async fn ready(state: Shared) -> HttpResponse {
 
 async fn metrics(state: Shared, caller: Caller) -> HttpResponse {
     state.registry.update_metrics();
+    state.metrics.queue_length.set(state.engine.load().0 as i64);
     let text = match caller.tenant() {
         None => state.metrics.render(),
         Some(_) => state.metrics.render_of(|adapter| caller.called(adapter).filter(|name| *name != adapter)),
@@ -169,7 +172,11 @@ async fn no_route(http: actix_web::HttpRequest) -> HttpResponse {
 
 async fn no_method(http: actix_web::HttpRequest) -> HttpResponse {
     let what = format!("{} does not go with {}; see /openapi.json", http.method(), http.path());
-    ApiError::with_status(StatusCode::METHOD_NOT_ALLOWED, &what).error_response()
+    let mut response = ApiError::with_status(StatusCode::METHOD_NOT_ALLOWED, &what).error_response();
+    if let Ok(allowed) = HeaderValue::from_str(&allowed(http.match_pattern().as_deref()).join(", ")) {
+        response.headers_mut().insert(ALLOW, allowed);
+    }
+    response
 }
 
 /// One table for the routes themselves, for what each asks of its callers, and for the check that the OpenAPI document has them
@@ -178,7 +185,9 @@ macro_rules! routes {
     ($($path:literal: $($method:ident $need:ident => $handler:expr),+;)+) => {
         fn routes(config: &mut web::ServiceConfig) {
             $(config.service(
-                web::resource($path)$(.route(web::$method().to($handler)))+.default_service(web::to(no_method)),
+                web::resource($path)
+                    $(.route(web::route().guard(answers(stringify!($method))).to($handler)))+
+                    .default_service(web::to(no_method)),
             );)+
             config.default_service(web::to(no_route));
         }
@@ -216,10 +225,28 @@ routes! {
     "/": get Open => page::page, post Infer => lorax::either;
 }
 
+/// Whether a method of the table is asked for. HEAD is GET without the body, which actix leaves out.
+fn is_asked_for(name: &str, method: &Method) -> bool {
+    name.eq_ignore_ascii_case(if *method == Method::HEAD { "GET" } else { method.as_str() })
+}
+
+fn answers(name: &'static str) -> impl Guard {
+    guard::fn_guard(move |context| is_asked_for(name, &context.head().method))
+}
+
+fn methods(route: Option<&str>) -> &'static [(&'static str, Need)] {
+    ROUTES.iter().find(|(path, _)| Some(*path) == route).map_or(&[], |(_, methods)| methods)
+}
+
+/// For the header of that name.
+fn allowed(route: Option<&str>) -> Vec<String> {
+    let names = methods(route).iter().map(|(name, _)| name.to_uppercase());
+    names.flat_map(|name| if name == "GET" { vec![name, "HEAD".into()] } else { vec![name] }).collect()
+}
+
 /// What a request asks of its caller: of a route that is not there, any key.
 fn need(route: Option<&str>, method: &Method) -> Need {
-    let methods = ROUTES.iter().find(|(path, _)| Some(*path) == route).map_or(&[][..], |(_, methods)| methods);
-    methods.iter().find(|(name, _)| name.eq_ignore_ascii_case(method.as_str())).map_or(Need::Any, |(_, need)| *need)
+    methods(route).iter().find(|(name, _)| is_asked_for(name, method)).map_or(Need::Any, |(_, need)| *need)
 }
 
 /// Where and how the server is reached.
@@ -365,6 +392,7 @@ mod tests {
         assert_eq!(needed("/v1/adapters/{name}", Method::DELETE), Need::Admin);
         assert_eq!(needed("/v1/adapters/{name}", Method::GET), Need::Any);
         assert_eq!((needed("/", Method::GET), needed("/", Method::POST)), (Need::Open, Need::Infer));
+        assert_eq!(needed("/metrics", Method::HEAD), Need::Metrics);
         // What is not served is no way in.
         assert_eq!((needed("/", Method::PUT), need(None, &Method::GET)), (Need::Any, Need::Any));
         for (path, methods) in ROUTES {

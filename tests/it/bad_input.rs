@@ -433,15 +433,21 @@ async fn requests_that_make_no_sense() {
     let (status, body) = answer(server.http.delete(server.at("/v1/generate"))).await.unwrap();
     assert_eq!(status, 405);
     message(&body);
+    for (path, status, allowed) in
+        [("/v1/models", 405, "GET, HEAD"), ("/", 405, "GET, HEAD, POST"), ("/health", 405, "GET, HEAD")]
+    {
+        let response = server.http.patch(server.at(path)).send().await.unwrap();
+        assert_eq!((response.status().as_u16(), response.headers()["allow"].to_str().unwrap()), (status, allowed));
+    }
+    // As GET, without the body.
+    let (get, head) = (server.http.get(server.at("/v1/models")), server.http.head(server.at("/v1/models")));
+    let (get, head) = (get.send().await.unwrap(), head.send().await.unwrap());
+    assert_eq!(
+        (head.status(), head.headers()["content-type"].clone()),
+        (get.status(), get.headers()["content-type"].clone())
+    );
+    assert!(!get.text().await.unwrap().is_empty() && head.text().await.unwrap().is_empty());
     server.still_answers().await;
-}
-
-/// A value in the metrics.
-async fn gauge(server: &Server, name: &str) -> f64 {
-    let (_, text) = server.get("/metrics").await.unwrap();
-    let text = text.as_str().unwrap();
-    let line = text.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("no {name} in {text}"));
-    line.rsplit(' ').next().unwrap().parse().unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -460,7 +466,7 @@ async fn clients_that_hang_up() {
         }
         let wait = async |running: f64| {
             for _ in 0..200 {
-                if gauge(&server, "vllm:num_requests_running").await == running {
+                if server.metric("vllm:num_requests_running").await == running {
                     return;
                 }
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -480,7 +486,7 @@ async fn clients_that_hang_up() {
         }
         drop(sockets);
         wait(0.0).await;
-        assert_eq!(gauge(&server, "loramux_kv_blocks{state=\"used\"}").await, 0.0);
+        assert_eq!(server.metric("loramux_kv_blocks{state=\"used\"}").await, 0.0);
     }
 }
 

@@ -152,6 +152,14 @@ impl Server {
         }
     }
 
+    /// A value in the metrics: the first whose line begins so.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let (_, text) = self.get("/metrics").await.unwrap();
+        let text = text.as_str().unwrap();
+        let line = text.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("no {name} in {text}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
     /// Waits until no upload is half done, and looks for files outside of where they belong.
     pub async fn left_nothing(&self) {
         let names = |folder: &Path| -> Vec<String> {
