@@ -310,7 +310,7 @@ fn method(measured: &Measured) -> Vec<Block> {
     let recipe = &options.recipe;
     let epochs = match recipe.epochs {
         Some(epochs) => format!("{epochs} epochs"),
-        None => format!("as many epochs as show {} examples, 3 at least", recipe.shown),
+        None => format!("as many epochs as show {} examples, 1 at least", recipe.shown),
     };
     let mut items = vec![
         format!(

@@ -45,7 +45,7 @@ pub struct Options {
 /// How each run is trained.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
-    /// Passes over the examples; `None` is 3, or as many as show `shown` examples.
+    /// Passes over the examples; `None` is as many as show `shown` examples, and 1 at least.
     pub epochs: Option<usize>,
     pub shown: usize,
     pub batch_size: usize,
@@ -61,7 +61,7 @@ pub struct Recipe {
 
 impl Recipe {
     fn epochs(&self, examples: usize) -> usize {
-        self.epochs.unwrap_or_else(|| self.shown.div_ceil(examples.max(1)).max(3))
+        self.epochs.unwrap_or_else(|| self.shown.div_ceil(examples.max(1)).max(1))
     }
 
     /// Steps between evaluations.
@@ -230,7 +230,7 @@ mod tests {
             held_out: 1,
             more: vec![],
         };
-        assert_eq!([50, 200, 7000].map(|n| recipe(None).epochs(n)), [12, 3, 3]);
+        assert_eq!([50, 200, 7000].map(|n| recipe(None).epochs(n)), [12, 3, 1]);
         assert_eq!([50, 7000].map(|n| recipe(Some(2)).epochs(n)), [2, 2]);
         // 12 epochs of 4 steps; 2 of 438.
         assert_eq!((recipe(None).eval_every(50), recipe(Some(2)).eval_every(7000)), (12, 219));
