@@ -31,6 +31,7 @@ pub struct Metrics {
     pub kv_blocks: IntGaugeVec,
     pub kv_block_bytes: IntGauge,
     pub preemptions: IntCounter,
+    pub yields: IntCounter,
     pub adapters: IntGaugeVec,
     pub adapter_bytes: IntGaugeVec,
     pub adapter_load_seconds: HistogramVec,
@@ -171,6 +172,10 @@ impl Metrics {
             preemptions: register!(IntCounter::new(
                 "loramux_preemptions_total",
                 "Sequences put back into the queue for want of KV cache blocks"
+            )),
+            yields: register!(IntCounter::new(
+                "loramux_yields_total",
+                "Sequences of a tenant beyond its share put back into the queue to make room for another tenant's"
             )),
             adapters: register!(gauge("loramux_adapters", "Adapters by memory tier", &["tier"])),
             adapter_bytes: register!(gauge("loramux_adapter_bytes", "Bytes of adapters by memory tier", &["tier"])),

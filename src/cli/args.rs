@@ -112,6 +112,10 @@ pub struct ServeArgs {
     /// Requests that wait at most; one more is answered 429
     #[arg(long, env = "LORAMUX_MAX_QUEUE", default_value_t = 1024)]
     pub max_queue: usize,
+    /// How many times as long a step for tenants within their share may take because of tenants that want more than theirs;
+    /// inf bounds nothing. The lower, the less the latter's flood is noticed and the slower it is worked off
+    #[arg(long, env = "LORAMUX_TENANT_SLOWDOWN", value_name = "FACTOR", default_value_t = 1.3, value_parser = factor)]
+    pub tenant_slowdown: f64,
     /// Largest upload, also after unpacking
     #[arg(long, env = "LORAMUX_MAX_UPLOAD", value_name = "SIZE", default_value = "1GiB")]
     pub max_upload: Bytes,
@@ -455,7 +459,7 @@ pub struct BenchMethodsArgs {
     /// Runs of each kind, with seeds from 0 on [default: 3; --quick: 2]
     #[arg(long)]
     pub seeds: Option<u64>,
-    /// Passes over the examples [default: 3, or as many as show --shown examples; --quick: 2]
+    /// Passes over the examples [default: as many as show --shown examples; --quick: 2]
     #[arg(long)]
     pub epochs: Option<usize>,
     /// Examples that a run sees at least, some of them again, where there are no --epochs [default: 600]
@@ -491,4 +495,10 @@ pub struct BenchMethodsArgs {
     /// More options of the trainer for all methods, after --
     #[arg(last = true, value_name = "TRAINER OPTIONS")]
     pub more: Vec<String>,
+}
+
+/// A number that is not below 1.
+fn factor(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|e| format!("{e}"))?;
+    if number >= 1.0 { Ok(number) } else { Err("it must be at least 1".into()) }
 }

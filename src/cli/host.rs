@@ -21,6 +21,7 @@ pub struct Limits {
     pub max_sequences: usize,
     pub max_batch_tokens: usize,
     pub max_queue: usize,
+    pub tenant_slowdown: f64,
     pub max_upload: u64,
     /// Whether uploads and adapters of sources may bring chat templates.
     pub uploaded_templates: bool,
@@ -97,6 +98,7 @@ impl Host {
             max_sequences: limits.max_sequences,
             max_batch_tokens: limits.max_batch_tokens,
             max_queue: limits.max_queue,
+            tenant_slowdown: limits.tenant_slowdown,
             eos_tokens: base.config.eos_tokens.clone(),
         };
         let labels = base.head.as_ref().map(|head| head.labels.clone());

@@ -91,6 +91,7 @@ fn serve(args: ServeArgs) -> Result<()> {
         store,
         max_sequences: args.max_sequences,
         max_batch_tokens: args.max_batch_tokens,
+        tenant_slowdown: args.tenant_slowdown,
         max_queue: args.max_queue,
         max_upload: args.max_upload.0,
         uploaded_templates: args.allow_uploaded_templates,

@@ -28,6 +28,7 @@ pub(super) async fn start(
         max_sequences: 32,
         max_batch_tokens: 512,
         max_queue: 1 << 20,
+        tenant_slowdown: f64::INFINITY,
         max_upload: u64::MAX,
         uploaded_templates: false,
         sources: vec![],

@@ -13,7 +13,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::engine::limits::Limits;
 use crate::engine::reply::Reply;
 use crate::engine::stepper::{Stepper, Submitted};
-use crate::engine::{Choice, Event, FinishReason, Model, Request, Task, Usage, Vocabulary};
+use crate::engine::{Choice, Client, Event, FinishReason, Model, Request, Task, Usage, Vocabulary};
 use crate::metrics::Metrics;
 use crate::{Error, ErrorKind, Result};
 
@@ -25,6 +25,9 @@ pub struct EngineOptions {
     pub max_batch_tokens: usize,
     /// Requests that wait at most; one more is refused with [`crate::ErrorKind::QueueFull`].
     pub max_queue: usize,
+    /// How many times as long a step for tenants within their share may take because of others that want more than theirs;
+    /// at least 1, infinite is any.
+    pub tenant_slowdown: f64,
     /// Tokens that end a generation.
     pub eos_tokens: Vec<u32>,
 }
@@ -72,7 +75,7 @@ impl Drop for Life {
 }
 
 /// A place in the queue, given back when dropped.
-pub(super) struct QueueSlot {
+pub struct QueueSlot {
     shared: Arc<Shared>,
     tenant: Option<Arc<str>>,
 }
@@ -203,6 +206,12 @@ impl Engine {
                 return Err(Error::bad_request(format!("{name} is {size}; it must be 1 to {}", u32::MAX - 1)));
             }
         }
+        if options.tenant_slowdown.is_nan() || options.tenant_slowdown < 1.0 {
+            return Err(Error::bad_request(format!(
+                "the tenants' slowdown is {}; it must be at least 1",
+                options.tenant_slowdown
+            )));
+        }
         let limits = Limits {
             vocab_size: model.vocab_size(),
             classifies: model.classes() > 0,
@@ -232,6 +241,16 @@ impl Engine {
     /// Errors: `BadRequest` for an empty prompt, one longer than the context or than the KV cache holds, values out of
     /// range; `QueueFull`; `Unavailable` while draining.
     pub fn submit(&self, request: Request) -> Result<UnboundedReceiver<Event>> {
+        self.submit_at(request, None)
+    }
+
+    /// A place in the queue for a request of `client` that is not ready yet. Errors: `QueueFull`.
+    pub fn place(&self, client: Client) -> Result<QueueSlot> {
+        QueueSlot::take(&self.shared, client.tenant)
+    }
+
+    /// [`submit`](Self::submit) at a place that the request has already, if it has.
+    pub fn submit_at(&self, request: Request, place: Option<QueueSlot>) -> Result<UnboundedReceiver<Event>> {
         self.limits.check(&request)?;
         let in_flight = InFlight::enter(&self.shared)?;
         let (sender, receiver) = unbounded_channel();
@@ -239,7 +258,7 @@ impl Engine {
         if answer_at_once(&request, &mut reply) {
             return Ok(receiver);
         }
-        let slot = QueueSlot::take(&self.shared, request.client.tenant.clone())?;
+        let slot = place.map_or_else(|| self.place(request.client.clone()), Ok)?;
         let arrived = Instant::now();
         let seed = match &request.task {
             Task::Generate(generate) => generate.sampling.seed,

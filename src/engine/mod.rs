@@ -2,6 +2,7 @@
 
 mod blocks;
 mod continuation;
+mod cost;
 mod detokenizer;
 #[allow(clippy::module_inception)]
 mod engine;
@@ -14,13 +15,14 @@ mod request;
 mod runner;
 mod sampler;
 mod scheduler;
+mod shares;
 mod stepper;
 mod stop;
 #[cfg(test)]
 mod tests;
 
 pub use detokenizer::{Detokenizer, Vocabulary};
-pub use engine::{Engine, EngineOptions};
+pub use engine::{Engine, EngineOptions, QueueSlot};
 pub use grammar::{Constraint, Grammar, Grammars};
 pub use model::{Model, Output, Work};
 pub use request::{Choice, Client, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};

@@ -4,6 +4,9 @@
 //! Each tenant has a counter of the work done for it. The next sequence is the oldest of the tenant whose counter is lowest,
 //! so that all who wait get the same, whatever each has queued. A tenant that had nothing waiting is lifted to the level of the
 //! others when it comes back: time in which it did not ask is not saved up.
+//!
+//! A tenant that wants no more than its own places ([`Shares`](super::shares::Shares)) has its turn before that: it cannot take
+//! from others what is theirs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -14,7 +17,8 @@ use crate::engine::scheduler::{Order, Sequence};
 /// Work of a generated token; one of a prompt is 1.
 pub const DRAWN: f64 = 2.0;
 
-type Tenant = Option<Arc<str>>;
+/// `None` for all who are of no tenant.
+pub type Tenant = Option<Arc<str>>;
 
 pub struct Queue<P> {
     /// By the order of arrival; none is empty.
@@ -52,22 +56,26 @@ impl<P> Queue<P> {
         self.lines.entry(sequence.client.tenant.clone()).or_default().insert(sequence.order, sequence);
     }
 
-    /// The sequence whose turn it is.
-    pub fn pop(&mut self) -> Option<Sequence<P>> {
+    /// Whose turn it is: before all others that of the tenants that `first` names.
+    pub fn turn(&self, first: impl Fn(&Tenant) -> bool) -> Option<&Tenant> {
         // Of equals the one that came first: the order must not depend on a hash.
         let turn = |(tenant, line): &(&Tenant, &BTreeMap<Order, Sequence<P>>)| {
-            (self.served(tenant), line.keys().next().copied())
+            (!first(tenant), self.served(tenant), line.keys().next().copied())
         };
-        let (tenant, _) = self.lines.iter().min_by(|a, b| {
-            let ((served, first), (other, second)) = (turn(a), turn(b));
-            served.total_cmp(&other).then(first.cmp(&second))
-        })?;
-        let tenant = tenant.clone();
-        let line = self.lines.get_mut(&tenant)?;
+        let next = self.lines.iter().min_by(|a, b| {
+            let (a, b) = (turn(a), turn(b));
+            a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.cmp(&b.2))
+        });
+        next.map(|(tenant, _)| tenant)
+    }
+
+    /// The oldest sequence of a tenant.
+    pub fn pop(&mut self, tenant: &Tenant) -> Option<Sequence<P>> {
+        let line = self.lines.get_mut(tenant)?;
         let (_, sequence) = line.pop_first()?;
         if line.is_empty() {
-            self.lines.remove(&tenant);
-            self.level = self.served(&tenant);
+            self.lines.remove(tenant);
+            self.level = self.served(tenant);
         }
         Some(sequence)
     }
@@ -78,6 +86,11 @@ impl<P> Queue<P> {
             Some(served) => *served += work / client.share,
             None => drop(self.served.insert(client.tenant.clone(), work / client.share)),
         }
+    }
+
+    /// A client of each tenant, and how many of the tenant's sequences wait.
+    pub fn clients(&self) -> impl Iterator<Item = (&Client, usize)> {
+        self.lines.values().filter_map(|line| Some((&line.values().next()?.client, line.len())))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Sequence<P>> {
@@ -106,7 +119,8 @@ mod tests {
     fn turns(queue: &mut Queue<()>, count: usize, work: f64) -> String {
         (0..count)
             .filter_map(|_| {
-                let sequence = queue.pop()?;
+                let tenant = queue.turn(|_| false)?.clone();
+                let sequence = queue.pop(&tenant)?;
                 queue.charge(&sequence.client, work);
                 sequence.client.tenant.map(|tenant| tenant.to_string())
             })
@@ -153,12 +167,13 @@ mod tests {
     fn within_a_tenant_the_first_comes_first_also_when_put_back() {
         let mut queue = Queue::default();
         [3, 1, 2].into_iter().for_each(|i| queue.add(sequence(i, "a", 1.0)));
-        let first = queue.pop().unwrap();
+        let tenant = Some("a".into());
+        let first = queue.pop(&tenant).unwrap();
         assert_eq!(first.order, (1, 0));
         queue.put_back(first);
         assert_eq!(queue.iter().count(), 3);
         queue.retain(|sequence| sequence.order.0 != 2);
-        assert_eq!([queue.pop(), queue.pop()].map(|s| s.unwrap().order.0), [1, 3]);
-        assert!(queue.pop().is_none());
+        assert_eq!([queue.pop(&tenant), queue.pop(&tenant)].map(|s| s.unwrap().order.0), [1, 3]);
+        assert!(queue.pop(&tenant).is_none() && queue.turn(|_| false).is_none());
     }
 }

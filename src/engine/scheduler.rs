@@ -4,12 +4,18 @@
 //! the step goes to the oldest prompt, so that it always advances; the other half to the prompts with the least left to
 //! do, so that a short prompt does not wait for a long one. Which of those that wait runs next, [`Queue`] decides.
 //!
+//! Where tenants share the engine, one that wants more than its share neither keeps others from their places nor makes their
+//! steps much longer: see [`Scheduler::admit`] and [`Bound`].
+//!
 //! The scheduler never sees logits or text; what belongs to them travels in [`Sequence::payload`].
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::engine::blocks::{BlockCounts, BlockPool, Key};
-use crate::engine::queue::{DRAWN, Queue};
+use crate::engine::cost::StepCost;
+use crate::engine::queue::{DRAWN, Queue, Tenant};
+use crate::engine::shares::Shares;
 use crate::engine::{Client, Output, Work};
 use crate::lora::PackedAdapter;
 
@@ -50,6 +56,8 @@ pub struct Sequence<P> {
     /// Leading blocks of `table` that others can find.
     published: usize,
     preempted: bool,
+    /// Place in the order in which the running had their last parts in a step.
+    advanced: u64,
 }
 
 impl<P> Sequence<P> {
@@ -68,6 +76,7 @@ impl<P> Sequence<P> {
             keys: vec![],
             published: 0,
             preempted: false,
+            advanced: 0,
         }
     }
 
@@ -88,6 +97,11 @@ impl<P> Sequence<P> {
 
     fn remaining(&self) -> usize {
         self.target() - self.computed
+    }
+
+    /// All it still has to compute is the token drawn last.
+    fn decodes(&self) -> bool {
+        self.remaining() == 1 && self.rows == Rows::Last
     }
 
     /// Leading tokens that may come from the cache: rows the caller needs must be computed.
@@ -140,6 +154,27 @@ pub struct SchedulerOptions {
     pub block_size: usize,
     /// Blocks in the pool.
     pub blocks: usize,
+    /// How many times as long a step of tenants within their share may take because of those beyond theirs; infinite is
+    /// any.
+    pub slowdown: f64,
+}
+
+/// What a step may do for tenants that want more than their share, while the step also works for others who do not. The
+/// others' steps are then longer by [`SchedulerOptions::slowdown`] at most, as far as [`StepCost`] can tell.
+#[derive(Default)]
+struct Bound {
+    /// Which of the running are of such tenants. None, where it is empty.
+    beyond: Vec<bool>,
+    /// How many of those may decode.
+    decoding: usize,
+    /// Tokens of their prompts.
+    prompts: usize,
+}
+
+impl Bound {
+    fn holds(&self, index: usize) -> bool {
+        self.beyond.get(index).copied().unwrap_or(false)
+    }
 }
 
 pub struct Scheduler<P> {
@@ -150,6 +185,12 @@ pub struct Scheduler<P> {
     waiting: Queue<P>,
     admissions: u64,
     preemptions: u64,
+    yields: u64,
+    /// Parts of all steps completed.
+    parts: u64,
+    cost: StepCost,
+    /// Tokens of prompts that bounds allowed and that were not used, for a sequence that must be computed in one step.
+    saved: usize,
 }
 
 impl<P> Scheduler<P> {
@@ -158,7 +199,18 @@ impl<P> Scheduler<P> {
         // Each running sequence can then have a token in every step.
         options.max_sequences = options.max_sequences.min(options.max_batch_tokens);
         let pool = BlockPool::new(options.blocks);
-        Scheduler { options, pool, running: vec![], waiting: Queue::default(), admissions: 0, preemptions: 0 }
+        Scheduler {
+            options,
+            pool,
+            running: vec![],
+            waiting: Queue::default(),
+            admissions: 0,
+            preemptions: 0,
+            yields: 0,
+            parts: 0,
+            cost: StepCost::default(),
+            saved: 0,
+        }
     }
 
     /// Queues a sequence. It must have tokens to compute.
@@ -187,6 +239,10 @@ impl<P> Scheduler<P> {
     pub fn preemptions(&self) -> u64 {
         self.preemptions
     }
+    /// Sequences put back into the queue to make room for another tenant's, since the start.
+    pub fn yields(&self) -> u64 {
+        self.yields
+    }
 
     /// Forgets the sequences of which `gone` says so, and frees their blocks.
     pub fn remove(&mut self, gone: impl Fn(&Sequence<P>) -> bool) {
@@ -210,10 +266,32 @@ impl<P> Scheduler<P> {
     /// Decides the next step and allocates its blocks. It is empty only if there are no sequences.
     pub fn schedule(&mut self) -> Vec<Part> {
         self.admit();
+        let mut step = self.fill(&self.bound());
+        if step.is_empty() {
+            // Those within their share found no blocks; those who have them go on.
+            step = self.fill(&Bound::default());
+        }
+        while step.is_empty() && !self.running.is_empty() {
+            // Prompts alone fill the pool and none can go on.
+            self.preempt_last();
+            self.prefill(self.options.max_batch_tokens, &Bound::default(), &mut step);
+        }
+        step.sort_unstable_by_key(|part| part.index);
+        step
+    }
+
+    fn fill(&mut self, bound: &Bound) -> Vec<Part> {
+        let mut held: Vec<usize> = (0..self.running.len()).filter(|&i| bound.holds(i) && self.decoding(i)).collect();
+        if !held.is_empty() {
+            // In turns.
+            held.sort_unstable_by_key(|&i| self.running[i].advanced);
+            held.drain(..bound.decoding.min(held.len()));
+            held.sort_unstable();
+        }
         let mut step = vec![];
         let mut i = 0;
         while i < self.running.len() {
-            if self.decoding(i) {
+            if self.decoding(i) && held.binary_search(&i).is_err() {
                 while self.take(i, 1, 0) == 0 {
                     self.preempt_last();
                     if i == self.running.len() {
@@ -226,15 +304,33 @@ impl<P> Scheduler<P> {
             }
             i += 1;
         }
-        let budget = self.options.max_batch_tokens - step.len();
-        self.prefill(budget, &mut step);
-        while step.is_empty() && !self.running.is_empty() {
-            // Prompts alone fill the pool and none can go on.
-            self.preempt_last();
-            self.prefill(budget, &mut step);
-        }
-        step.sort_unstable_by_key(|part| part.index);
+        self.prefill(self.options.max_batch_tokens - step.len(), bound, &mut step);
         step
+    }
+
+    fn shares(&self) -> Shares<'_> {
+        let running = self.running.iter().map(|sequence| &sequence.client);
+        Shares::new(self.options.max_sequences, running, self.waiting.clients())
+    }
+
+    fn bound(&self) -> Bound {
+        let shares = self.shares();
+        let beyond: Vec<bool> = self.running.iter().map(|s| !shares.is_modest(&s.client.tenant)).collect();
+        let of = |beyond_share: bool| {
+            self.running.iter().zip(&beyond).filter(move |(_, b)| **b == beyond_share).map(|(sequence, _)| sequence)
+        };
+        let tokens: usize = of(false).map(Sequence::remaining).sum();
+        if tokens == 0 || of(true).next().is_none() {
+            return Bound::default();
+        }
+        let tokens = tokens.min(self.options.max_batch_tokens);
+        let Some(allowed) = self.cost.beside(tokens, self.options.slowdown) else { return Bound::default() };
+        let allowed = allowed.max(1);
+        let decoding = of(true).filter(|sequence| sequence.decodes()).count();
+        let prompts = of(true).count() - decoding;
+        // Prompts go on beside.
+        let decoding = decoding.min(if prompts > 0 { allowed.div_ceil(2) } else { allowed });
+        Bound { beyond, decoding, prompts: allowed - decoding + self.saved }
     }
 
     /// The model's input for a part of the step.
@@ -253,6 +349,12 @@ impl<P> Scheduler<P> {
     /// Takes note that the step has been computed. Blocks that it filled can be shared from now on.
     pub fn complete(&mut self, step: &[Part]) {
         let size = self.options.block_size;
+        let mut turns: Vec<usize> = step.iter().map(|part| part.index).collect();
+        turns.sort_unstable_by_key(|&i| self.running[i].advanced);
+        for i in turns {
+            self.parts += 1;
+            self.running[i].advanced = self.parts;
+        }
         for part in step {
             let sequence = &mut self.running[part.index];
             sequence.computed += part.tokens;
@@ -270,63 +372,112 @@ impl<P> Scheduler<P> {
         }
     }
 
-    /// All it still has to compute is the token drawn last.
-    fn decoding(&self, i: usize) -> bool {
-        let sequence = &self.running[i];
-        sequence.remaining() == 1 && sequence.rows == Rows::Last
+    /// Takes note of how long a step took.
+    pub fn observe(&mut self, step: &[Part], time: Duration) {
+        self.cost.observe(step.iter().map(|part| part.tokens).sum(), time.as_secs_f64());
     }
 
-    /// Lets waiting sequences run, in the queue's order, as far as they would not take the blocks that those running need soon.
+    fn decoding(&self, i: usize) -> bool {
+        self.running[i].decodes()
+    }
+
+    /// Lets waiting sequences run, in the queue's order, as far as they would not take the blocks that those running need
+    /// soon. Where there is no room for one of a tenant that has less than its share, others who have more than theirs make
+    /// room; what they had computed stays in the cache for as long as nobody needs the blocks.
     fn admit(&mut self) {
-        let size = self.options.block_size;
-        let lacking = |s: &Sequence<P>| s.target().div_ceil(size) - s.table.len();
-        let mut promised: usize = self.running.iter().map(lacking).sum();
-        while self.running.len() < self.options.max_sequences {
-            // Each running sequence will go on to its next block before long.
-            let reserve = promised + self.running.len();
-            if self.pool.available() <= reserve {
-                return;
+        loop {
+            let shares = self.shares();
+            let turn = self.waiting.turn(|tenant| shares.is_modest(tenant)).cloned();
+            drop(shares);
+            let Some(tenant) = turn else { return };
+            while !self.start(&tenant) {
+                if !self.make_way(&tenant) {
+                    return;
+                }
             }
-            let Some(mut sequence) = self.waiting.pop() else { return };
-            Self::reuse(&mut self.pool, &mut sequence, size);
-            if self.pool.available() < reserve + lacking(&sequence) {
-                self.put_back(sequence);
-                return;
-            }
-            promised += lacking(&sequence);
-            self.admissions += 1;
-            if !sequence.preempted {
-                // At once, so that the next one in this step may be another's.
-                self.waiting.charge(&sequence.client, sequence.remaining() as f64);
-            }
-            let at = self.running.partition_point(|s| s.order < sequence.order);
-            self.running.insert(at, sequence);
         }
     }
 
+    /// Lets the tenant's oldest waiting sequence run, if there is room.
+    fn start(&mut self, tenant: &Tenant) -> bool {
+        let size = self.options.block_size;
+        let lacking = |s: &Sequence<P>| s.target().div_ceil(size) - s.table.len();
+        // Each running sequence will go on to its next block before long.
+        let reserve = self.running.iter().map(lacking).sum::<usize>() + self.running.len();
+        if self.running.len() == self.options.max_sequences || self.pool.available() <= reserve {
+            return false;
+        }
+        let Some(mut sequence) = self.waiting.pop(tenant) else { return false };
+        Self::reuse(&mut self.pool, &mut sequence, size);
+        if self.pool.available() < reserve + lacking(&sequence) {
+            self.put_back(sequence);
+            return false;
+        }
+        self.admissions += 1;
+        if !sequence.preempted {
+            // At once, so that the next one in this step may be another's.
+            self.waiting.charge(&sequence.client, sequence.remaining() as f64);
+        }
+        let at = self.running.partition_point(|s| s.order < sequence.order);
+        self.running.insert(at, sequence);
+        true
+    }
+
+    /// Puts back the latest sequence of the tenant that is furthest beyond its share, if there is one and `tenant` is within
+    /// its own.
+    fn make_way(&mut self, tenant: &Tenant) -> bool {
+        let Some(other) = self.shares().gives_way(tenant).cloned() else { return false };
+        let Some(latest) = self.running.iter().rposition(|sequence| sequence.client.tenant == other) else {
+            return false;
+        };
+        self.yields += 1;
+        self.preempt(latest);
+        true
+    }
+
     /// Adds chunks of prompts to the step, `budget` tokens at most.
-    fn prefill(&mut self, mut budget: usize, step: &mut Vec<Part>) {
+    fn prefill(&mut self, mut budget: usize, bound: &Bound, step: &mut Vec<Part>) {
+        self.saved = 0;
         let mut prompts: Vec<usize> = (0..self.running.len()).filter(|&i| !self.decoding(i)).collect();
         let Some(&oldest) = prompts.first() else { return };
         let mut given = vec![0; prompts.len()];
+        let mut allowed = bound.prompts;
         if prompts.len() > 1 {
-            given[0] = self.running[oldest].remaining().min(budget.div_ceil(2));
+            let first = match (bound.holds(oldest), self.running[oldest].rows) {
+                (false, _) => budget.div_ceil(2),
+                (true, Rows::Whole) => allowed.min(budget),
+                (true, _) => allowed.min(budget).div_ceil(2),
+            };
+            given[0] = self.running[oldest].remaining().min(first);
             budget -= given[0];
+            if bound.holds(oldest) {
+                allowed -= given[0];
+            }
         }
         let mut by_remaining: Vec<usize> = (0..prompts.len()).collect();
         by_remaining.sort_by_key(|&p| self.running[prompts[p]].remaining());
         for p in by_remaining {
-            let more = (self.running[prompts[p]].remaining() - given[p]).min(budget);
+            let held = bound.holds(prompts[p]);
+            let most = if held { budget.min(allowed) } else { budget };
+            let more = (self.running[prompts[p]].remaining() - given[p]).min(most);
             given[p] += more;
             budget -= more;
+            if held {
+                allowed -= more;
+            }
         }
         // Blocks and rows are dealt out in order of arrival, again so that the oldest advances.
         let mut rows = self.options.max_rows;
+        let (mut spent, mut refused) = (0, false);
         for (p, index) in prompts.drain(..).enumerate() {
             let (is_whole, remaining) = (self.running[index].rows == Rows::Whole, self.running[index].remaining());
             if is_whole && given[p] < remaining {
+                if bound.holds(index) && bound.prompts - spent < remaining {
+                    refused = true;
+                    continue;
+                }
                 // The oldest goes on in any case, be it longer than a step.
-                given[p] = if step.is_empty() { remaining } else { 0 };
+                given[p] = if step.is_empty() || bound.holds(index) { remaining } else { 0 };
             }
             let tokens = self.take(index, given[p], rows);
             if tokens == 0 || is_whole && tokens < remaining {
@@ -336,7 +487,14 @@ impl<P> Scheduler<P> {
             if let Output::Logits(n) = output {
                 rows -= n;
             }
+            if bound.holds(index) {
+                spent += tokens;
+            }
             step.push(Part { index, tokens, output });
+        }
+        if refused {
+            // It adds up until it is enough.
+            self.saved = bound.prompts.saturating_sub(spent);
         }
     }
 
@@ -376,13 +534,19 @@ impl<P> Scheduler<P> {
         }
     }
 
-    /// Puts the running sequence that arrived last back into the queue. Its tokens are computed again later.
+    /// Puts the running sequence that arrived last back into the queue.
     fn preempt_last(&mut self) {
-        if let Some(mut sequence) = self.running.pop() {
+        if let Some(last) = self.running.len().checked_sub(1) {
             self.preemptions += 1;
-            sequence.preempted = true;
-            self.put_back(sequence);
+            self.preempt(last);
         }
+    }
+
+    /// Puts a running sequence back into the queue. Its tokens are computed again later.
+    fn preempt(&mut self, index: usize) {
+        let mut sequence = self.running.remove(index);
+        sequence.preempted = true;
+        self.put_back(sequence);
     }
 
     fn put_back(&mut self, mut sequence: Sequence<P>) {
@@ -411,7 +575,18 @@ mod tests {
     use crate::engine::tests::adapter;
 
     fn scheduler(max_sequences: usize, max_batch_tokens: usize, block_size: usize, blocks: usize) -> Scheduler<()> {
-        Scheduler::new(SchedulerOptions { max_sequences, max_batch_tokens, max_rows: 5, block_size, blocks })
+        bounded(max_sequences, max_batch_tokens, block_size, blocks, f64::INFINITY)
+    }
+
+    fn bounded(
+        max_sequences: usize,
+        max_batch_tokens: usize,
+        block_size: usize,
+        blocks: usize,
+        slowdown: f64,
+    ) -> Scheduler<()> {
+        let max_rows = 5;
+        Scheduler::new(SchedulerOptions { max_sequences, max_batch_tokens, max_rows, block_size, blocks, slowdown })
     }
 
     fn prompt(number: u64, length: usize) -> Sequence<()> {
@@ -471,9 +646,95 @@ mod tests {
         assert!(seen.iter().all(|step| step.first() == Some(&(0, 1))), "the oldest goes on: {seen:?}");
     }
 
+    fn of(tenant: &str, sequence: Sequence<()>) -> Sequence<()> {
+        sequence.of(Client { tenant: Some(tenant.into()), share: 1.0 })
+    }
+
+    /// Steps of 6 ms and 1 ms a token, as far as the scheduler has seen.
+    fn teach(scheduler: &mut Scheduler<()>) {
+        for tokens in (1..20).cycle().take(100) {
+            scheduler.cost.observe(tokens, 6e-3 + 1e-3 * tokens as f64);
+        }
+    }
+
+    #[test]
+    fn a_tenant_within_its_share_does_not_wait_for_places_that_another_has_taken() {
+        let mut scheduler = scheduler(4, 100, 4, 1000);
+        (0..20).for_each(|i| scheduler.add(of("flood", prompt(i, 9))));
+        run(&mut scheduler);
+        run(&mut scheduler);
+        scheduler.add(of("quiet", prompt(20, 6)));
+        let numbers = |scheduler: &mut Scheduler<()>| run(scheduler).iter().map(|(n, _)| *n).collect::<Vec<_>>();
+        assert_eq!(numbers(&mut scheduler), [0, 1, 2, 20]);
+        // Not even when it has had more than the flood, for these places are its own.
+        scheduler.waiting.charge(&scheduler.running[3].client.clone(), 1e6);
+        scheduler.add(of("quiet", prompt(21, 6)));
+        assert_eq!(numbers(&mut scheduler), [0, 1, 20, 21]);
+        // Half of the places, not more.
+        (22..24).for_each(|i| scheduler.add(of("quiet", prompt(i, 6))));
+        assert_eq!([numbers(&mut scheduler), numbers(&mut scheduler)], [[0, 1, 20, 21], [0, 1, 20, 21]]);
+        assert_eq!((scheduler.yields(), scheduler.preemptions()), (2, 0));
+        // What was put back goes on where it was, but for a block that was not full.
+        scheduler.remove(|s| s.client.tenant.as_deref() == Some("quiet"));
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 1), (2, 4), (3, 3)]);
+    }
+
+    #[test]
+    fn steps_of_a_tenant_within_its_share_are_not_made_longer_than_allowed() {
+        let mut scheduler = bounded(6, 100, 4, 1000, 1.501);
+        (0..9).for_each(|i| scheduler.add(of("flood", prompt(i, 3))));
+        assert_eq!(run(&mut scheduler).len(), 6);
+        scheduler.add(of("quiet", prompt(9, 3)));
+        scheduler.add(of("quiet", prompt(10, 3)));
+        run(&mut scheduler);
+        assert_eq!(run(&mut scheduler).len(), 6, "nothing is known of what a step takes");
+        teach(&mut scheduler);
+        // A step of both alone takes 8 ms; half of it are 4 tokens.
+        assert_eq!(run(&mut scheduler).iter().map(|(_, n)| n).sum::<usize>(), 6);
+        scheduler.remove(|s| s.order.0 == 10);
+        // 7 ms, so three of five, in turns.
+        let mut seen = vec![0; 11];
+        for _ in 0..10 {
+            let step = run(&mut scheduler);
+            assert_eq!(step.iter().map(|(_, n)| n).sum::<usize>(), 4, "{step:?}");
+            step.iter().for_each(|(number, _)| seen[*number as usize] += 1);
+        }
+        assert!(seen[9] == 10 && seen[..5].iter().all(|n| (5..=7).contains(n)), "{seen:?}");
+        // Prompts of the flood have half of what it may.
+        scheduler.remove(|s| s.order.0 < 3);
+        scheduler.add(of("flood", prompt(20, 40)));
+        let step = run(&mut scheduler);
+        assert_eq!(step.iter().map(|(_, n)| n).sum::<usize>(), 4, "{step:?}");
+        // Alone it has the whole machine again.
+        scheduler.remove(|s| s.order.0 == 9);
+        assert!(run(&mut scheduler).iter().map(|(_, n)| n).sum::<usize>() > 30);
+    }
+
+    #[test]
+    fn what_must_be_computed_in_one_step_waits_until_it_was_allowed_enough() {
+        let mut scheduler = bounded(4, 16, 4, 1000, 1.5001);
+        teach(&mut scheduler);
+        let whole = |number| Sequence { rows: Rows::Whole, ..prompt(number, 12) };
+        (0..5).for_each(|i| scheduler.add(of("flood", whole(i))));
+        scheduler.add(of("quiet", prompt(9, 3)));
+        let mut went = vec![];
+        for step in 0..30 {
+            let parts = run(&mut scheduler);
+            let done: Vec<u64> = parts.iter().filter(|(_, n)| *n == 12).map(|(number, _)| *number).collect();
+            assert!(parts.iter().any(|(number, _)| *number == 9), "{parts:?}");
+            went.extend(done.iter().map(|number| (step, *number)));
+            scheduler.remove_running(|s| done.contains(&s.order.0));
+        }
+        let numbers: Vec<u64> = went.iter().map(|(_, number)| *number).collect();
+        assert_eq!(numbers, [0, 1, 2, 3, 4], "{went:?}");
+        // 3 tokens a step and 12 each, until the last two are within the share.
+        let steps: Vec<usize> = went.windows(2).map(|pair| pair[1].0 - pair[0].0).collect();
+        assert_eq!(steps, [4, 4, 1, 1], "{went:?}");
+    }
+
     #[derive(Debug, Clone)]
     enum Op {
-        Add { adapter: usize, length: usize, fork: usize, rows: u8 },
+        Add { adapter: usize, length: usize, fork: usize, rows: u8, tenant: usize },
         Step,
         Cancel(usize),
         Preempt,
@@ -481,8 +742,8 @@ mod tests {
 
     fn op() -> impl Strategy<Value = Op> {
         prop_oneof![
-            3 => (0usize..3, 1usize..24, 0usize..24, 0u8..4)
-                .prop_map(|(adapter, length, fork, rows)| Op::Add { adapter, length, fork, rows }),
+            3 => (0usize..3, 1usize..24, 0usize..24, 0u8..5, 0usize..3)
+                .prop_map(|(adapter, length, fork, rows, tenant)| Op::Add { adapter, length, fork, rows, tenant }),
             8 => Just(Op::Step),
             1 => (0usize..8).prop_map(Op::Cancel),
             1 => Just(Op::Preempt),
@@ -499,10 +760,12 @@ mod tests {
             max_batch_tokens in 1usize..20,
             block_size in 1usize..5,
             spare in 0usize..12,
+            slowdown in 1.0f64..3.0,
         ) {
             // The longest sequence fits alone: 24 tokens of a prompt and 8 drawn.
             let blocks = 32usize.div_ceil(block_size) + spare;
-            let mut scheduler = scheduler(max_sequences, max_batch_tokens, block_size, blocks);
+            let mut scheduler = bounded(max_sequences, max_batch_tokens, block_size, blocks, slowdown);
+            let clients = [1.0, 2.0, 0.5].map(|share| Client { tenant: Some(share.to_string().into()), share });
             let adapters = [None, Some(adapter("a", 0)), Some(adapter("b", 0))];
             let mut memory: Vec<(usize, Vec<u32>)> = vec![(9, vec![]); blocks * block_size];
             let which = |s: &Sequence<()>| adapters.iter().position(|a| {
@@ -512,7 +775,11 @@ mod tests {
             let step = |scheduler: &mut Scheduler<()>, memory: &mut Vec<(usize, Vec<u32>)>| {
                 let step = scheduler.schedule();
                 scheduler.check();
-                assert!(step.iter().map(|p| p.tokens).sum::<usize>() <= max_batch_tokens);
+                let tokens = step.iter().map(|p| p.tokens).sum::<usize>();
+                // What must be computed in one step may be longer.
+                let whole = step.iter().any(|p| scheduler.running()[p.index].rows == Rows::Whole);
+                assert!(tokens <= max_batch_tokens || whole);
+                scheduler.observe(&step, Duration::from_millis(3 + tokens as u64));
                 for part in &step {
                     let work = scheduler.work(part);
                     let sequence = &scheduler.running()[part.index];
@@ -539,7 +806,7 @@ mod tests {
                                 done.push(s.order);
                             }
                         }
-                        (Rows::Head, Output::Head) => done.push(s.order),
+                        (Rows::Head | Rows::Whole, Output::Head) => done.push(s.order),
                         (Rows::From(first), Output::Logits(n)) => {
                             assert_eq!(first + n, s.computed);
                             s.rows = Rows::From(first + n);
@@ -557,15 +824,17 @@ mod tests {
             };
             for op in ops {
                 match op {
-                    Op::Add { adapter, length, fork, rows } => {
+                    Op::Add { adapter, length, fork, rows, tenant } => {
                         // Equal beginnings are common.
                         let tokens: Vec<u32> = (0..length).map(|i| if i < fork { i as u32 % 3 } else { 3 }).collect();
                         let rows = match rows {
                             0 => Rows::Head,
+                            4 => Rows::Whole,
                             1 if length > 1 => Rows::From(fork % (length - 1)),
                             _ => Rows::Last,
                         };
-                        scheduler.add(Sequence::new((next, 0), tokens, adapters[adapter].clone(), rows, ()));
+                        let sequence = Sequence::new((next, 0), tokens, adapters[adapter].clone(), rows, ());
+                        scheduler.add(sequence.of(clients[tenant].clone()));
                         next += 1;
                         added += 1;
                     }

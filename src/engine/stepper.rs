@@ -91,6 +91,7 @@ pub struct Stepper {
     changed: bool,
     admissions: u64,
     preemptions: u64,
+    yields: u64,
     lora_requests: (Vec<Arc<str>>, Vec<Arc<str>>),
 }
 
@@ -112,6 +113,7 @@ impl Stepper {
             max_rows: (MAX_SCORE_LOGITS / model.vocab_size()).max(1),
             block_size,
             blocks,
+            slowdown: options.tenant_slowdown,
         });
         Stepper {
             model,
@@ -126,6 +128,7 @@ impl Stepper {
             changed: true,
             admissions: 0,
             preemptions: 0,
+            yields: 0,
             lora_requests: Default::default(),
         }
     }
@@ -230,8 +233,10 @@ impl Stepper {
         let adapters: HashSet<_> = work.iter().map(|w| w.adapter.as_ref().map(|a| &a.generation)).collect();
         self.metrics.batch_sequences.observe(work.len() as f64);
         self.metrics.batch_adapters.observe(adapters.len() as f64);
+        let start = Instant::now();
         match self.compute(&work) {
             Ok(results) => {
+                self.scheduler.observe(&step, start.elapsed());
                 self.scheduler.complete(&step);
                 let outcomes = self.digest(&step, results);
                 self.answer(outcomes);
@@ -390,13 +395,17 @@ impl Stepper {
         let queued = self.shared.queued();
         metrics.queue_length.set(queued as i64);
         metrics.vllm_running.set(running as i64);
-        // Those put back wait too, but were taken off the queue's count when they first ran.
+        // Requests for adapters that are not there yet have places in the queue as well, and are counted by themselves. Those
+        // put back wait too, but were taken off the queue when they first ran.
+        let new = self.active.values().filter(|active| active.slot.is_some()).count();
         let put_back = self.scheduler.waiting().filter(|s| self.started(s)).count();
-        metrics.set_waiting(queued + put_back);
-        let (admissions, preemptions) = (self.scheduler.admissions(), self.scheduler.preemptions());
-        self.changed |= (admissions, preemptions) != (self.admissions, self.preemptions);
+        metrics.set_waiting(new + put_back);
+        let scheduler = &self.scheduler;
+        let (admissions, preemptions, yields) = (scheduler.admissions(), scheduler.preemptions(), scheduler.yields());
+        self.changed |= (admissions, preemptions, yields) != (self.admissions, self.preemptions, self.yields);
         metrics.preemptions.inc_by(preemptions - self.preemptions);
-        (self.admissions, self.preemptions) = (admissions, preemptions);
+        metrics.yields.inc_by(yields - self.yields);
+        (self.admissions, self.preemptions, self.yields) = (admissions, preemptions, yields);
         if std::mem::take(&mut self.changed) {
             self.report_adapters();
         }

@@ -239,6 +239,7 @@ fn bench_with(sizes: &Sizes, vocabulary: Toy) -> Bench {
         max_sequences: sizes.max_sequences,
         max_batch_tokens: sizes.max_batch_tokens,
         max_queue: sizes.max_queue,
+        tenant_slowdown: 1.0,
         eos_tokens: vec![EOS],
     };
     let engine = Engine::start(Box::new(model), Arc::new(vocabulary), options, metrics.clone()).unwrap();
@@ -756,7 +757,13 @@ impl Vocabulary for Broken {
 #[test]
 fn a_panic_of_the_thread_ends_what_runs_and_is_told() {
     let model = Fake { block_size: 4, memory: vec![0; 400], control: Arc::default() };
-    let options = EngineOptions { max_sequences: 4, max_batch_tokens: 8, max_queue: 4, eos_tokens: vec![EOS] };
+    let options = EngineOptions {
+        max_sequences: 4,
+        max_batch_tokens: 8,
+        max_queue: 4,
+        tenant_slowdown: 1.0,
+        eos_tokens: vec![EOS],
+    };
     let engine = Engine::start(Box::new(model), Arc::new(Broken), options, Arc::new(Metrics::new())).unwrap();
     assert!(engine.is_alive());
     let ask = || engine.submit(request(None, vec![5, 6], Task::Generate(generate(4))));

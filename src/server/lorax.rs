@@ -135,7 +135,7 @@ fn finish(finish: Option<FinishReason>, matched: bool) -> &'static str {
 async fn answer(state: &Shared, asked: Asked) -> Result<Value, ApiError> {
     let seed = asked.seed();
     let request = asked.target.request(asked.prompt.clone(), Task::Generate(asked.task));
-    let all = &run::collect(Window::new(&state.engine, &asked.target.caller, [request])?, 1, 1).await?[0];
+    let all = &run::collect(Window::new(&state.engine, &asked.target, [request])?, 1, 1).await?[0];
     let choice = &all.choices[0];
     let text = if asked.full_text { format!("{}{}", asked.text, choice.text) } else { choice.text.clone() };
     let mut answer = json!({ "generated_text": text });
@@ -189,7 +189,7 @@ pub async fn either(state: Shared, http: HttpRequest, payload: web::Payload) -> 
 fn streamed(state: Shared, asked: Asked) -> Result<HttpResponse, ApiError> {
     let seed = asked.seed();
     let request = asked.target.request(asked.prompt, Task::Generate(asked.task));
-    let window = Window::new(&state.engine, &asked.target.caller, [request])?;
+    let window = Window::new(&state.engine, &asked.target, [request])?;
     let mut text = if asked.full_text { asked.text } else { String::new() };
     let mut tokens = Tokens::new(&asked.target);
     // Tokens that wait.

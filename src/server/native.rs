@@ -53,7 +53,7 @@ pub async fn generate(
     };
     let stream = f.flag("stream")?.unwrap_or(false);
     let logprobs = task.logprobs;
-    let window = Window::new(&state.engine, &target.caller, [target.request(prompt, Task::Generate(task))])?;
+    let window = Window::new(&state.engine, &target, [target.request(prompt, Task::Generate(task))])?;
     let head = move |target: &Target| {
         let mut map = Map::new();
         map.insert("adapter".into(), json!(target.name()));
@@ -145,7 +145,7 @@ pub async fn classify(
         (Some(labels), None) => {
             let prompts = state.encode_all(&target, inputs, Tokenizer::encode_for_head).await?;
             let requests = prompts.into_iter().map(move |prompt| target.request(prompt, Task::Classify));
-            let answers = run::numbers(Window::new(&state.engine, &named.caller, requests)?, count).await?;
+            let answers = run::numbers(Window::new(&state.engine, &named, requests)?, count).await?;
             answers.iter().for_each(|(_, used)| run::add(&mut usage, used));
             answers.iter().map(|(logits, _)| verdict(&labels, logits, top_k)).collect()
         }
@@ -168,7 +168,7 @@ pub async fn classify(
                 let (prompt, ending) = (&prompts[i / ways], &endings[i % ways]);
                 target.request([&prompt[..], ending].concat(), Task::Score { from: prompt.len() })
             });
-            let answers = run::numbers(Window::new(&state.engine, &named.caller, requests)?, scores).await?;
+            let answers = run::numbers(Window::new(&state.engine, &named, requests)?, scores).await?;
             answers.iter().for_each(|(_, used)| run::add(&mut usage, used));
             // The mean, so that a label of many tokens is not less likely for its length alone.
             let mean = |logprobs: &[f32]| logprobs.iter().sum::<f32>() / logprobs.len().max(1) as f32;

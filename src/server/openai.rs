@@ -191,7 +191,7 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
         true => requests.iter().map(|r| target.language.tokenizer.decode(&r.prompt, true)).collect(),
         false => vec![String::new(); count],
     };
-    let window = Window::new(&state.engine, &target.caller, requests)?;
+    let window = Window::new(&state.engine, &target, requests)?;
     let (id, created) = (new_id("cmpl"), now());
     let tokenizer = target.language.tokenizer.clone();
     let choice_json = move |index: usize, text: String, c: &Choice, place: &mut Place| {
@@ -268,7 +268,7 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
     let n = task.n;
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
     state.check_size(1, &task)?;
-    let window = Window::new(&state.engine, &target.caller, [target.request(prompt, Task::Generate(task))])?;
+    let window = Window::new(&state.engine, &target, [target.request(prompt, Task::Generate(task))])?;
     let tokenizer = target.language.tokenizer;
     let (id, created) = (new_id("chatcmpl"), now());
     let logprobs_of = move |c: &Choice| {

@@ -1,9 +1,9 @@
 //! From a named adapter and a task to the engine's answer.
 
 use std::iter::Peekable;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use actix_web::web::Bytes;
 use actix_web::{HttpMessage, HttpRequest, HttpResponse};
@@ -18,12 +18,16 @@ use super::fields::Fields;
 use super::observe::Counted;
 use super::{Shared, State, beside};
 use crate::base::{Language, Tokenizer};
-use crate::engine::{Choice, Engine, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};
+use crate::engine::{
+    Choice, Engine, Event, FinishReason, Generate, QueueSlot, Request, Sampling, Task, TokenLogprob, Usage,
+};
 use crate::lora::PackedAdapter;
 use crate::{Error, ErrorKind, Result};
 
 /// Requests to the engine that one HTTP request has in flight at most: enough to fill batches, few beside the queue.
 const WINDOW: usize = 64;
+/// How often a request that has begun looks for another place in a full queue.
+const LOOK_FOR_PLACE: Duration = Duration::from_millis(20);
 /// Texts of more bytes are tokenized beside the workers.
 const LONG_TEXT: usize = 8 << 10;
 /// What one answer may take in memory, roughly: [`TOKEN_BYTES`] a token, and [`LOGPROB_BYTES`] each log-probability.
@@ -44,6 +48,8 @@ pub struct Target {
     pub caller: Caller,
     /// Its own, or the base's.
     pub language: Language,
+    /// Where it waited in the queue for its adapter.
+    place: Arc<Mutex<Option<QueueSlot>>>,
 }
 
 impl Target {
@@ -80,10 +86,11 @@ impl State {
         let caller = Caller::of(http)?;
         let name = name.filter(|n| *n != "base" && *n != self.base_id);
         let count = |name| http.extensions().get::<Counted>().map(|counted| counted.set(name));
-        let (called, name, packed): (String, String, _) = match (blend::read(f)?, name) {
+        let (called, name, (packed, place)): (String, String, _) = match (blend::read(f)?, name) {
             (None, None) => {
                 count(None);
-                return Ok(Target { adapter: None, called: None, caller, language: self.language.clone() });
+                let language = self.language.clone();
+                return Ok(Target { adapter: None, called: None, caller, language, place: Arc::default() });
             }
             (None, Some(name)) => {
                 let whole = self.meant(&caller, name)?;
@@ -103,24 +110,28 @@ impl State {
         };
         count(Some(&name));
         let language = packed.language.clone().unwrap_or_else(|| self.language.clone());
-        Ok(Target { adapter: Some((name.into(), packed)), called: Some(called.into()), caller, language })
+        let place = Arc::new(Mutex::new(place));
+        Ok(Target { adapter: Some((name.into(), packed)), called: Some(called.into()), caller, language, place })
     }
 
+    /// The adapter, and a place in the queue where it had to be waited for: those who wait for adapters are no more than the
+    /// queue has places.
     async fn warm(
         &self,
         caller: &Caller,
         name: &str,
         acquire: impl Future<Output = Result<Arc<PackedAdapter>>>,
-    ) -> Result<Arc<PackedAdapter>> {
+    ) -> Result<(Arc<PackedAdapter>, Option<QueueSlot>)> {
         tokio::pin!(acquire);
         // Ready at the first look where the adapter is in memory; else the request is counted as waiting.
         match futures::poll!(&mut acquire) {
-            Poll::Ready(packed) => packed,
+            Poll::Ready(packed) => Ok((packed?, None)),
             Poll::Pending => {
+                let place = self.engine.place(caller.client())?;
                 let (_cold, start) = (self.metrics.cold(name), SystemTime::now());
                 let packed = caller.in_time(acquire).await.unwrap_or_else(Err);
                 caller.marks.adapter.get_or_init(|| (start, SystemTime::now()));
-                packed
+                Ok((packed?, Some(place)))
             }
         }
     }
@@ -263,6 +274,8 @@ fn ended() -> Error {
 pub struct Window {
     engine: Engine,
     caller: Caller,
+    /// For the first.
+    place: Option<QueueSlot>,
     waiting: Peekable<Box<dyn Iterator<Item = Request>>>,
     /// Index of the next of `waiting`.
     next: usize,
@@ -275,12 +288,13 @@ impl Window {
     /// Errors: `QueueFull` if it takes none; what else [`Engine::submit`] says of one.
     pub fn new(
         engine: &Engine,
-        caller: &Caller,
+        target: &Target,
         requests: impl IntoIterator<Item = Request, IntoIter: 'static>,
     ) -> Result<Self> {
         let requests: Box<dyn Iterator<Item = Request>> = Box::new(requests.into_iter());
-        let (engine, caller) = (engine.clone(), caller.clone());
-        let mut window = Window { engine, caller, waiting: requests.peekable(), next: 0, events: SelectAll::new() };
+        let (engine, caller, waiting) = (engine.clone(), target.caller.clone(), requests.peekable());
+        let place = target.place.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut window = Window { engine, caller, place, waiting, next: 0, events: SelectAll::new() };
         window.fill()?;
         Ok(window)
     }
@@ -289,13 +303,13 @@ impl Window {
         while self.events.len() < WINDOW
             && let Some(request) = self.waiting.peek()
         {
-            let mut receiver = match self.engine.submit(request.clone()) {
+            let mut receiver = match self.engine.submit_at(request.clone(), self.place.take()) {
                 Ok(receiver) => {
                     self.caller.submitted(request.prompt.len());
                     receiver
                 }
-                // One's own requests will make room.
-                Err(e) if e.kind == ErrorKind::QueueFull && !self.events.is_empty() => return Ok(()),
+                // There will be room; and what is done already is not to be lost.
+                Err(e) if e.kind == ErrorKind::QueueFull && self.next > 0 => return Ok(()),
                 Err(e) => return Err(e),
             };
             self.waiting.next();
@@ -309,17 +323,23 @@ impl Window {
 
     /// The next event of any request, with the request's index; `None` when all are answered.
     pub async fn next(&mut self) -> Option<(usize, Event)> {
-        let Ok(event) = self.caller.in_time(self.events.next()).await else {
-            return Some((self.next, Event::Failed(late())));
-        };
-        if let Some((_, event)) = &event {
-            self.caller.answered(if let Event::Progress(choice) = event { choice.tokens.len() } else { 0 });
-        }
-        let room = !matches!(event, Some((_, Event::Progress(_))));
-        match if room { self.fill() } else { Ok(()) } {
-            Err(e) => Some((self.next, Event::Failed(e))),
-            Ok(()) if event.is_none() && !self.events.is_empty() => Box::pin(self.next()).await,
-            Ok(()) => event,
+        loop {
+            let Ok(event) = self.caller.in_time(self.events.next()).await else {
+                return Some((self.next, Event::Failed(late())));
+            };
+            if let Some((_, event)) = &event {
+                self.caller.answered(if let Event::Progress(choice) = event { choice.tokens.len() } else { 0 });
+            }
+            let room = !matches!(event, Some((_, Event::Progress(_))));
+            if let Err(e) = if room { self.fill() } else { Ok(()) } {
+                return Some((self.next, Event::Failed(e)));
+            }
+            if event.is_some() || self.events.is_empty() && self.waiting.peek().is_none() {
+                return event;
+            }
+            if self.events.is_empty() && self.caller.in_time(tokio::time::sleep(LOOK_FOR_PLACE)).await.is_err() {
+                return Some((self.next, Event::Failed(late())));
+            }
         }
     }
 }

@@ -197,6 +197,45 @@ async fn traffic_goes_on_while_adapters_change() {
     server.left_nothing().await;
 }
 
+/// Those who wait for adapters have places in the queue, and those for whom there is none are refused at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_for_cold_adapters_is_no_longer_than_the_queue() {
+    // Memory for one adapter.
+    let server = Server::start(&packaged(), &["--max-queue", "2", "--adapter-memory", "1MiB"]).await;
+    let kind = Kind::new("adapter_causal_r8", 1.0);
+    let names: Vec<String> = (0..6).map(|i| format!("a{i}")).collect();
+    for (number, name) in names.iter().enumerate() {
+        kind.put(&server, name, number).await;
+    }
+    let crowd = async {
+        while server.metric("vllm:num_requests_running").await < 1.0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let asked = names[1..].iter().map(async |name| {
+            let (start, (status, body)) = (Instant::now(), ask(&server, name, TOKENS).await);
+            (status, body, start.elapsed())
+        });
+        let waiting = async {
+            while server.metric("loramux_queue_length").await < 2.0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            server.metric("vllm:num_requests_waiting").await
+        };
+        futures::join!(futures::future::join_all(asked), waiting)
+    };
+    // It holds the memory while the others come.
+    let ((status, body), (answers, waiting)) = futures::join!(ask(&server, &names[0], 400), crowd);
+    assert_eq!((status, waiting), (200, 2.0), "{body}");
+    let refused: Vec<_> = answers.iter().filter(|(status, ..)| *status == 429).collect();
+    assert_eq!(refused.len(), 3, "{answers:?}");
+    let first_answered = answers.iter().filter(|(status, ..)| *status == 200).map(|(.., took)| *took).min();
+    for (_, body, took) in refused {
+        assert!(body["error"]["message"].as_str().unwrap().contains("2 requests wait already"), "{body}");
+        assert!(Some(*took) < first_answered, "{answers:?}");
+    }
+    server.left_nothing().await;
+}
+
 fn walk(folder: &std::path::Path) -> u64 {
     let entries = std::fs::read_dir(folder).unwrap().flatten();
     entries.map(|e| if e.path().is_dir() { walk(&e.path()) } else { e.metadata().unwrap().len() }).sum()

@@ -94,6 +94,7 @@ pub fn engine(base: &Base, runner: &SharedRunner, max_batch_tokens: usize) -> En
         max_sequences: 64,
         max_batch_tokens,
         max_queue: 10_000,
+        tenant_slowdown: f64::INFINITY,
         eos_tokens: base.config.eos_tokens.clone(),
     };
     Engine::start(Box::new(runner.clone()), base.tokenizer.clone(), options, Arc::new(Metrics::new())).unwrap()
