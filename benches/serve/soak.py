@@ -42,7 +42,7 @@ CHANGING = [f"changing-{i}" for i in range(8)]
 CHANGERS = 4
 # Seconds between two looks at the process, at most.
 EVERY = 5
-# Seconds in which each request has to be answered, whatever it is.
+# Seconds in which each request has to be answered, whatever it is; more where the queue alone takes a part of it.
 PATIENCE = 120
 # What a request may take at most, as a multiple of the time in which as many as fit the queue are answered.
 LATENCY_FACTOR = 2
@@ -159,7 +159,7 @@ class Soak:
         self.args, self.server = args, server
         self.client, self.process = Client(server.address), Process(server.process.pid)
         self.adapters, self.expected, self.traffic = adapters, {}, None
-        self.start = time.monotonic()
+        self.start, self.patience = time.monotonic(), PATIENCE
         self.failures, self.sent, self.samples = [], [], []
         self.awkward_ends, self.arrivals = Counter(), random.Random(args.seed + 1)
         self.due = 0  # Requests.
@@ -199,10 +199,10 @@ class Soak:
         due = begun if due is None else due
         status, headers = 0, {"x-request-timeout": f"{request.deadline:.2f}"} if request.deadline else {}
         try:
-            got = await asyncio.wait_for(self.client.post(request.path, request.body, headers), PATIENCE)
+            got = await asyncio.wait_for(self.client.post(request.path, request.body, headers), self.patience)
             status = outcome(request, got)
         except TimeoutError:
-            self.fail(request.kind, f"no answer within {PATIENCE} s")
+            self.fail(request.kind, f"no answer within {self.patience:.0f} s")
         except (Wrong, OSError, EOFError, ValueError) as e:
             self.fail(request.kind, f"{e!r} to {json.dumps(request.body)[:200]}")
         self.sent.append(Sent(due, begun - due, self.now() - due, request.kind, request.sequences, status))
@@ -214,7 +214,7 @@ class Soak:
 
     async def be_awkward(self, client):
         try:
-            end = await asyncio.wait_for(client(), PATIENCE)
+            end = await asyncio.wait_for(client(), self.patience)
         except (Wrong, OSError, EOFError, ValueError, TimeoutError) as e:
             end = "wrong"
             self.fail(client.__name__, repr(e))
@@ -244,6 +244,7 @@ class Soak:
         # Some shorter than the time in the queue, some longer.
         turn = self.args.max_queue / self.result["capacity"]["sequences_per_second"]
         self.traffic.deadlines = 0.1 * turn, 2 * turn
+        self.patience = max(PATIENCE, 5 * turn)
 
     def cores(self, before, seconds):
         """Cores in use by the server, by this script, and by others."""
@@ -267,7 +268,7 @@ class Soak:
         while self.now() < until:
             await asyncio.sleep(self.arrivals.expovariate(self.args.changes / CHANGERS))
             try:
-                self.changes[await asyncio.wait_for(changer.one(), PATIENCE)] += 1
+                self.changes[await asyncio.wait_for(changer.one(), self.patience)] += 1
             except (Wrong, OSError, EOFError, ValueError, TimeoutError) as e:
                 self.fail("change of adapters", repr(e))
 
