@@ -421,7 +421,13 @@ def checks(args, soak):
         "p99 at most 250 ms",
         quantile(behind, 0.99) <= 0.25,
     )
-    yield Check("refused with 429", f"{len(refused)}", "some, or it was no overload", bool(refused))
+    share, excess = len(refused) / len(sent), max(0, 1 - 1 / args.load)
+    yield Check(
+        "refused with 429",
+        f"{len(refused)}, {100 * share:.0f} %",
+        f"at least {50 * excess:.0f} %, half of the excess, or it was no such load",
+        share >= excess / 2,
+    )
     cores = [" ".join(f"{name} {used:.2f}" for name, used in result[of]["cores"].items()) for of in ("capacity", "load")]
     yield Check("cores in use: measuring what it can do; under the load", "; ".join(cores), "", True)
     capacity = result["capacity"]["sequences_per_second"]
