@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 DATA := $(abspath $(CARGO_TARGET_DIR))/data
 
-.PHONY: serve build model test deploy-check bench-train bench-methods adapters cuda-check lint page page-check page-test
+.PHONY: serve build model test deploy-check bench-train bench-methods adapters cuda-check lint deny page page-check page-test
 
 serve: build model
 	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
@@ -95,6 +95,10 @@ cuda-check:
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets -- -D warnings
+
+# Licences and sources of all dependencies, with `cargo install cargo-deny`.
+deny:
+	$(CARGO) deny check licenses bans sources
 
 # The web page (web/README.md). It takes Node; what it builds is in the repository, so nothing else does.
 page:
