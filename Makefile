@@ -22,9 +22,10 @@ build:
 model: build
 	$(CARGO_TARGET_DIR)/release/loramux fetch
 
-test: $(CLIENTS)/ready $(CLIENTS)/peft/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx
+test: $(CLIENTS)/ready $(CLIENTS)/peft/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx $(CLIENTS)/libfaketime.so
 	PYTHONPATH=$(CLIENTS)/python LORAMUX_TEST_PYTHON=$(PYTHON) LORAMUX_TEST_PEFT=$(CLIENTS)/peft \
-	LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus LORAMUX_TEST_NGINX=$(CLIENTS)/nginx $(CARGO) test
+	LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus LORAMUX_TEST_NGINX=$(CLIENTS)/nginx \
+	LORAMUX_TEST_FAKETIME=$(CLIENTS)/libfaketime.so $(CARGO) test
 
 # The real clients that the tests run against a real server.
 $(CLIENTS)/ready: tests/clients/requirements.txt
@@ -49,6 +50,12 @@ $(CLIENTS)/nginx:
 	if command -v nginx; then ln -sf "$$(command -v nginx)" $@; \
 	elif cd $(CLIENTS)/deb && { apt-get download nginx || { apt-get update && apt-get download nginx; }; } \
 	&& dpkg -x nginx_*.deb . && test -x usr/sbin/nginx; then ln -sf deb/usr/sbin/nginx $@; fi
+
+# The same for the library that makes clocks jump.
+$(CLIENTS)/libfaketime.so:
+	mkdir -p $(CLIENTS)/deb
+	if cd $(CLIENTS)/deb && { apt-get download libfaketime || { apt-get update && apt-get download libfaketime; }; } \
+	&& dpkg -x libfaketime_*.deb .; then ln -sf deb/usr/lib/*/faketime/libfaketimeMT.so.1 $@; fi
 
 # Images, units, manifests, alerts and the dashboard in deploy/. What has no program here is skipped, and said to be.
 deploy-check: build $(CLIENTS)/deploy/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx

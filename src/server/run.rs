@@ -3,7 +3,7 @@
 use std::iter::Peekable;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::SystemTime;
+use std::time::Instant;
 
 use actix_web::web::Bytes;
 use actix_web::{HttpMessage, HttpRequest, HttpResponse};
@@ -117,9 +117,9 @@ impl State {
         match futures::poll!(&mut acquire) {
             Poll::Ready(packed) => packed,
             Poll::Pending => {
-                let (_cold, start) = (self.metrics.cold(name), SystemTime::now());
+                let (_cold, start) = (self.metrics.cold(name), Instant::now());
                 let packed = caller.in_time(acquire).await.unwrap_or_else(Err);
-                caller.marks.adapter.get_or_init(|| (start, SystemTime::now()));
+                caller.marks.adapter.get_or_init(|| (start, Instant::now()));
                 packed
             }
         }
