@@ -58,15 +58,12 @@ fn is_adapter(folder: &Path) -> bool {
     load(folder, config(), "base").is_ok()
 }
 
-fn run(base: &Base) {
-    let options = DecoderOptions {
-        device: Device::Cpu,
-        kernels: Kernels::Packed(Simd::detect()),
-        format: None,
-        dtype: DType::F32,
-    };
-    let _ = Decoder::load(&base.config, &base.weights, options);
+/// Whether the weights are those of the configuration.
+fn run(base: &Base) -> bool {
+    let kernels = Kernels::Packed(Simd::detect());
+    let options = DecoderOptions { device: Device::Cpu, kernels, format: None, dtype: DType::F32 };
     let _ = base.tokenizer.encode("a text", true);
+    Decoder::load(&base.config, &base.weights, options).is_ok()
 }
 
 /// `adapter_config.json`, whose length stands in the first two bytes, and after it `adapter_model.safetensors`.
@@ -80,7 +77,7 @@ pub fn adapter(data: &[u8]) -> bool {
 pub fn gguf(data: &[u8]) -> bool {
     let folder = folder(&[("model.gguf", data)]);
     let base = Base::open(&folder.path().join("model.gguf").to_string_lossy());
-    base.iter().for_each(run);
+    let _ = base.as_ref().map(run);
     is_adapter(folder.path()) || base.is_ok()
 }
 
@@ -89,9 +86,7 @@ pub fn base(data: &[u8]) -> bool {
     let names = ["config.json", "tokenizer.json", "tokenizer_config.json"];
     let files = names.into_iter().zip(parts::<3>(data)).filter_map(|(name, text)| Some((name, text?)));
     let folder = folder(&files.chain([("model.safetensors", WEIGHTS)]).collect::<Vec<_>>());
-    let base = Base::open(&folder.path().to_string_lossy());
-    base.iter().for_each(run);
-    base.is_ok()
+    Base::open(&folder.path().to_string_lossy()).is_ok_and(|base| run(&base))
 }
 
 /// An archive of an adapter's files.
