@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 DATA := $(abspath $(CARGO_TARGET_DIR))/data
 
-.PHONY: serve build model test deploy-check bench-train bench-methods adapters cuda-check lint page page-check page-test
+.PHONY: serve build model test deploy-check bench-train bench-methods adapters cuda-check lint deny page page-check page-test
 
 serve: build model
 	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
@@ -22,9 +22,10 @@ build:
 model: build
 	$(CARGO_TARGET_DIR)/release/loramux fetch
 
-test: $(CLIENTS)/ready $(CLIENTS)/peft/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx
+test: $(CLIENTS)/ready $(CLIENTS)/peft/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx $(CLIENTS)/libfaketime.so
 	PYTHONPATH=$(CLIENTS)/python LORAMUX_TEST_PYTHON=$(PYTHON) LORAMUX_TEST_PEFT=$(CLIENTS)/peft \
-	LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus LORAMUX_TEST_NGINX=$(CLIENTS)/nginx $(CARGO) test
+	LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus LORAMUX_TEST_NGINX=$(CLIENTS)/nginx \
+	LORAMUX_TEST_FAKETIME=$(CLIENTS)/libfaketime.so $(CARGO) test
 
 # The real clients that the tests run against a real server.
 $(CLIENTS)/ready: tests/clients/requirements.txt
@@ -49,6 +50,12 @@ $(CLIENTS)/nginx:
 	if command -v nginx; then ln -sf "$$(command -v nginx)" $@; \
 	elif cd $(CLIENTS)/deb && { apt-get download nginx || { apt-get update && apt-get download nginx; }; } \
 	&& dpkg -x nginx_*.deb . && test -x usr/sbin/nginx; then ln -sf deb/usr/sbin/nginx $@; fi
+
+# The same for the library that makes clocks jump.
+$(CLIENTS)/libfaketime.so:
+	mkdir -p $(CLIENTS)/deb
+	if cd $(CLIENTS)/deb && { apt-get download libfaketime || { apt-get update && apt-get download libfaketime; }; } \
+	&& dpkg -x libfaketime_*.deb .; then ln -sf deb/usr/lib/*/faketime/libfaketimeMT.so.1 $@; fi
 
 # Images, units, manifests, alerts and the dashboard in deploy/. What has no program here is skipped, and said to be.
 deploy-check: build $(CLIENTS)/deploy/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx
@@ -95,6 +102,10 @@ cuda-check:
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets -- -D warnings
+
+# Licences and sources of all dependencies, with `cargo install cargo-deny`.
+deny:
+	$(CARGO) deny check licenses bans sources
 
 # The web page (web/README.md). It takes Node; what it builds is in the repository, so nothing else does.
 page:

@@ -114,6 +114,108 @@ def ggufs():
     small_adapter(folder / "adapter.gguf")
 
 
+def byte_level():
+    """GPT-2's alphabet: a character for each byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(0x100 + rest.index(byte)) for byte in range(256)]
+
+
+def host():
+    """What the requests are sent to: a base that spells any text, byte by byte, and adapters for it."""
+    folder = HERE / "host"
+    (folder / "adapters").mkdir(parents=True, exist_ok=True)
+    hidden, context = 32, 128
+    writer = gguf.GGUFWriter(folder / "base.gguf", "llama")
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(hidden)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_context_length(context)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*byte_level(), "ab", "</s>"])
+    writer.add_token_merges(["a b"])
+    writer.add_token_types([1] * 257 + [3])
+    writer.add_bos_token_id(257)
+    writer.add_eos_token_id(257)
+    writer.add_chat_template(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    matrix = gguf.GGMLQuantizationType.Q8_0
+    random = np.random.default_rng(0)
+    matrices = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    for name, rows in [("token_embd", 258)] + [(f"blk.0.{name}", hidden) for name in matrices]:
+        numbers = random.standard_normal((rows, hidden)).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(numbers, matrix), raw_dtype=matrix)
+    for name in ["output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"]:
+        writer.add_tensor(f"{name}.weight", np.ones(hidden, dtype=np.float32))
+    write(writer)
+    pair = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    lora = {f"{pair}A.weight": (2, hidden), f"{pair}B.weight": (hidden, 2)}
+    head = {"base_model.model.score.weight": (3, hidden)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    classes = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    for name, shapes, more in [("lora", lora, {}), ("head", lora | head, classes)]:
+        adapter = folder / "adapters" / name
+        adapter.mkdir(exist_ok=True)
+        (adapter / "adapter_config.json").write_text(json.dumps(config | more))
+        tensors = {key: random.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+        (adapter / "adapter_model.safetensors").write_bytes(safetensors(tensors))
+
+
+def safetensors(tensors):
+    header, data = {}, b""
+    for name, numbers in tensors.items():
+        end = len(data) + numbers.nbytes
+        header[name] = {"dtype": "F32", "shape": numbers.shape, "data_offsets": [len(data), end]}
+        data += numbers.tobytes()
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def uploads():
+    """Requests with a form and with an archive; the others in corpus/request are written by hand."""
+    files = {name: (HERE / "host/adapters/lora" / name).read_bytes() for name in CONFIG_AND_WEIGHTS}
+    form = b""
+    for field, name, content in [
+        ("name", None, b"mine"),
+        ("config", "adapter_config.json", files["adapter_config.json"]),
+        ("weights", "adapter_model.safetensors", files["adapter_model.safetensors"]),
+    ]:
+        named = f'; filename="{name}"' if name else ""
+        form += f'--b\r\nContent-Disposition: form-data; name="{field}"{named}\r\n\r\n'.encode() + content + b"\r\n"
+    head = b"POST /v1/adapters\nContent-Type: multipart/form-data; boundary=b\n\n"
+    seed("request", "upload-form", head + form + b"--b--\r\n")
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    seed("request", "upload-archive", b'PUT /v1/adapters/mine\nIf-None-Match: *\n\n' + out.getvalue())
+
+
+def texts():
+    """What bases and adapters say about texts: files with a zero byte between them."""
+    base = TINY / "llama/base"
+    tokenizer, settings = [(base / name).read_bytes() for name in ["tokenizer.json", "tokenizer_config.json"]]
+    # Shorter, so that more of the wrong bytes are elsewhere than in the words.
+    short = json.loads(tokenizer)
+    short["model"]["vocab"] = dict(list(short["model"]["vocab"].items())[:8])
+    short = json.dumps(short).encode()
+    for family in ["llama", "qwen3", "gemma2", "bert", "gpt2"]:
+        config = (TINY / family / "base/config.json").read_bytes()
+        seed("base", family if family == "llama" else f"refused-{family}", b"\0".join([config, tokenizer, settings]))
+    seed("language", "tokenizer", b"\0".join([tokenizer.replace(b'"t200"', b'"new"'), settings]))
+    seed("language", "settings", b"\0".join([b"", b'{"eos_token": {"content": "t9"}, "chat_template": "{{ eos_token }}"}']))
+    seed("language", "short", b"\0".join([short, settings]))
+
+
+CONFIG_AND_WEIGHTS = ["adapter_config.json", "adapter_model.safetensors"]
+
 adapters()
 archives()
 ggufs()
+host()
+uploads()
+texts()

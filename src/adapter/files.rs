@@ -48,7 +48,15 @@ pub fn adapter_files(directory: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let failed = |e: std::io::Error| Error::internal(format!("{} could not be listed: {e}", directory.display()));
     let entries = match std::fs::read_dir(directory) {
         Ok(entries) => entries,
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(BTreeMap::new()),
+        // Nor is what no directory can be called, as clients may name it.
+        Err(e)
+            if matches!(
+                e.kind(),
+                ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::InvalidInput | ErrorKind::InvalidFilename
+            ) =>
+        {
+            return Ok(BTreeMap::new());
+        }
         Err(e) => return Err(failed(e)),
     };
     let mut names = vec![];

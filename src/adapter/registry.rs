@@ -539,7 +539,8 @@ impl Inner {
         let slots = self.names.read().unwrap_or_else(PoisonError::into_inner);
         for slot in names.into_iter().filter_map(|name| slots.get(name)) {
             slot.usage.requests.fetch_add(1, Ordering::Relaxed);
-            slot.usage.last.fetch_max(now(), Ordering::Relaxed);
+            // Not the greatest so far: a clock that was set back counts on from there.
+            slot.usage.last.store(now(), Ordering::Relaxed);
             self.touch(slot);
         }
     }

@@ -78,14 +78,14 @@ impl Caller {
 
     /// Counts what goes to the engine.
     pub fn submitted(&self, prompt_tokens: usize) {
-        self.marks.submitted.get_or_init(SystemTime::now);
+        self.marks.submitted.get_or_init(Instant::now);
         self.marks.prompt_tokens.fetch_add(prompt_tokens as u64, Ordering::Relaxed);
         self.charge(prompt_tokens);
     }
 
     /// Counts what comes from it.
     pub fn answered(&self, tokens: usize) {
-        self.marks.answered.get_or_init(SystemTime::now);
+        self.marks.answered.get_or_init(Instant::now);
         self.marks.generated_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
         self.charge(tokens);
     }

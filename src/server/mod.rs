@@ -29,7 +29,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use actix_web::dev::Payload;
+use actix_web::body::MessageBody;
+use actix_web::dev::{Payload, ServiceFactory, ServiceRequest, ServiceResponse};
 use actix_web::guard::{self, Guard};
 use actix_web::http::header::{ALLOW, HeaderValue};
 use actix_web::http::{Method, StatusCode};
@@ -249,6 +250,38 @@ fn need(route: Option<&str>, method: &Method) -> Need {
     methods(route).iter().find(|(name, _)| is_asked_for(name, method)).map_or(Need::Any, |(_, need)| *need)
 }
 
+/// The application as [`serve`] has it, over a state that is there, for requests that come over no socket.
+#[doc(hidden)]
+pub fn application(
+    state: Arc<State>,
+) -> App<
+    impl ServiceFactory<
+        ServiceRequest,
+        Config = (),
+        Response = ServiceResponse<impl MessageBody>,
+        Error = actix_web::Error,
+        InitError = (),
+    >,
+> {
+    app(Data::new(OnceLock::from(state)), Data::new(OnceLock::new()))
+}
+
+fn app(
+    door: Data<Door>,
+    tracer: Data<Tracer>,
+) -> App<
+    impl ServiceFactory<
+        ServiceRequest,
+        Config = (),
+        Response = ServiceResponse<observe::Observed>,
+        Error = actix_web::Error,
+        InitError = (),
+    >,
+> {
+    let observe = actix_web::middleware::from_fn(observe::observe);
+    App::new().app_data(door).app_data(tracer).wrap(observe).configure(routes)
+}
+
 /// Where and how the server is reached.
 pub struct Entrance {
     /// Address and port.
@@ -272,21 +305,15 @@ pub fn serve(
     let door: Data<Door> = Data::new(OnceLock::new());
     let tracer: Data<Tracer> = Data::new(OnceLock::new());
     let (shared, own) = (door.clone(), tracer.clone());
-    let server = HttpServer::new(move || {
-        App::new()
-            .app_data(shared.clone())
-            .app_data(own.clone())
-            .wrap(actix_web::middleware::from_fn(observe::observe))
-            .configure(routes)
-    })
-    .workers(2)
-    // A client that closes its side has hung up: its handler is dropped, and with it the request.
-    .h1_allow_half_closed(false)
-    .client_request_timeout(Duration::from_secs(20))
-    .keep_alive(Duration::from_secs(75))
-    .tcp_nodelay(true)
-    .disable_signals()
-    .shutdown_timeout(LAST_BYTES);
+    let server = HttpServer::new(move || app(shared.clone(), own.clone()))
+        .workers(2)
+        // A client that closes its side has hung up: its handler is dropped, and with it the request.
+        .h1_allow_half_closed(false)
+        .client_request_timeout(Duration::from_secs(20))
+        .keep_alive(Duration::from_secs(75))
+        .tcp_nodelay(true)
+        .disable_signals()
+        .shutdown_timeout(LAST_BYTES);
     let server = match &certificate {
         None => server.bind(&listen),
         Some(certificate) => server.bind_rustls_0_23(&listen, certificate.config()?),

@@ -162,7 +162,7 @@ impl Drop for End {
             let nothing = Marks::default();
             let marks = self.caller.as_ref().map_or(&nothing, |caller| &*caller.marks);
             let tenant = self.caller.as_ref().and_then(Caller::tenant);
-            let (start, method, request_id) = (*start, self.method.as_str(), &*self.id);
+            let (start, method, request_id) = ((self.start, *start), self.method.as_str(), &*self.id);
             tracing.tell(&Told { start, method, route, status, request_id, adapter, tenant, parent, marks });
         }
         tracing::debug!(request_id = self.id, route, adapter, status, seconds, "answered");

@@ -3,7 +3,7 @@
 use std::iter::Peekable;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant};
 
 use actix_web::web::Bytes;
 use actix_web::{HttpMessage, HttpRequest, HttpResponse};
@@ -128,9 +128,9 @@ impl State {
             Poll::Ready(packed) => Ok((packed?, None)),
             Poll::Pending => {
                 let place = self.engine.place(caller.client())?;
-                let (_cold, start) = (self.metrics.cold(name), SystemTime::now());
+                let (_cold, start) = (self.metrics.cold(name), Instant::now());
                 let packed = caller.in_time(acquire).await.unwrap_or_else(Err);
-                caller.marks.adapter.get_or_init(|| (start, SystemTime::now()));
+                caller.marks.adapter.get_or_init(|| (start, Instant::now()));
                 Ok((packed?, Some(place)))
             }
         }

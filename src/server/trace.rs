@@ -3,7 +3,7 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use actix_web::http::header::HeaderMap;
 use actix_web::web::Bytes;
@@ -26,18 +26,19 @@ const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub struct Marks {
     /// When a wait for its adapter began and ended, where there was one.
-    pub adapter: OnceLock<(SystemTime, SystemTime)>,
+    pub adapter: OnceLock<(Instant, Instant)>,
     /// When it first went to the engine.
-    pub submitted: OnceLock<SystemTime>,
+    pub submitted: OnceLock<Instant>,
     /// When the engine first answered.
-    pub answered: OnceLock<SystemTime>,
+    pub answered: OnceLock<Instant>,
     pub prompt_tokens: AtomicU64,
     pub generated_tokens: AtomicU64,
 }
 
 /// What is told of a request at its end.
 pub struct Told<'a> {
-    pub start: SystemTime,
+    /// When it came in, also on the clock, which is only looked at once: it may jump.
+    pub start: (Instant, SystemTime),
     pub method: &'a str,
     pub route: &'a str,
     pub status: u16,
@@ -87,8 +88,9 @@ impl Tracing {
 
     /// Sends the spans of a request that is over.
     pub fn tell(&self, told: &Told) {
-        let end = SystemTime::now();
-        let Told { method, route, marks, .. } = told;
+        let end = Instant::now();
+        let Told { start: (start, on_clock), method, route, marks, .. } = told;
+        let at = |moment: Instant| *on_clock + moment.saturating_duration_since(*start);
         let count = |tokens: &AtomicU64| tokens.load(Ordering::Relaxed) as i64;
         let mut attributes = vec![
             KeyValue::new("http.request.method", method.to_string()),
@@ -103,15 +105,15 @@ impl Tracing {
             attributes.push(KeyValue::new("gen_ai.usage.output_tokens", count(&marks.generated_tokens)));
         }
         let request = self.tracer.span_builder(format!("{method} {route}")).with_kind(SpanKind::Server);
-        let request = request.with_start_time(told.start).with_attributes(attributes);
+        let request = request.with_start_time(*on_clock).with_attributes(attributes);
         let mut request = request.start_with_context(&self.tracer, told.parent);
         if told.status >= 500 {
             request.set_status(Status::error(format!("status {}", told.status)));
         }
         let within = told.parent.with_remote_span_context(request.span_context().clone());
-        let part = |name: &'static str, start: SystemTime, end: SystemTime| {
-            let part = self.tracer.span_builder(name).with_start_time(start);
-            part.start_with_context(&self.tracer, &within).end_with_timestamp(end);
+        let part = |name: &'static str, start: Instant, end: Instant| {
+            let part = self.tracer.span_builder(name).with_start_time(at(start));
+            part.start_with_context(&self.tracer, &within).end_with_timestamp(at(end));
         };
         if let Some(&(start, end)) = marks.adapter.get() {
             part("load adapter", start, end);
@@ -121,7 +123,7 @@ impl Tracing {
             part("queue and prompt", submitted, answered.unwrap_or(end));
             answered.into_iter().for_each(|answered| part("answer", answered, end));
         }
-        request.end_with_timestamp(end);
+        request.end_with_timestamp(at(end));
     }
 
     /// Sends what is left. It waits for the runtime's tasks, so it must not be one of them.

@@ -1,13 +1,15 @@
-//! What goes wrong beneath a running server: a disk that is full, or takes nothing more; files that change.
+//! What goes wrong beneath a running server: a disk that is full, or takes nothing more; files that change, or may not be read
+//! any more; a source that hangs; a clock that jumps.
 
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
 use crate::common::fixtures;
-use crate::host::Server;
+use crate::host::{Server, answer};
 
 /// Something mounted on a folder, until dropped.
 struct Mount(PathBuf);
@@ -140,4 +142,238 @@ async fn a_file_cut_short_under_the_server_fails_its_adapter_alone() {
     std::fs::write(&weights, bytes).unwrap();
     tokio::time::sleep(Duration::from_millis(10)).await;
     assert_eq!(says(&server, "broken").await.1["text"], asking.1["text"]);
+}
+
+/// The program without the right to read what its files' permissions forbid, which root has.
+fn without_privileges(folder: &Path) -> Option<Command> {
+    let program = env!("CARGO_BIN_EXE_loramux");
+    if std::fs::metadata(folder).unwrap().uid() != 0 {
+        return Some(Command::new(program));
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set", "-dac_override,-dac_read_search"]);
+    if !Command::new("setpriv").args(["--bounding-set", "-dac_override", "true"]).status().is_ok_and(|s| s.success()) {
+        eprintln!("SKIPPED: root cannot give up its rights here, so nothing was tested");
+        return None;
+    }
+    command.arg(program);
+    Some(command)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_may_not_be_read_fail_their_adapter_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(program) = without_privileges(folder.path()) else { return };
+    let (tiny, keys) = (fixtures().join("tiny/llama"), folder.path().join("keys.toml"));
+    std::fs::write(&keys, key_file(&[("root", "infer', 'admin", "")])).unwrap();
+    let options = ["--keys", &keys.display().to_string()];
+    let store = folder.path().join("store");
+    let mut server = Server::listening_as(program, &tiny.join("base").display().to_string(), &store, &options, &[]);
+    server.http = bearing("root");
+    let server = server.ready().await;
+    let (_, lost) = server.put_directory("lost", &tiny.join("adapter_all_r8")).await;
+    assert_eq!(server.put_directory("kept", &tiny.join("adapter_qv_r4")).await.0, 201);
+    let text = says(&server, "lost").await.1["text"].clone();
+    let object = store.join("objects").join(lost["generation"].as_str().unwrap());
+    let allow = |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    let before = std::fs::metadata(&object).unwrap().mode();
+    allow(&object, 0);
+    allow(&keys, 0);
+    // In memory it is there.
+    assert_eq!(says(&server, "lost").await.1["text"], text);
+    assert_eq!(server.post("/v1/adapters/lost/unload", json!({})).await.0, 200);
+    let (status, body) = says(&server, "lost").await;
+    let message = body["error"]["message"].as_str().unwrap_or_default();
+    assert!(status >= 400 && message.contains("lost") && message.contains("ermission denied"), "{status} {body}");
+    assert_eq!(says(&server, "kept").await.0, 200);
+    server.still_answers().await;
+    allow(&object, before);
+    assert_eq!(says(&server, "lost").await.1["text"], text);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_hangs_fails_what_it_may_have_and_nothing_else() {
+    let tiny = fixtures().join("tiny/llama");
+    // It takes connections, and never says anything.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/adapters", silent.local_addr().unwrap());
+    let server = Server::start(&tiny.join("base").display().to_string(), &["--source", &url]).await;
+    assert_eq!(server.put_directory("kept", &tiny.join("adapter_qv_r4")).await.0, 201);
+    let body = json!({ "adapter": "far", "prompt": "t5", "max_tokens": 1 });
+    let impatient = server.http.post(server.at("/v1/generate")).header("x-request-timeout", "1").json(&body);
+    assert_eq!(answer(impatient).await.unwrap().0, 504);
+    let far = tokio::spawn(answer(server.http.post(server.at("/v1/generate")).json(&body)));
+    let mut others = 0;
+    while !far.is_finished() {
+        assert_eq!(says(&server, "kept").await.0, 200);
+        server.still_answers().await;
+        others += 1;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let (status, body) = far.await.unwrap().unwrap();
+    let message = body["error"]["message"].as_str().unwrap_or_default();
+    assert!(status == 503 && message.contains(&url) && message.contains("nothing came"), "{status} {body}");
+    assert!(others > 10, "only {others} others were answered meanwhile");
+}
+
+/// A file of keys that are their own names, each with scopes and limits.
+fn key_file(keys: &[(&str, &str, &str)]) -> String {
+    use sha2::{Digest, Sha256};
+    let hash = |name: &str| Sha256::digest(name).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let lines = keys.iter().map(|(name, scopes, limits)| {
+        format!("[keys.{name}]\nsha256 = '{}'\nscopes = ['{scopes}']\n{limits}\n", hash(name))
+    });
+    lines.collect()
+}
+
+/// A client with a key.
+fn bearing(key: &str) -> reqwest::Client {
+    let header = (reqwest::header::AUTHORIZATION, format!("Bearer {key}").parse().unwrap());
+    reqwest::Client::builder().default_headers([header].into_iter().collect()).build().unwrap()
+}
+
+/// A wall clock that can be set.
+struct Clock {
+    library: String,
+    offset: PathBuf,
+}
+
+impl Clock {
+    /// `None` where there is no libfaketime.
+    fn new(folder: &Path) -> Option<Self> {
+        let library = std::env::var("LORAMUX_TEST_FAKETIME").ok().filter(|library| Path::new(library).exists());
+        if library.is_none() {
+            eprintln!("SKIPPED: there is no libfaketime, so no clock jumped");
+        }
+        let clock = Clock { library: library?, offset: folder.join("offset") };
+        clock.jump(0);
+        Some(clock)
+    }
+
+    /// Only the wall clock, as when somebody sets it: files keep the times that they have, and no waiting is cut short.
+    fn variables(&self) -> [(&str, &str); 5] {
+        [
+            ("LD_PRELOAD", &*self.library),
+            ("FAKETIME_TIMESTAMP_FILE", self.offset.to_str().unwrap()),
+            ("FAKETIME_NO_CACHE", "1"),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+            ("NO_FAKE_STAT", "1"),
+        ]
+    }
+
+    /// Sets it to so many days from now.
+    fn jump(&self, days: i64) {
+        let new = self.offset.with_extension("new");
+        std::fs::write(&new, format!("{:+}", days * DAY as i64)).unwrap();
+        std::fs::rename(new, &self.offset).unwrap();
+    }
+}
+
+const DAY: u64 = 86_400;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_jumps_is_nothing_to_requests() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(clock) = Clock::new(folder.path()) else { return };
+    let (tiny, store, keys) =
+        (fixtures().join("tiny/llama"), folder.path().join("s/store"), folder.path().join("keys.toml"));
+    let limits = [("root", "infer', 'admin', 'metrics", ""), ("once", "infer", "requests-per-minute = 1")];
+    std::fs::write(&keys, key_file(&limits)).unwrap();
+    let (collector, spans) = crate::traces::collector();
+    let mut variables = clock.variables().to_vec();
+    variables.extend([("OTEL_EXPORTER_OTLP_ENDPOINT", collector.as_str()), ("OTEL_BSP_SCHEDULE_DELAY", "100")]);
+    let (base, options) = (tiny.join("base").display().to_string(), ["--keys", &keys.display().to_string()]);
+    let start = async || {
+        let mut server = Server::listening_with(&base, &store, &options, &variables);
+        server.http = bearing("root");
+        server.ready().await
+    };
+    let mut server = start().await;
+    let unix = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
+
+    // What runs over jumps ends as without.
+    let prompts: Vec<String> = (0..32).map(|i| format!("t{} t6", 5 + i)).collect();
+    let body = json!({ "prompt": prompts, "n": 2, "max_tokens": 200, "temperature": 0, "ignore_eos": true });
+    let long = || {
+        let request = server.http.post(server.at("/v1/completions")).header("x-request-timeout", "300").json(&body);
+        answer(request)
+    };
+    let (status, expected) = long().await.unwrap();
+    assert_eq!(status, 200, "{expected}");
+    let running = tokio::spawn(long());
+    let mut jumps = 0;
+    while !running.is_finished() {
+        clock.jump([1, 0, -1, 0][jumps % 4]);
+        jumps += 1;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let (status, found) = running.await.unwrap().unwrap();
+    assert_eq!((status, &found["choices"]), (200, &expected["choices"]), "{found}");
+    assert!(jumps > 4, "{jumps} jumps only");
+
+    // A limit is no tighter and no wider.
+    clock.jump(0);
+    let once = bearing("once");
+    let ask = || {
+        let body = json!({ "prompt": "t5", "max_tokens": 1 });
+        once.post(server.at("/v1/generate")).json(&body).send()
+    };
+    let first = Instant::now();
+    assert_eq!(ask().await.unwrap().status(), 200);
+    for days in [1, 0, -1] {
+        clock.jump(days);
+        let refused = ask().await.unwrap();
+        if first.elapsed() > Duration::from_secs(55) {
+            break;
+        }
+        assert_eq!(refused.status(), 429, "{days}");
+        let wait: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+        assert!((1..=60).contains(&wait), "{wait}");
+    }
+
+    // The last that was put stands, though the clock says that it came first.
+    clock.jump(1);
+    let (status, newer) = server.put_directory("a", &tiny.join("adapter_all_r8")).await;
+    assert_eq!(status, 201, "{newer}");
+    assert!(newer["created"].as_u64().unwrap() > unix() + DAY - 600, "the clock has not jumped: {newer}");
+    assert_eq!(says(&server, "a").await.0, 200);
+    clock.jump(-1);
+    let (status, older) = server.put_directory("a", &tiny.join("adapter_qv_r4")).await;
+    assert_eq!(status, 200, "{older}");
+    assert!(older["created"].as_u64() < newer["created"].as_u64(), "{older}");
+    assert_eq!(says(&server, "a").await.1["generation"], older["generation"]);
+    let used = server.get("/v1/adapters/a").await.unwrap().1["last_used"].as_u64().unwrap();
+    assert!(used < unix(), "it was last used in the future: {used}");
+
+    // New keys are seen, also with a file that is older than the one before.
+    std::fs::write(&keys, key_file(&[limits[0], limits[1], ("late", "infer", "")])).unwrap();
+    let file = std::fs::File::options().write(true).open(&keys).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_secs(DAY)).unwrap();
+    let (late, start_of_wait) = (bearing("late"), Instant::now());
+    while late.get(server.at("/v1/models")).send().await.unwrap().status() != 200 {
+        assert!(start_of_wait.elapsed() < Duration::from_secs(30), "the new key is not known");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+
+    let (_, metrics) = server.get("/metrics").await.unwrap();
+    for line in metrics.as_str().unwrap().lines().filter(|line| !line.starts_with('#')) {
+        let value: f64 = line.rsplit_once(' ').unwrap().1.parse().unwrap();
+        assert!(value >= 0.0, "{line}");
+        assert!(!line.contains("seconds_sum") || value < DAY as f64 / 2.0, "{line}");
+    }
+    server.signal("TERM");
+    assert!(server.ended(Duration::from_secs(20)).await.success());
+    let mut told = 0;
+    while let Ok(request) = spans.recv_timeout(Duration::from_millis(500)) {
+        let scopes = request.resource_spans.into_iter().flat_map(|resource| resource.scope_spans);
+        for span in scopes.flat_map(|scope| scope.spans) {
+            let seconds =
+                span.end_time_unix_nano.checked_sub(span.start_time_unix_nano).map(|nanos| nanos / 1_000_000_000);
+            assert!(seconds.is_some_and(|seconds| seconds < DAY / 2), "{span:?}");
+            told += 1;
+        }
+    }
+    assert!(told > 8, "{told} spans");
+    let server = start().await;
+    assert_eq!(says(&server, "a").await.1["generation"], older["generation"]);
 }

@@ -62,7 +62,18 @@ impl Server {
 
     /// The same with more environment.
     pub fn listening_with(model: &str, store: &Path, extra: &[&str], variables: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_loramux"))
+        Self::listening_as(Command::new(env!("CARGO_BIN_EXE_loramux")), model, store, extra, variables)
+    }
+
+    /// The same of a command that becomes the program.
+    pub fn listening_as(
+        mut command: Command,
+        model: &str,
+        store: &Path,
+        extra: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
+        let mut child = command
             .args(["serve", "--model", model, "--listen", "127.0.0.1:0", "--store"])
             .arg(store)
             .args(extra)

@@ -15,7 +15,7 @@ use crate::common::fixtures;
 use crate::host::Server;
 
 /// A collector's address, and what comes in there.
-fn collector() -> (String, Receiver<ExportTraceServiceRequest>) {
+pub fn collector() -> (String, Receiver<ExportTraceServiceRequest>) {
     let (sender, received) = channel();
     let sender = Data::new(std::sync::Mutex::new(sender));
     let take = |body: Bytes, sender: Data<std::sync::Mutex<std::sync::mpsc::Sender<ExportTraceServiceRequest>>>| async move {
