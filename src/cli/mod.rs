@@ -26,12 +26,16 @@ use crate::engine::Grammars;
 use crate::server::{Access, Audit, Certificate, Entrance};
 use crate::{Error, Result, hosting, server};
 
+/// What is logged where nobody says otherwise. What strangers send that is no HTTP is no error of the server's, as it is to
+/// actix, and must not fill the log.
+const LOGGED: &str = "info,actix_http::h1::dispatcher=off";
+
 /// Lets the program's log go to standard error; `LORAMUX_LOG` says how much of it, and `LORAMUX_LOG_FORMAT=json` makes each line
 /// a JSON object.
 pub(crate) fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LORAMUX_LOG");
     let log = tracing_subscriber::fmt()
-        .with_env_filter(filter.unwrap_or_else(|_| "info".into()))
+        .with_env_filter(filter.unwrap_or_else(|_| LOGGED.into()))
         .with_writer(std::io::stderr)
         .with_target(false);
     match std::env::var("LORAMUX_LOG_FORMAT").as_deref() {
