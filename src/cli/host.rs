@@ -14,6 +14,7 @@ use crate::base::matmul::Format;
 use crate::base::parallel;
 use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language, device};
 use crate::engine::{Engine, EngineOptions, MAX_SCORE_LOGITS, Runner};
+use crate::lora::Pool;
 use crate::metrics::Metrics;
 use crate::{Error, Result, memory};
 
@@ -99,6 +100,7 @@ impl Host {
                 directories: args.adapters.clone(),
                 store: limits.store,
                 memory: memory.adapters as usize,
+                pool: Pool::open(&decoder, memory.adapters)?,
                 max_upload: limits.max_upload,
                 uploaded_templates: limits.uploaded_templates,
                 sources,
