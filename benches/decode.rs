@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::DType;
@@ -17,10 +18,11 @@ use loramux::adapter::{Adapter, Generation, LoraPair};
 use loramux::base::matmul::Format;
 use loramux::base::{BLOCK, Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels, device, parallel};
 use loramux::engine::{Model, Output, Runner, Work};
-use loramux::lora::PackedAdapter;
+use loramux::lora::{PackedAdapter, Pool};
 use serde_json::json;
 
 const RANK: usize = 16;
+const ADAPTERS: usize = 32;
 /// Position of the rows of decode steps.
 const START: usize = 100;
 
@@ -88,6 +90,11 @@ fn main() {
     let options = DecoderOptions { device, kernels, format, dtype };
     let decoder = Arc::new(Decoder::load(&base.config, &base.weights, options).expect("weights"));
     let mut runner = Runner::new(decoder.clone(), 256 << 20).expect("cache");
+    let modules = base.config.target_modules();
+    // On a GPU adapters are on pages, of which a few blocks' worth is empty.
+    let numbers: usize = modules.iter().map(|m| RANK * (m.out_features + m.in_features)).sum();
+    let room = (ADAPTERS * numbers * dtype.size_in_bytes()) as u64;
+    let pool = Pool::open(&decoder, 3 * room + (64 << 20)).expect("pages");
     let adapter = |i: usize| {
         let weight = |j: usize| half::bf16::from_f32(((i * 31 + j) % 17) as f32 / 1e3).to_f32();
         let pair = |n: usize, k: usize| LoraPair {
@@ -97,13 +104,12 @@ fn main() {
             b: (0..RANK * n).map(weight).collect(),
             ..LoraPair::default()
         };
-        let modules = base.config.target_modules();
         let pairs: BTreeMap<_, _> =
             modules.iter().map(|m| ((m.layer, m.projection), pair(m.out_features, m.in_features))).collect();
-        let adapter = Adapter { pairs, ..Adapter::new(Generation::new(i.to_string())) };
-        Arc::new(PackedAdapter::new(adapter, &decoder).expect("packed"))
+        Adapter { pairs, ..Adapter::new(Generation::new(i.to_string())) }
     };
-    let adapters: Vec<_> = (0..32).map(adapter).collect();
+    let pack = |i| Arc::new(PackedAdapter::on(adapter(i), &decoder, pool.as_ref()).expect("packed"));
+    let adapters: Vec<_> = (0..ADAPTERS).map(pack).collect();
     // Prompts in one step, with nothing in the cache.
     if !json {
         println!("prompts  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
@@ -133,17 +139,9 @@ fn main() {
     }
     let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
     for rows in if asked.is_empty() { vec![1, 2, 4, 8, 16, 32] } else { asked } {
+        assert!(rows * 8 <= runner.blocks() && START < 8 * BLOCK);
         let mut time = |with: bool| {
-            let work: Vec<Work> = (0..rows)
-                .map(|i| Work {
-                    tokens: vec![100 + i as u32],
-                    start: START,
-                    blocks: (0..8).map(|b| (i * 8 + b) as u32).collect(),
-                    adapter: with.then(|| adapters[i].clone()),
-                    output: Output::LastLogits,
-                })
-                .collect();
-            assert!(rows * 8 <= runner.blocks() && START < 8 * BLOCK);
+            let work = decoding(rows, with.then_some(&adapters));
             median(steps, || runner.step(&work).expect("step"))
         };
         let pair = Pair { base: time(false), adapters: time(true), tokens: rows };
@@ -152,4 +150,44 @@ fn main() {
             false => println!("{rows:4}    {START}  {pair}"),
         }
     }
+    let Some(pool) = pool else { return };
+    // Others go to pages meanwhile.
+    let work = decoding(ADAPTERS, Some(&adapters));
+    let alone = median(steps, || runner.step(&work).expect("step"));
+    let load = |i| PackedAdapter::for_pages(adapter(i), &decoder, &pool).expect("packed");
+    let mut loaded: Vec<_> = (0..ADAPTERS).map(load).collect();
+    let bytes: usize = loaded.iter().map(|adapter| adapter.bytes).sum();
+    let is_done = AtomicBool::new(false);
+    let (seconds, steps, all) = std::thread::scope(|scope| {
+        let uploads = scope.spawn(|| {
+            let start = Instant::now();
+            assert!(loaded.iter_mut().all(|adapter| adapter.place(&pool).expect("pages")));
+            is_done.store(true, Ordering::SeqCst);
+            start.elapsed().as_secs_f64()
+        });
+        let (start, mut steps) = (Instant::now(), 0);
+        while !is_done.load(Ordering::SeqCst) || steps == 0 {
+            runner.step(&work).expect("step");
+            steps += 1;
+        }
+        (uploads.join().expect("uploads"), steps, start.elapsed().as_secs_f64())
+    });
+    let (rate, alone) = (bytes as f64 / seconds / 1e9, ADAPTERS as f64 / alone);
+    let meanwhile = (ADAPTERS * steps) as f64 / all;
+    match json {
+        true => println!("{}", json!({ "uploads": rate, "base": alone, "adapters": meanwhile })),
+        false => println!("uploads {rate:.1} GB/s; meanwhile {meanwhile:.0} tok/s of {alone:.0}"),
+    }
+}
+
+/// A row for each of so many sequences, each with an adapter of its own.
+fn decoding(rows: usize, adapters: Option<&Vec<Arc<PackedAdapter>>>) -> Vec<Work> {
+    let work = |i: usize| Work {
+        tokens: vec![100 + i as u32],
+        start: START,
+        blocks: (0..8).map(|b| (i * 8 + b) as u32).collect(),
+        adapter: adapters.map(|adapters| adapters[i].clone()),
+        output: Output::LastLogits,
+    };
+    (0..rows).map(work).collect()
 }

@@ -44,8 +44,11 @@ run() {
 import json, sys
 for line in sys.stdin:
     step = json.loads(line)
-    what = "{prompts} x {tokens} tokens".format(**step) if "prompts" in step else "{rows} rows at {start}".format(**step)
+    what = "{prompts} x {tokens} tokens" if "prompts" in step else "{rows} rows at {start}"
+    what = "32 rows while adapters load" if "uploads" in step else what.format(**step)
     rates = "{base:.0f} tokens/s, {adapters:.0f} with an adapter each".format(**step)
+    if "uploads" in step:
+        rates = "{adapters:.0f} tokens/s instead of {base:.0f}; adapters at {uploads:.1f} GB/s".format(**step)
     print(f"| model | {sys.argv[1]} | {what} | {rates} | |")
 ' "$dtype" || failed=1
     done

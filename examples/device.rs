@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Tensor};
 use loramux::adapter::load;
 use loramux::base::{BLOCK, Base, Decoder, DecoderOptions, Kernels, device};
 use loramux::engine::{Model, Output, Runner, Work};
-use loramux::lora::PackedAdapter;
+use loramux::lora::{PackedAdapter, Pool};
 use loramux::{Error, Result};
 
 /// How far a prompt's logits may be off: the root mean square of the differences, over that of the logits. What candle's
@@ -61,13 +61,15 @@ impl Fixtures {
     fn prompts(&self, decoder: &Decoder) -> Result<Vec<Prompt>> {
         let mut names: Vec<&str> = self.logits.keys().filter_map(|name| name.strip_suffix(".logits.0")).collect();
         names.sort_unstable();
+        // As a server has them: on pages of a GPU.
+        let pool = Pool::open(decoder, 256 << 20)?;
         let mut all = vec![];
         for name in names {
             let folder = format!("adapter_{}", name.strip_prefix("x.").unwrap_or(name));
             let adapter = match self.folders.iter().map(|f| f.join(&folder)).find(|path| path.exists()) {
                 Some(path) => {
                     let adapter = load(&path, &self.base.config, &self.base.id)?.adapter;
-                    Some(Arc::new(PackedAdapter::new(adapter, decoder)?))
+                    Some(Arc::new(PackedAdapter::on(adapter, decoder, pool.as_ref())?))
                 }
                 None if name == "base" => None,
                 None => return Err(Error::not_found(format!("{folder} in {:?}", self.folders))),

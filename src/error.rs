@@ -115,7 +115,7 @@ fn cuda_advice(message: &str) -> Option<&'static str> {
         ("CUDA_ERROR_INSUFFICIENT_DRIVER", "the NVIDIA driver is older than the CUDA that this program was built with"),
         (
             "CUDA_ERROR_OUT_OF_MEMORY",
-            "the GPU's memory is full; less of --kv-memory, --adapter-memory or --max-batch-tokens leaves room",
+            "the GPU's memory is full; less of --gpu-memory-utilization, --kv-memory or --max-batch-tokens leaves room",
         ),
     ];
     ADVICE.into_iter().find(|(name, _)| message.contains(name)).map(|(_, advice)| advice)

@@ -17,7 +17,7 @@
 pub mod adapter;
 pub mod base;
 pub mod cli;
-#[cfg(any(feature = "cuda", test))]
+#[cfg_attr(not(any(feature = "cuda", test)), allow(dead_code))]
 mod cuda;
 pub mod engine;
 pub mod error;

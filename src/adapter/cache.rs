@@ -140,6 +140,14 @@ impl<T> Cache<T> {
         fits
     }
 
+    /// Evicts the value that was used least recently of those that may go. Whether there was one.
+    pub fn evict_oldest(&self) -> bool {
+        let mut state = self.state();
+        let evicted = state.take_oldest();
+        drop(state);
+        evicted.is_some()
+    }
+
     /// Drops a value from the tier; whoever holds it keeps it. A load under way goes on.
     pub fn forget(&self, generation: &Generation) {
         let mut state = self.state();
@@ -221,14 +229,20 @@ impl<T> State<T> {
         self.bury();
         let mut evicted = vec![];
         while self.used + self.reserved > limit {
-            // Counts cannot grow meanwhile: clones are made under the lock.
-            let free = self.ready.iter().filter(|(generation, ready)| !self.stays(generation, ready));
-            let oldest = free.min_by_key(|(_, ready)| ready.used_at).map(|(generation, _)| generation.clone());
-            let Some(ready) = oldest.and_then(|generation| self.ready.remove(&generation)) else { break };
-            self.used -= ready.bytes;
-            evicted.push(ready.value);
+            let Some(value) = self.take_oldest() else { break };
+            evicted.push(value);
         }
         evicted
+    }
+
+    /// Takes out the value that was used least recently of those that may go, to be dropped without the lock.
+    fn take_oldest(&mut self) -> Option<Arc<T>> {
+        // Counts cannot grow meanwhile: clones are made under the lock.
+        let free = self.ready.iter().filter(|(generation, ready)| !self.stays(generation, ready));
+        let oldest = free.min_by_key(|(_, ready)| ready.used_at).map(|(generation, _)| generation.clone());
+        let ready = self.ready.remove(&oldest?)?;
+        self.used -= ready.bytes;
+        Some(ready.value)
     }
 }
 
@@ -367,6 +381,21 @@ mod tests {
         put(&cache, 3, 10);
         assert_eq!(cache.totals(), (2, 20));
         assert!(has(&cache, 3) && has(&cache, 2));
+    }
+
+    #[test]
+    fn the_oldest_goes_when_it_may() {
+        let cache = Cache::new(40);
+        let held = put(&cache, 1, 10);
+        cache.pin([generation(2)].into());
+        for i in [2, 3, 4] {
+            put(&cache, i, 10);
+        }
+        assert!(cache.evict_oldest() && !has(&cache, 3) && has(&cache, 4));
+        assert!(cache.evict_oldest() && !cache.evict_oldest());
+        assert_eq!(cache.totals(), (2, 20));
+        drop(held);
+        assert!(cache.evict_oldest() && !has(&cache, 1) && has(&cache, 2));
     }
 
     #[test]

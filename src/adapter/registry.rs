@@ -25,7 +25,7 @@ use crate::adapter::peft::{self, Loaded, Summary};
 use crate::adapter::store::{Lease, Store};
 use crate::adapter::{Adapter, Blend, Generation, Remote, Upload};
 use crate::base::{Decoder, Language, ModelConfig, OwnLanguage};
-use crate::lora::PackedAdapter;
+use crate::lora::{PackedAdapter, Pool};
 use crate::metrics::Metrics;
 use crate::{Error, Result};
 use sources::{Copied, Offer, Sources};
@@ -59,6 +59,8 @@ pub struct RegistryOptions {
     pub store: PathBuf,
     /// Bytes of packed adapters kept in the top tier.
     pub memory: usize,
+    /// The pages on a GPU that these have.
+    pub pool: Option<Arc<Pool>>,
     /// Longest upload in bytes, also after unpacking.
     pub max_upload: u64,
     /// Whether uploads, and adapters of sources, may bring chat templates.
@@ -609,7 +611,9 @@ impl Inner {
             let lease = (entry.source == Source::Store).then(|| self.store.lease(&entry.generation));
             let start = Instant::now();
             let outcome = self.read_entry(&entry).and_then(|Loaded { adapter, language, summary }| {
-                let packed = Arc::new(self.pack(adapter, language)?);
+                let mut packed = self.pack(adapter, language)?;
+                self.wait_for_pages(&mut packed)?;
+                let packed = Arc::new(packed);
                 if packed.generation != entry.generation {
                     self.follow_change(&entry, &packed.generation, summary)?;
                 }
@@ -644,9 +648,10 @@ impl Inner {
             let stored = parts.iter().filter(|entry| entry.source == Source::Store);
             let leases: Vec<Lease> = stored.map(|entry| self.store.lease(&entry.generation)).collect();
             let start = Instant::now();
-            let outcome = self.blend(&blend, &parts, generation.clone()).map(|packed| {
+            let outcome = self.blend(&blend, &parts, generation.clone()).and_then(|mut packed| {
+                self.wait_for_pages(&mut packed)?;
                 let bytes = packed.bytes;
-                (generation, Arc::new(packed), bytes)
+                Ok((generation, Arc::new(packed), bytes))
             });
             self.metrics.adapter_load_seconds.with_label_values(&["disk"]).observe(start.elapsed().as_secs_f64());
             if let Err(e) = &outcome {
@@ -680,8 +685,7 @@ impl Inner {
             language = language.or(own);
         }
         let blend = blend.of(adapters, generation)?;
-        let packed = self.packing.install(|| PackedAdapter::new(blend, &self.options.decoder))?;
-        Ok(packed.with_language(language))
+        Ok(self.pack_numbers(blend)?.with_language(language))
     }
 
     fn read(&self, directory: &Path) -> Result<Loaded> {
@@ -694,9 +698,52 @@ impl Inner {
     }
 
     fn pack(&self, adapter: Adapter, language: Option<OwnLanguage>) -> Result<PackedAdapter> {
-        let packed = self.packing.install(|| PackedAdapter::new(adapter, &self.options.decoder))?;
+        let packed = self.pack_numbers(adapter)?;
         let own = language.map_or(Ok(None), |own| own.over(&self.options.language))?;
         Ok(packed.with_language(own))
+    }
+
+    fn pack_numbers(&self, adapter: Adapter) -> Result<PackedAdapter> {
+        let RegistryOptions { decoder, pool, .. } = &self.options;
+        self.packing.install(|| match pool {
+            Some(pool) => PackedAdapter::for_pages(adapter, decoder, pool),
+            None => PackedAdapter::new(adapter, decoder),
+        })
+    }
+
+    /// Puts an adapter on the GPU's pages, where there are such, and evicts others for it. Whether there were enough beside
+    /// what is in use. Room in the tier is counted by bytes and, before a load, by those of files: here it is seen.
+    fn find_pages(&self, packed: &mut PackedAdapter) -> Result<bool> {
+        let Some(pool) = &self.options.pool else { return Ok(true) };
+        loop {
+            if packed.place(pool)? {
+                return Ok(true);
+            }
+            if !self.cache.evict_oldest() {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// The same for one that the cache is offered; without pages it is not.
+    fn find_pages_for_offer(&self, packed: &mut PackedAdapter) -> Result<()> {
+        if self.cache.presence(&packed.generation).is_none() {
+            self.find_pages(packed)?;
+        }
+        Ok(())
+    }
+
+    /// Finds pages, but waits for adapters in use to be released. There is nowhere else to put it.
+    fn wait_for_pages(&self, packed: &mut PackedAdapter) -> Result<()> {
+        let start = Instant::now();
+        while !self.find_pages(packed)? {
+            if start.elapsed() > WAIT_FOR_ROOM {
+                let error = Error::unavailable("adapters in use have all of --adapter-memory on the GPU; try again");
+                return Err(error.retry_after(1));
+            }
+            std::thread::sleep(LOOK_FOR_ROOM);
+        }
+        Ok(())
     }
 
     /// The files of an entry are not what they were. In a read-only folder somebody has replaced them: the names that
@@ -736,8 +783,10 @@ impl Inner {
         }
         upload.check_size()?;
         let Loaded { adapter, language, summary } = self.read(upload.path())?;
-        let packed = Arc::new(self.pack(adapter, language)?);
+        let mut packed = self.pack(adapter, language)?;
         self.check_template(&packed)?;
+        self.find_pages_for_offer(&mut packed)?;
+        let packed = Arc::new(packed);
         let generation = packed.generation.clone();
         let path = self.store.object(&generation);
         let entry = Arc::new(Entry {
@@ -753,7 +802,9 @@ impl Inner {
         let lease = self.store.lease(&generation);
         self.store.add(&lease, upload.path())?;
         let bytes = packed.bytes;
-        self.cache.offer(&generation, packed, bytes);
+        if packed.is_placed() {
+            self.cache.offer(&generation, packed, bytes);
+        }
         let published = self.swap_in(name, entry, &lease, when);
         self.forget_unnamed(&generation);
         published.map(|(entry, published)| (self.info(name, &self.slot(name), &entry), published))
@@ -1001,10 +1052,12 @@ mod tests {
     use crate::adapter::testing::{Bucket, Files, Net, Tensor, adapter, adapter_of_rank, classifier, fixtures, tiny};
     use crate::base::testing::{decoder, options};
     use crate::base::{Base, Kernels};
+    use crate::lora::HostUploads;
 
     pub(super) struct World {
         pub root: TempDir,
         pub memory: usize,
+        pub pool: Option<Arc<Pool>>,
         pub metrics: Arc<Metrics>,
         /// Sources, of which those that list come first.
         pub buckets: Vec<Arc<Bucket>>,
@@ -1020,6 +1073,7 @@ mod tests {
             World {
                 root,
                 memory: 1 << 20,
+                pool: None,
                 metrics: Arc::new(Metrics::new()),
                 buckets: vec![],
                 web: vec![],
@@ -1053,6 +1107,7 @@ mod tests {
                 directories: vec![self.root.path().join("adapters")],
                 store: self.root.path().join("store"),
                 memory: self.memory,
+                pool: self.pool.clone(),
                 max_upload: 1 << 20,
                 uploaded_templates: false,
                 sources: sources.map(source).collect(),
@@ -1136,6 +1191,61 @@ mod tests {
         assert_eq!(generations.len(), 6);
         let most = most.load(Ordering::SeqCst);
         assert!(0 < most && most <= world.memory, "{most} bytes of adapters, room for {}", world.memory);
+    }
+
+    /// Pages for so many of the adapters that `adapter` makes. Returns the bytes of one. The tier counts on more room.
+    fn pages_for(world: &mut World, adapters: usize) -> usize {
+        const PAGE: usize = 256;
+        let one = world.folder("one", &adapter(100));
+        let (base, loaded) = (decoder(&tiny(), options(Kernels::for_device(&Device::Cpu)), 1), tiny());
+        let loaded = peft::load(&one, &loaded, "tiny").unwrap();
+        let packed = PackedAdapter::for_pages(loaded.adapter, &base, &HostUploads::pool(PAGE, 1)).unwrap();
+        assert!(!packed.is_placed() && packed.bytes.is_multiple_of(PAGE) && packed.bytes > PAGE, "{}", packed.bytes);
+        std::fs::remove_dir_all(one).unwrap();
+        world.pool = Some(HostUploads::pool(PAGE, adapters * packed.bytes / PAGE));
+        packed.bytes
+    }
+
+    #[tokio::test]
+    async fn adapters_have_pages_while_they_are_in_memory() {
+        let mut world = World::new();
+        (0..6).for_each(|i| drop(world.folder(&format!("a{i}"), &adapter(i))));
+        let bytes = pages_for(&mut world, 2);
+        let registry = world.open();
+        let ask = async |i: usize| {
+            let held = registry.acquire(&format!("a{i}")).await.unwrap();
+            assert!(held.is_placed());
+            assert_eq!(held.bytes, bytes);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            held.generation.to_string()
+        };
+        let asked = futures::future::join_all((0..24).map(|i| ask(i % 6)));
+        let generations: HashSet<String> = asked.await.into_iter().collect();
+        assert_eq!(generations.len(), 6);
+        assert_eq!(world.gauge(&registry, "device"), (2, 2 * bytes as i64));
+        // What is uploaded while all pages are in use waits on disk.
+        let held = [registry.acquire("a0").await.unwrap(), registry.acquire("a1").await.unwrap()];
+        let (info, _) = publish(&registry, "mine", 7).await;
+        assert_eq!(info.tier, Tier::Disk);
+        drop(held);
+        assert!(registry.acquire("mine").await.unwrap().is_placed());
+        let (info, _) = publish(&registry, "mine", 8).await;
+        assert_eq!(info.tier, Tier::Device);
+    }
+
+    #[tokio::test]
+    async fn an_adapter_of_more_pages_than_there_are_is_refused() {
+        let mut world = World::new();
+        let path = world.folder("a", &adapter(1));
+        pages_for(&mut world, 1);
+        world.pool = Some(HostUploads::pool(256, 1));
+        let registry = world.open();
+        let error = registry.acquire("a").await.unwrap_err();
+        assert!(error.kind == ErrorKind::TooLarge && error.message.contains("pages of 256 bytes"), "{error}");
+        let error = registry.publish("mine", upload(&registry, &adapter(2)), Condition::Always).await.unwrap_err();
+        assert_eq!(error.kind, ErrorKind::TooLarge);
+        assert_eq!(registry.get("mine").unwrap_err().kind, ErrorKind::NotFound);
+        drop(path);
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! The frozen base model: where it comes from, its configuration, weights, tokenizer, chat template and decoder.
 
 pub mod attention;
+pub mod budget;
 mod buffer;
 mod chat;
 mod config;

@@ -82,15 +82,30 @@ pub struct ModelArgs {
     /// Quantise the base's matrices at load (CPU); q8 multiplies whole numbers, the fastest
     #[arg(long, env = "LORAMUX_QUANTIZE", value_enum, default_value = "none")]
     pub quantize: Quantize,
-    /// Memory of the KV cache
-    #[arg(long, env = "LORAMUX_KV_MEMORY", value_name = "SIZE", default_value = "1GiB")]
-    pub kv_memory: Bytes,
-    /// Memory of adapters that are ready for a batch
-    #[arg(long, env = "LORAMUX_ADAPTER_MEMORY", value_name = "SIZE", default_value = "1GiB")]
-    pub adapter_memory: Bytes,
+    /// Memory of the KV cache [default: 1GiB; on a GPU what --gpu-memory-utilization leaves beside the adapters]
+    #[arg(long, env = "LORAMUX_KV_MEMORY", value_name = "SIZE")]
+    pub kv_memory: Option<Bytes>,
+    /// Memory of adapters that are ready for a batch [default: 1GiB; on a GPU what --kv-memory leaves, else a quarter]
+    #[arg(long, env = "LORAMUX_ADAPTER_MEMORY", value_name = "SIZE")]
+    pub adapter_memory: Option<Bytes>,
+    /// Share of the GPU's memory to take, the weights with it; several servers on one GPU divide it
+    #[arg(long, env = "LORAMUX_GPU_MEMORY_UTILIZATION", value_name = "SHARE", default_value_t = 0.9, value_parser = share)]
+    pub gpu_memory_utilization: f64,
     /// Threads of the CPU kernels; 0 is one a core
     #[arg(long, env = "LORAMUX_THREADS", default_value_t = 0)]
     pub threads: usize,
+}
+
+/// How many times as much: not below 1.
+fn factor(text: &str) -> Result<f64, String> {
+    let factor = text.parse().ok().filter(|factor| *factor >= 1.0);
+    factor.ok_or_else(|| format!("{text:?} is no factor; expected a number from 1 on, or inf"))
+}
+
+/// A share of something: more than 0, at most 1.
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| format!("{text:?} is no share; expected a number above 0 and up to 1, e.g. 0.9"))
 }
 
 #[derive(Args)]
@@ -497,8 +512,19 @@ pub struct BenchMethodsArgs {
     pub more: Vec<String>,
 }
 
-/// A number that is not below 1.
-fn factor(text: &str) -> Result<f64, String> {
-    let number: f64 = text.parse().map_err(|e| format!("{e}"))?;
-    if number >= 1.0 { Ok(number) } else { Err("it must be at least 1".into()) }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_is_above_0_and_up_to_1() {
+        assert_eq!(["0.9", "1", "1e-3"].map(|text| share(text).ok()), [Some(0.9), Some(1.0), Some(1e-3)]);
+        assert!(["0", "1.1", "-0.5", "nan", "90%", ""].iter().all(|text| share(text).is_err()));
+    }
+
+    #[test]
+    fn a_factor_makes_nothing_shorter() {
+        assert_eq!(["1", "1.3", "inf"].map(|text| factor(text).ok()), [Some(1.0), Some(1.3), Some(f64::INFINITY)]);
+        assert!(["0.9", "-2", "nan", "", "2x"].iter().all(|text| factor(text).is_err()));
+    }
 }

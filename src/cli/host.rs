@@ -8,10 +8,13 @@ use candle_core::{DType, Device};
 
 use super::args::{Dtype, ModelArgs, Quantize};
 use crate::adapter::{Registry, RegistryOptions, Remote};
+use crate::base::budget::{Budget, Division, Step, Wishes};
+use crate::base::device::Memory;
 use crate::base::matmul::Format;
 use crate::base::parallel;
 use crate::base::{Base, Decoder, DecoderOptions, Kernels, Language, device};
-use crate::engine::{Engine, EngineOptions, Runner};
+use crate::engine::{Engine, EngineOptions, MAX_SCORE_LOGITS, Runner};
+use crate::lora::Pool;
 use crate::metrics::Metrics;
 use crate::{Error, Result, memory};
 
@@ -63,7 +66,23 @@ impl Host {
         let base = Base::open(&args.model)?;
         let kernels = Kernels::for_device(&device);
         let (format, dtype) = formats(args, &device)?;
-        device::check(&device, &base.config, dtype, args.kv_memory.0, args.adapter_memory.0)?;
+        let wishes = Wishes {
+            kv: args.kv_memory.map(|bytes| bytes.0),
+            adapters: args.adapter_memory.map(|bytes| bytes.0),
+            utilization: args.gpu_memory_utilization,
+            step: Step {
+                rows: limits.max_batch_tokens,
+                logits: MAX_SCORE_LOGITS / base.config.vocab_size + limits.max_sequences,
+            },
+        };
+        let before = device::memory(&device)?;
+        if let Some(Memory { total, free }) = before {
+            device::check_heads(&base.config)?;
+            // What cannot fit is said before the weights are loaded.
+            let weights = device::weights(&base.config, dtype);
+            let told = [total, free.saturating_sub(weights), weights];
+            Budget::new(&base.config, dtype, wishes.step, told).divide(&wishes)?;
+        }
         let metrics = Arc::new(Metrics::new());
         let device_name = if device.is_cpu() { "cpu" } else { "cuda" };
         tracing::info!("loading {} on {}", base.id, device_name);
@@ -72,6 +91,7 @@ impl Host {
         metrics.base_bytes.set(decoder.bytes() as i64);
         metrics.kv_block_bytes.set(decoder.kv_block_bytes() as i64);
         tracing::info!("weights take {:.1} MB", decoder.bytes() as f64 / 1e6);
+        let memory = divide(&decoder, &wishes, before)?;
         let language = base.language();
         let registry = Registry::open(
             RegistryOptions {
@@ -80,7 +100,8 @@ impl Host {
                 base: base.id.clone(),
                 directories: args.adapters.clone(),
                 store: limits.store,
-                memory: args.adapter_memory.0 as usize,
+                memory: memory.adapters as usize,
+                pool: Pool::open(&decoder, memory.adapters)?,
                 max_upload: limits.max_upload,
                 uploaded_templates: limits.uploaded_templates,
                 sources,
@@ -102,7 +123,7 @@ impl Host {
             eos_tokens: base.config.eos_tokens.clone(),
         };
         let labels = base.head.as_ref().map(|head| head.labels.clone());
-        let runner = Runner::new(decoder.clone(), args.kv_memory.0 as usize)?.with_head(base.head);
+        let runner = Runner::new(decoder.clone(), memory.kv as usize)?.with_head(base.head);
         let engine = Engine::start(Box::new(runner), base.tokenizer, options, metrics.clone())?;
         Ok(Host {
             base_id: base.id,
@@ -116,6 +137,27 @@ impl Host {
             labels,
         })
     }
+}
+
+/// Memory of the KV cache and of adapters, when the weights are there. `before` is what a GPU had without them.
+fn divide(decoder: &Decoder, wishes: &Wishes, before: Option<Memory>) -> Result<Division> {
+    let (Some(before), Some(Memory { total, free })) = (before, device::memory(&decoder.options().device)?) else {
+        const DEFAULT: u64 = 1 << 30;
+        return Ok(Division { kv: wishes.kv.unwrap_or(DEFAULT), adapters: wishes.adapters.unwrap_or(DEFAULT) });
+    };
+    let weights = before.free.saturating_sub(free).max(decoder.bytes() as u64);
+    let budget = Budget::new(decoder.config(), decoder.options().dtype, wishes.step, [total, free, weights]);
+    let division = budget.divide(wishes)?;
+    let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+    tracing::info!(
+        "of the GPU's {:.1} GiB the weights take {:.1}, a step {:.1}, adapters {:.1} and the KV cache {:.1}",
+        gib(total),
+        gib(weights),
+        gib(budget.step),
+        gib(division.adapters),
+        gib(division.kv)
+    );
+    Ok(division)
 }
 
 /// Format of packed matrices, and numbers of tensors.

@@ -1,11 +1,15 @@
-//! Launches on an NVIDIA GPU.
+//! Launches on an NVIDIA GPU, and memory that is written beside them.
+
+use std::sync::Arc;
 
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaEvent, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PinnedHostSlice, PushKernelArg, result,
+};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 
-use super::{Argument, Launch, Machine, Memory, Module};
+use super::{Argument, Launch, Machine, Memory, Module, Uploads};
 
 impl Module {
     /// Its name among the device's modules, and its code.
@@ -90,10 +94,76 @@ pub fn tensor_address(tensor: &Tensor) -> Result<u64> {
     }
 }
 
+/// Memory of a GPU that is written from pinned memory of the host.
+pub struct PinnedUploads {
+    memory: CudaSlice<u8>,
+    launches: Arc<CudaStream>,
+    copies: Arc<CudaStream>,
+    /// Used in turns, so that one is filled while the other is copied; and when it has been copied.
+    staging: [(PinnedHostSlice<u8>, CudaEvent); 2],
+    next: usize,
+}
+
+impl PinnedUploads {
+    /// Of so many bytes, at most `most` of which are written at a time.
+    pub fn new(device: &CudaDevice, bytes: usize, most: usize) -> Result<Self> {
+        let launches = device.cuda_stream();
+        let context = launches.context();
+        // SAFETY: any bits are bytes, and what is not written is not read.
+        let memory = unsafe { device.alloc::<u8>(bytes.max(1)) }?;
+        // The memory is there from a point of this stream on, which the other one knows nothing of.
+        launches.synchronize().w()?;
+        let copies = context.new_stream().w()?;
+        let staging = || {
+            // SAFETY: any bits are bytes, and `fill` writes them before they are copied.
+            let slice = unsafe { context.alloc_pinned::<u8>(most.max(1)) }.w()?;
+            Ok::<_, candle_core::Error>((slice, context.new_event(None).w()?))
+        };
+        let staging = [staging()?, staging()?];
+        Ok(PinnedUploads { memory, launches, copies, staging, next: 0 })
+    }
+}
+
+impl Uploads for PinnedUploads {
+    fn start(&self) -> u64 {
+        address(&self.memory)
+    }
+
+    fn after_launches(&mut self) -> Result<()> {
+        let event = self.launches.record_event(None).w()?;
+        self.copies.wait(&event).w()
+    }
+
+    unsafe fn write(&mut self, to: u64, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        let (slice, copied) = &mut self.staging[self.next];
+        // What it held before has left. An event that was never recorded has happened.
+        copied.synchronize().w()?;
+        let staged = &mut slice.as_mut_slice().w()?[..bytes];
+        fill(staged);
+        self.copies.context().bind_to_thread().w()?;
+        // SAFETY: the address is the caller's promise; the bytes stay until the event that is recorded next.
+        unsafe { result::memcpy_htod_async(to, staged, self.copies.cu_stream()) }.w()?;
+        copied.record(&self.copies).w()?;
+        self.next = 1 - self.next;
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.copies.synchronize().w()
+    }
+}
+
+impl Drop for PinnedUploads {
+    fn drop(&mut self) {
+        // The memory is freed in the other stream. What cannot be waited for has failed.
+        let _ = self.copies.synchronize();
+    }
+}
+
 /// The GPU of a number, with one stream for all threads.
 ///
-/// candle's default is a stream a thread, and nothing orders them: an adapter that one thread has just copied could be read
-/// by another before it is there.
+/// candle's default is a stream a thread, and nothing orders them: what one thread has just copied could be read by another
+/// before it is there. Only [`PinnedUploads`] have another stream, whose memory candle knows nothing of.
 pub fn open(ordinal: usize) -> Result<Device> {
     let device = Device::new_cuda_with_stream(ordinal)?;
     // SAFETY: events order streams, and all that uses this device uses its one stream.

@@ -46,6 +46,22 @@ pub trait Machine {
     unsafe fn launch(&self, launch: &Launch) -> Result<()>;
 }
 
+/// Memory that is written beside the steps, in a stream of its own.
+pub trait Uploads {
+    /// Its address.
+    fn start(&self) -> u64;
+    /// What is written from now on is written when all launches so far have ended.
+    fn after_launches(&mut self) -> Result<()>;
+    /// Begins to write `bytes` bytes to an address. `fill` makes them, in memory that holds anything.
+    ///
+    /// # Safety
+    /// They are inside the memory, and no launch since the last [`Uploads::after_launches`] reads or writes them before
+    /// [`Uploads::finish`] has returned.
+    unsafe fn write(&mut self, to: u64, bytes: usize, fill: &mut dyn FnMut(&mut [u8])) -> Result<()>;
+    /// Waits until all is written.
+    fn finish(&mut self) -> Result<()>;
+}
+
 pub trait Memory {
     fn address(&self) -> u64;
 }

@@ -27,3 +27,4 @@ pub use grammar::{Constraint, Grammar, Grammars};
 pub use model::{Model, Output, Work};
 pub use request::{Choice, Client, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};
 pub use runner::Runner;
+pub use stepper::MAX_SCORE_LOGITS;

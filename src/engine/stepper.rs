@@ -18,7 +18,7 @@ use crate::metrics::Metrics;
 use crate::{Error, Result};
 
 /// Logits that scoring may take of a step: 64 MiB of f32.
-const MAX_SCORE_LOGITS: usize = 1 << 24;
+pub const MAX_SCORE_LOGITS: usize = 1 << 24;
 /// Vocabularies from this size on are worth sampling on several threads.
 const PARALLEL_VOCABULARY: usize = 4096;
 

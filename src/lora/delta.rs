@@ -68,6 +68,9 @@ impl<'a> BatchDelta<'a> {
         if let Some(there) = self.on_gpu.get() {
             return Ok(there);
         }
+        if self.segments.iter().any(|s| !s.adapter.is_placed()) {
+            return Err(crate::Error::internal("an adapter whose pages are not written yet"));
+        }
         let mut step = StepTiles::default();
         let mut places: Vec<_> = self.segments.iter().flat_map(|s| s.adapter.sites.keys().copied()).collect();
         places.sort_unstable();

@@ -5,9 +5,13 @@ mod delta;
 mod dora;
 mod op;
 mod packed;
+mod pool;
 mod table;
-#[cfg(any(feature = "cuda", test))]
+#[cfg_attr(not(any(feature = "cuda", test)), allow(dead_code))]
 mod tiles;
 
 pub use delta::{BatchDelta, Segment};
 pub use packed::PackedAdapter;
+pub use pool::Pool;
+#[cfg(test)]
+pub(crate) use pool::tests::HostUploads;

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
 use super::dora;
+use super::pool::{Block, Blocks, Layout, Pages, Pool};
 use super::table::{Embedding, LmHead};
 use crate::adapter::{Adapter, Generation, OwnNorm};
 use crate::base::matmul::{Format, PackedMatrix};
@@ -21,6 +23,22 @@ pub(super) struct PackedSite {
     pub finishes: Vec<Finish>,
     /// Outputs of the fused layer.
     pub width: usize,
+}
+
+impl PackedSite {
+    /// What of it is on pages.
+    pub fn blocks(&mut self) -> impl Iterator<Item = &mut Block> {
+        let factors = self.a.iter_mut().chain(self.parts.iter_mut().map(|part| &mut part.b));
+        let vectors = self.finishes.iter_mut().flat_map(|f| f.gain.iter_mut().chain(&mut f.shift));
+        let blocks = factors.flat_map(|factor| match factor {
+            Factor::Paged { blocks, .. } => blocks.as_mut_slice(),
+            _ => &mut [],
+        });
+        blocks.chain(vectors.filter_map(|vector| match vector {
+            Vector::Paged(block) => Some(block),
+            _ => None,
+        }))
+    }
 }
 
 /// What follows the products with a projection's weights and pair: `y = gain * y + shift`. The base's bias comes after it,
@@ -49,6 +67,12 @@ pub(super) enum Factor {
     Packed(PackedMatrix),
     /// `[out_features, in_features]`, in the decoder's numbers.
     Tensor(Tensor),
+    /// On pages of a GPU, for the kernels there.
+    Paged {
+        blocks: Vec<Block>,
+        n: usize,
+        k: usize,
+    },
 }
 
 impl Factor {
@@ -79,6 +103,7 @@ impl Factor {
         match self {
             Factor::Packed(m) => m.bytes(),
             Factor::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
+            Factor::Paged { .. } => unreachable!("pages are counted whole"),
         }
     }
 
@@ -87,20 +112,30 @@ impl Factor {
         match self {
             Factor::Packed(m) => m.n(),
             Factor::Tensor(t) => t.dims()[0],
+            Factor::Paged { n, .. } => *n,
+        }
+    }
+
+    /// Input features.
+    pub fn k(&self) -> usize {
+        match self {
+            Factor::Packed(m) => m.k(),
+            Factor::Tensor(t) => t.dims()[1],
+            Factor::Paged { k, .. } => *k,
         }
     }
 
     pub fn packed(&self) -> &PackedMatrix {
         match self {
             Factor::Packed(m) => m,
-            Factor::Tensor(_) => unreachable!("adapters are packed for the base's kernels"),
+            _ => unreachable!("adapters are packed for the base's kernels"),
         }
     }
 
     pub fn tensor(&self) -> &Tensor {
         match self {
             Factor::Tensor(t) => t,
-            Factor::Packed(_) => unreachable!("adapters are packed for the base's kernels"),
+            _ => unreachable!("adapters are packed for the base's kernels"),
         }
     }
 }
@@ -111,6 +146,8 @@ pub(super) enum Vector {
     Host(Vec<f32>),
     /// `[1, out_features]`, in the decoder's numbers.
     Tensor(Tensor),
+    /// On a page of a GPU.
+    Paged(Block),
 }
 
 impl Vector {
@@ -125,26 +162,70 @@ impl Vector {
         match self {
             Vector::Host(numbers) => 4 * numbers.len(),
             Vector::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
+            Vector::Paged(_) => unreachable!("pages are counted whole"),
         }
     }
 
     pub fn host(&self) -> &[f32] {
         match self {
             Vector::Host(numbers) => numbers,
-            Vector::Tensor(_) => unreachable!("adapters are packed for the base's kernels"),
+            _ => unreachable!("adapters are packed for the base's kernels"),
         }
     }
 
     pub fn tensor(&self) -> &Tensor {
         match self {
             Vector::Tensor(t) => t,
-            Vector::Host(_) => unreachable!("adapters are packed for the base's kernels"),
+            _ => unreachable!("adapters are packed for the base's kernels"),
         }
     }
 }
 
 fn tensor(numbers: &[f32], shape: (usize, usize), base: &DecoderOptions) -> Result<Tensor> {
     Ok(Tensor::from_slice(numbers, shape, &Device::Cpu)?.to_dtype(base.dtype)?.to_device(&base.device)?)
+}
+
+/// Where that of an adapter goes which the kernels of linear layers read.
+struct Linears<'a> {
+    base: &'a DecoderOptions,
+    /// For a GPU with pages.
+    blocks: Option<Blocks>,
+}
+
+impl Linears<'_> {
+    fn by_rows(&mut self, rows: &[f32], n: usize, k: usize) -> Result<Factor> {
+        match &mut self.blocks {
+            Some(blocks) => Ok(Factor::Paged { blocks: blocks.by_rows(rows, n, k)?, n, k }),
+            None => Factor::new(rows, n, k, self.base),
+        }
+    }
+
+    fn by_columns(&mut self, rows: &[f32], n: usize, k: usize) -> Result<Factor> {
+        match &mut self.blocks {
+            Some(blocks) => Ok(Factor::Paged { blocks: blocks.by_columns(rows, n, k)?, n, k }),
+            None => Factor::by_columns(rows, n, k, self.base),
+        }
+    }
+
+    fn vector(&mut self, numbers: Option<Vec<f32>>) -> Result<Option<Vector>> {
+        let Some(numbers) = numbers else { return Ok(None) };
+        Ok(Some(match &mut self.blocks {
+            Some(blocks) => Vector::Paged(blocks.vector(&numbers)?),
+            None => Vector::new(numbers, self.base)?,
+        }))
+    }
+}
+
+/// Whether an adapter's linear layers are on pages of a GPU.
+#[derive(Debug)]
+enum Paging {
+    /// They are elsewhere.
+    None,
+    /// Not yet.
+    Staged(Layout),
+    Placed {
+        _pages: Pages,
+    },
 }
 
 /// An adapter on the device, in the layout that the delta kernels read.
@@ -165,6 +246,9 @@ pub struct PackedAdapter {
     pub(super) embedding: Option<Embedding>,
     pub(super) lm_head: Option<LmHead>,
     head: Option<Head>,
+    paging: Paging,
+    /// Bytes on the device that are on no page, where there are pages.
+    outside: u64,
     /// Its own tokenizer, chat template and end tokens, where they are not the base's.
     pub language: Option<Language>,
 }
@@ -174,8 +258,28 @@ impl PackedAdapter {
     /// twice in memory.
     ///
     /// Errors: `Unprocessable` where DoRA's numbers and the base's weights have no finite quotient.
-    pub fn new(mut adapter: Adapter, base: &Decoder) -> Result<Self> {
+    pub fn new(adapter: Adapter, base: &Decoder) -> Result<Self> {
+        Self::pack(adapter, base, None)
+    }
+
+    /// For [`Self::place`] on a pool's pages; until then no step takes it.
+    pub fn for_pages(adapter: Adapter, base: &Decoder, pool: &Pool) -> Result<Self> {
+        Self::pack(adapter, base, Some(pool.page()))
+    }
+
+    /// On pages where there is a pool. For those who do not evict.
+    pub fn on(adapter: Adapter, base: &Decoder, pool: Option<&Arc<Pool>>) -> Result<Self> {
+        let Some(pool) = pool else { return Self::new(adapter, base) };
+        let mut packed = Self::for_pages(adapter, base, pool)?;
+        match packed.place(pool)? {
+            true => Ok(packed),
+            false => Err(Error::unavailable("the adapters' pages on the GPU are all in use")),
+        }
+    }
+
+    fn pack(mut adapter: Adapter, base: &Decoder, page: Option<usize>) -> Result<Self> {
         let (config, options) = (base.config(), base.options());
+        let mut linears = Linears { base: options, blocks: page.map(|page| Blocks::new(options.dtype, page)) };
         let mut sites = HashMap::new();
         for layer in 0..config.layers {
             for site in Site::ALL {
@@ -184,16 +288,16 @@ impl PackedAdapter {
                 for &projection in site.projections(config.family) {
                     let (n, k) = config.shape(projection);
                     let (mut gain, mut shift) = (None, None);
+                    let named = |e: Error| e.context(config.module(layer, projection));
                     if let Some(pair) = adapter.pairs.remove(&(layer, projection)) {
                         if pair.magnitude.is_some() {
                             let weights = base.weights(Module::Linear(layer, projection))?;
-                            let named = |e: Error| e.context(config.module(layer, projection));
                             gain = dora::gains(&weights, &pair).map_err(named)?;
                         }
                         shift =
                             pair.bias.as_ref().map(|bias| bias.iter().map(|b| pair.scale * b).collect::<Vec<f32>>());
                         a.extend_from_slice(&pair.a);
-                        let b = Factor::by_columns(&pair.b, n, pair.rank, options)?;
+                        let b = linears.by_columns(&pair.b, n, pair.rank).map_err(named)?;
                         parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
                         ranks += pair.rank;
                     }
@@ -204,14 +308,14 @@ impl PackedAdapter {
                         shift.iter_mut().zip(own.iter().zip(served)).for_each(|(s, (own, base))| *s += own - base);
                     }
                     if gain.is_some() || shift.is_some() {
-                        let vector = |numbers: Option<Vec<f32>>| numbers.map(|v| Vector::new(v, options)).transpose();
                         let columns = column..column + n;
+                        let mut vector = |numbers| linears.vector(numbers).map_err(named);
                         finishes.push(Finish { columns, gain: vector(gain)?, shift: vector(shift)? });
                     }
                     (column, width) = (column + n, k);
                 }
                 if !(parts.is_empty() && finishes.is_empty()) {
-                    let a = (ranks > 0).then(|| Factor::new(&a, ranks, width, options)).transpose()?;
+                    let a = (ranks > 0).then(|| linears.by_rows(&a, ranks, width)).transpose()?;
                     sites.insert((layer, site), PackedSite { a, parts, finishes, width: column });
                 }
             }
@@ -231,21 +335,45 @@ impl PackedAdapter {
             let factors = s.parts.iter().map(|p| &p.b).chain(&s.a).map(Factor::bytes).sum::<usize>();
             factors + s.finishes.iter().map(|f| vector(&f.gain) + vector(&f.shift)).sum::<usize>()
         };
-        let sites_bytes: usize = sites.values().map(site).sum();
+        let (sites_bytes, paging) = match linears.blocks.map(|blocks| (blocks.page(), blocks.into_layout())) {
+            Some((page, layout)) => (page * layout.pages(), Paging::Staged(layout)),
+            None => (sites.values().map(site).sum(), Paging::None),
+        };
         let norm_bytes: usize = norms.values().map(Norm::bytes).sum();
         let head_bytes = head.as_ref().map_or(0, |h| 4 * (h.weight.len() + h.bias.as_ref().map_or(0, Vec::len)));
+        let outside = norm_bytes + super::table::bytes(&embedding, &lm_head);
         Ok(PackedAdapter {
             generation: adapter.generation,
             labels: head.as_ref().map(|h| h.labels.clone()),
-            bytes: sites_bytes + norm_bytes + head_bytes + super::table::bytes(&embedding, &lm_head),
+            bytes: sites_bytes + head_bytes + outside,
             vocab_size,
             sites,
             norms,
             embedding,
             lm_head,
             head,
+            paging,
+            outside: outside as u64,
             language: None,
         })
+    }
+
+    /// Puts it on pages, if it is to be there. `false` where too few are free now.
+    ///
+    /// Errors: `TooLarge` where it would not fit if all were.
+    pub fn place(&mut self, pool: &Arc<Pool>) -> Result<bool> {
+        let Paging::Staged(layout) = &self.paging else { return Ok(true) };
+        let Some((pages, addresses)) = pool.place(layout, self.outside)? else { return Ok(false) };
+        for site in self.sites.values_mut() {
+            site.blocks().for_each(|block| block.at = addresses[block.at as usize]);
+        }
+        self.paging = Paging::Placed { _pages: pages };
+        Ok(true)
+    }
+
+    /// Whether the kernels find all of it.
+    pub fn is_placed(&self) -> bool {
+        !matches!(self.paging, Paging::Staged(_))
     }
 
     /// The adapter with a language of its own, and what that takes in memory.

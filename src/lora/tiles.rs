@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::packed::{PackedSite, Vector};
+use super::packed::{Factor, PackedSite, Vector};
 use crate::base::Site;
 use crate::cuda::{self, Argument, Launch, Machine, Memory, Module, Tiles};
 
@@ -15,10 +15,10 @@ const SHRINK_RANKS: usize = 16;
 const SHRINK_K: usize = 512;
 const EXPAND_THREADS: u32 = 64;
 const EXPAND_ROWS: usize = 4;
-const EXPAND_COLUMNS: usize = EXPAND_THREADS as usize * 8;
+pub(super) const EXPAND_COLUMNS: usize = EXPAND_THREADS as usize * 8;
 const MANY_THREADS: u32 = 128;
 const MANY_ROWS: usize = 32;
-const MANY_RANKS: usize = 64;
+pub(super) const MANY_RANKS: usize = 64;
 const MANY_K: usize = 2048;
 const MANY_COLUMNS: usize = 256;
 
@@ -51,17 +51,17 @@ pub(super) struct StepTiles {
 /// Where a kernel finds what is told about a projection: its part, its gain and its shift.
 struct Projection<'a> {
     columns: Range<usize>,
-    /// B as `[rank, columns]`, its first rank among those of h, and the scale.
-    pair: Option<(Tensor, usize, f32)>,
+    /// B, its first rank among those of h, and the scale.
+    pair: Option<(&'a Factor, usize, f32)>,
     gain: Option<&'a Vector>,
     shift: Option<&'a Vector>,
 }
 
-fn projections(site: &PackedSite) -> Result<Vec<Projection<'_>>> {
+fn projections(site: &PackedSite) -> Vec<Projection<'_>> {
     let mut all = vec![];
     for part in &site.parts {
         let columns = part.column..part.column + part.b.n();
-        let pair = Some((part.b.tensor().t()?, part.rank_start, part.scale));
+        let pair = Some((&part.b, part.rank_start, part.scale));
         all.push(Projection { columns, pair, gain: None, shift: None });
     }
     for finish in &site.finishes {
@@ -71,11 +71,24 @@ fn projections(site: &PackedSite) -> Result<Vec<Projection<'_>>> {
         });
         (all[at].gain, all[at].shift) = (finish.gain.as_ref(), finish.shift.as_ref());
     }
-    Ok(all)
+    all
+}
+
+/// Which output features of a factor lie in one piece, and where: by rows as `[features, k]`, by columns as `[k, features]`.
+fn pieces(
+    factor: &Factor,
+    by_columns: bool,
+    address: &mut impl FnMut(&Tensor) -> Result<u64>,
+) -> Result<Vec<(Range<usize>, u64)>> {
+    Ok(match factor {
+        Factor::Paged { blocks, .. } => blocks.iter().map(|block| (block.range.clone(), block.at)).collect(),
+        Factor::Tensor(t) if by_columns => vec![(0..factor.n(), address(&t.t()?)?)],
+        _ => vec![(0..factor.n(), address(factor.tensor())?)],
+    })
 }
 
 /// Parts of at most `size`.
-fn cut(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn cut(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
     range.clone().step_by(size).map(move |start| start..(start + size).min(range.end))
 }
 
@@ -96,7 +109,7 @@ impl StepTiles {
         for (_, site) in segments {
             width = site.width;
             if let Some(a) = &site.a {
-                k = a.tensor().dims()[1];
+                k = a.k();
             }
             vector &= site.parts.iter().all(|p| eights(&(p.column..p.column + p.b.n())));
             vector &= site.finishes.iter().all(|f| eights(&f.columns));
@@ -110,11 +123,15 @@ impl StepTiles {
             let (own, h_split) = (h, rows.len() * ranks);
             h += splits * h_split;
             if let Some(a) = &site.a {
-                let a = address(a.tensor())?;
+                let pieces = pieces(a, false, address)?;
                 let (tiles, size) = if many { (&mut shrink_many, MANY_RANKS) } else { (&mut shrink, SHRINK_RANKS) };
                 for part in cut(rows.clone(), tile_rows) {
-                    for some in cut(0..ranks, size) {
-                        let [low, high] = cuda::words(a + (some.start * k * number) as u64);
+                    let some = pieces.iter().flat_map(|(piece, a)| {
+                        cut(piece.clone(), size)
+                            .map(move |some| (a + ((some.start - piece.start) * k * number) as u64, some))
+                    });
+                    for (a, some) in some {
+                        let [low, high] = cuda::words(a);
                         let h = own + (part.start - rows.start) * ranks + some.start;
                         let sizes = [part.start, part.len(), some.len(), h, ranks, h_split].map(|x| x as u32);
                         let [row, rows, ranks, h, stride, split] = sizes;
@@ -126,22 +143,29 @@ impl StepTiles {
                 true => (&mut expand_many, MANY_ROWS, MANY_COLUMNS),
                 false => (&mut expand, EXPAND_ROWS, EXPAND_COLUMNS),
             };
-            for Projection { columns, pair, gain, shift } in projections(site)? {
-                let (b, rank, first, scale) = match &pair {
-                    Some((b, first, scale)) => (address(b)?, b.dims()[0], *first, *scale),
-                    None => (0, 0, 0, 0.0),
+            for Projection { columns, pair, gain, shift } in projections(site) {
+                let (pieces, rank, first, scale) = match pair {
+                    Some((b, first, scale)) => (pieces(b, true, address)?, b.k(), first, scale),
+                    None => (vec![(0..columns.len(), 0)], 0, 0, 0.0),
                 };
-                let mut vector = |v: Option<&Vector>| v.map_or(Ok(0), |v| address(v.tensor()));
+                let mut vector = |v: Option<&Vector>| match v {
+                    None => Ok(0),
+                    Some(Vector::Paged(block)) => Ok(block.at),
+                    Some(v) => address(v.tensor()),
+                };
                 let (gain, shift) = (vector(gain)?, vector(shift)?);
                 for part in cut(rows.clone(), tile_rows) {
-                    for some in cut(columns.clone(), size) {
-                        let from = |start: u64| match start {
+                    let some =
+                        pieces.iter().flat_map(|(piece, b)| cut(piece.clone(), size).map(move |s| (piece, *b, s)));
+                    for (piece, b, some) in some {
+                        let from = |start: u64, before: usize| match start {
                             0 => [0, 0],
-                            start => cuda::words(start + ((some.start - columns.start) * number) as u64),
+                            start => cuda::words(start + ((some.start - before) * number) as u64),
                         };
-                        let ([b0, b1], [gain0, gain1], [shift0, shift1]) = (from(b), from(gain), from(shift));
+                        let [b0, b1] = from(b, piece.start);
+                        let ([gain0, gain1], [shift0, shift1]) = (from(gain, 0), from(shift, 0));
                         let h = own + (part.start - rows.start) * ranks + first;
-                        let sizes = [part.start, part.len(), some.start, some.len(), rank, columns.len()];
+                        let sizes = [part.start, part.len(), columns.start + some.start, some.len(), rank, piece.len()];
                         let [row, rows, column, columns, rank, b_stride] = sizes.map(|x| x as u32);
                         let [h, h_stride, h_split, splits] = [h, ranks, h_split, splits].map(|x| x as u32);
                         tiles.push([
@@ -218,7 +242,9 @@ mod tests {
     use crate::base::testing::noise;
     use crate::cuda::emulator::{Emulator, LORA};
     use crate::lora::op::AddDelta;
-    use crate::lora::packed::{Factor, Finish, Part};
+    use crate::lora::packed::{Finish, Part};
+    use crate::lora::pool::tests::HostUploads;
+    use crate::lora::pool::{Blocks, Pages};
 
     /// A segment: rows without an adapter before it, its rows, and for each projection the rank (0 for no pair), whether there
     /// is a gain, and a shift.
@@ -231,6 +257,8 @@ mod tests {
         n: Vec<usize>,
         segments: Vec<Rows>,
         seed: u64,
+        /// Bytes of a page of a pool that the adapters are on.
+        page: Option<usize>,
     }
 
     impl Case {
@@ -260,6 +288,35 @@ mod tests {
             PackedSite { a, parts, finishes, width: column }
         }
 
+        /// The same on pages.
+        fn paged(&self, site: &PackedSite, page: usize) -> (PackedSite, Pages) {
+            let numbers = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let mut blocks = Blocks::new(self.dtype, page);
+            let a = site.a.as_ref().map(|a| {
+                let (n, k) = (a.n(), a.k());
+                Factor::Paged { blocks: blocks.by_rows(&numbers(a.tensor()), n, k).unwrap(), n, k }
+            });
+            let part = |part: &Part| {
+                let (n, k) = (part.b.n(), part.b.k());
+                let b = Factor::Paged { blocks: blocks.by_columns(&numbers(part.b.tensor()), n, k).unwrap(), n, k };
+                Part { b, ..*part }
+            };
+            let parts = site.parts.iter().map(part).collect();
+            let finish = |finish: &Finish| {
+                let mut vector = |v: &Option<Vector>| {
+                    v.as_ref().map(|v| Vector::Paged(blocks.vector(&numbers(v.tensor())).unwrap()))
+                };
+                Finish { columns: finish.columns.clone(), gain: vector(&finish.gain), shift: vector(&finish.shift) }
+            };
+            let finishes = site.finishes.iter().map(finish).collect();
+            let mut paged = PackedSite { a, parts, finishes, width: site.width };
+            let layout = blocks.into_layout();
+            let pool = HostUploads::pool(page, layout.pages());
+            let (pages, addresses) = pool.place(&layout, 0).unwrap().unwrap();
+            paged.blocks().for_each(|block| block.at = addresses[block.at as usize]);
+            (paged, pages)
+        }
+
         /// The largest difference between the emulated kernels and the plain formula, over what rounding allows.
         fn worst(&self, machine: &Emulator) -> Result<f32> {
             let mut next = noise(self.seed);
@@ -271,8 +328,14 @@ mod tests {
             let segments: Vec<_> = segments.iter().map(|(rows, site)| (rows, site)).collect();
             let width: usize = self.n.iter().sum();
             let (x, y) = (self.tensor(&mut next, (rows, self.k), 1), self.tensor(&mut next, (rows, width), 1));
+            let paged: Option<Vec<_>> =
+                self.page.map(|page| segments.iter().map(|(rows, site)| (*rows, self.paged(site, page))).collect());
+            let on_gpu = match &paged {
+                Some(paged) => paged.iter().map(|(rows, (site, _))| (*rows, site)).collect(),
+                None => segments.clone(),
+            };
             let mut step = StepTiles::default();
-            step.add((0, Site::Qkv), &segments, self.dtype, &mut |t| machine.copy(t))?;
+            step.add((0, Site::Qkv), &on_gpu, self.dtype, &mut |t| machine.copy(t))?;
             let (words, copied) = (machine.upload(&step.words)?, machine.copy(&y)?);
             // SAFETY: these are the step's rows.
             unsafe {
@@ -311,9 +374,11 @@ mod tests {
                 prop::collection::vec(1usize..40, 3),
                 prop::collection::vec((1usize..90).prop_map(|n| 8 * n), 3)],
             segments in segments(),
+            // At the smallest a few ranks of A, and a few columns of B, go into one.
+            page in prop::option::of(prop::sample::select(vec![16usize << 10, 64 << 10])),
             seed in any::<u64>(),
         ) {
-            let case = Case { dtype, k, n, segments, seed };
+            let case = Case { dtype, k, n, segments, seed, page };
             let worst = case.worst(&Emulator::new(LORA, seed)).unwrap();
             prop_assert!(worst <= 1.0, "off by {worst} times what rounding allows");
         }
@@ -323,7 +388,7 @@ mod tests {
     fn mistakes_in_kernels_are_found() {
         let case = |rows: usize, rank: usize| {
             let segments = vec![(1, rows, vec![(rank, true, false), (8, false, true)])];
-            Case { dtype: DType::BF16, k: 1024, n: vec![64, 24], segments, seed: 7 }
+            Case { dtype: DType::BF16, k: 1024, n: vec![64, 24], segments, seed: 7, page: None }
         };
         let right = Emulator::new(LORA, 1);
         // Of two barriers in `expand` each, sums of ranks that are not there are read, or are overwritten too early.

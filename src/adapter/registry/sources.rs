@@ -508,8 +508,10 @@ impl Inner {
         let Some(sources) = &self.sources else { return Err(not_found(name)) };
         let url = sources.remotes[source].url().clone();
         let Loaded { adapter, language, summary } = self.read(upload.path())?;
-        let packed = Arc::new(self.pack(adapter, language)?);
+        let mut packed = self.pack(adapter, language)?;
         self.check_template(&packed)?;
+        self.find_pages_for_offer(&mut packed)?;
+        let packed = Arc::new(packed);
         let generation = packed.generation.clone();
         let created = Some(found.modified()).filter(|time| *time > 0).unwrap_or_else(now);
         let origin = Origin {
@@ -537,7 +539,10 @@ impl Inner {
         let is_hidden = slot.stored.is_some() || slot.directory.is_some();
         let is_warm = |old: &Arc<Entry>| self.cache.presence(&old.generation).is_some();
         // Who asked for it waits for it, or somebody has it in memory; else others keep their room.
-        if !is_hidden && slot.offer.as_ref().and_then(|offer| offer.entry.as_ref()).is_none_or(is_warm) {
+        if packed.is_placed()
+            && !is_hidden
+            && slot.offer.as_ref().and_then(|offer| offer.entry.as_ref()).is_none_or(is_warm)
+        {
             let bytes = packed.bytes;
             self.cache.offer(&generation, packed, bytes);
         }
