@@ -72,7 +72,7 @@ impl Host {
             utilization: args.gpu_memory_utilization,
             step: Step {
                 rows: limits.max_batch_tokens,
-                logits: MAX_SCORE_LOGITS / base.config.vocab_size + limits.max_sequences,
+                logits: MAX_SCORE_LOGITS / base.config.vocab_size.max(1) + limits.max_sequences,
             },
         };
         let before = device::memory(&device)?;
