@@ -90,6 +90,7 @@ impl Host {
                 directories: vec![at("adapters")],
                 store: at("store"),
                 memory: 1 << 20,
+                pool: None,
                 max_upload: 1 << 20,
                 uploaded_templates: false,
                 sources: vec![],
@@ -102,6 +103,7 @@ impl Host {
                 max_sequences: 8,
                 max_batch_tokens: 64,
                 max_queue: 64,
+                tenant_slowdown: 1.0,
                 eos_tokens: base.config.eos_tokens.clone(),
             };
             let engine = Engine::start(Box::new(runner), base.tokenizer.clone(), options, metrics.clone());
@@ -156,7 +158,7 @@ impl Host {
         assert!(self.state.engine.is_alive(), "the engine has stopped");
         // The server's own fault, also where the answer had begun. Nothing here is full, or away.
         let waits = text.contains("other grammars are being compiled");
-        assert!(!matches!(status, 500..504 | 505..) || waits, "{status} {text}");
+        assert!(status < 500 || status == 504 || waits, "{status} {text}");
         assert!(!text.contains(r#""type":"server_error""#), "{status} {text}");
         if is_json {
             let answer: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {status} {text}"));

@@ -701,7 +701,7 @@ mod tests {
         }
         assert!(seen[9] == 10 && seen[..5].iter().all(|n| (5..=7).contains(n)), "{seen:?}");
         // Prompts of the flood have half of what it may.
-        scheduler.remove(|s| s.order.0 < 3);
+        scheduler.remove(|s| s.order.0 < 5);
         scheduler.add(of("flood", prompt(20, 40)));
         let step = run(&mut scheduler);
         assert_eq!(step.iter().map(|(_, n)| n).sum::<usize>(), 4, "{step:?}");
