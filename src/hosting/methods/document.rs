@@ -325,7 +325,7 @@ fn method(measured: &Measured) -> Vec<Block> {
          ru_stime, ru_maxrss); no peak is told below the benchmark program's own size, and none has what a GPU holds."
             .into(),
         "FLOPs are computed, not measured. The learning rates are the trainer's defaults for each method unless options say \
-         otherwise; no method was tuned for these tasks."
+         otherwise; how those were found, and at what cost, is not known here."
             .into(),
     ];
     for method in options.methods.iter().filter(|method| !method.more.is_empty()) {
