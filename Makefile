@@ -74,7 +74,9 @@ bench-train: model $(DATA)/ready $(CLIENTS)/peft/ready
 	$(PYTHON) benches/train/compare.py --trainer $(CARGO_TARGET_DIR)/release/loramux-train --peft $(CLIENTS)/peft \
 	--data $(DATA)/movie-reviews/train.csv $(ARGS)
 
-NIGHT := --sizes 50,200,1000
+NIGHT := --sizes 50,200,1000,all --shown 400 --batch-size 8 --max-length 48 --held-out 300 --evaluations 3 \
+	--options "lora=--rank 16 --target-modules all-linear --learning-rate 1e-3" --options "full=--learning-rate 2e-4" \
+	--options "last-layers=--learning-rate 3e-4"
 
 # LoRA, a head and last layers beside full fine-tunes, e.g. `make bench-methods ARGS=--quick`. A night without.
 bench-methods: model $(DATA)/ready
