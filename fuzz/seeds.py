@@ -58,31 +58,35 @@ def archives():
         seed("archive", name, out.getvalue())
 
 
-def small_base(path, matrix):
-    """A Llama of one layer, its matrices in the given type."""
+def small_base(path, matrix, *, hidden, context, pre, tokens, ends, template):
+    """A Llama of one layer, its matrices in the given type. The last token begins texts, and ends them where `ends` says so.
+    Returns the generator of its numbers, for adapters to go on with."""
     writer = gguf.GGUFWriter(path, "llama")
-    hidden = 256 if "K" in matrix.name else 32
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(hidden)
     writer.add_block_count(1)
     writer.add_head_count(2)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_context_length(16)
+    writer.add_context_length(context)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["a", "b", "ab", "<s>"])
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
     writer.add_token_merges(["a b"])
-    writer.add_token_types([1, 1, 1, 3])
-    writer.add_bos_token_id(3)
-    writer.add_chat_template("{{ messages[0].content }}")
+    last = len(tokens) - 1
+    writer.add_token_types([1] * last + [3])
+    writer.add_bos_token_id(last)
+    if ends:
+        writer.add_eos_token_id(last)
+    writer.add_chat_template(template)
     random = np.random.default_rng(0)
     matrices = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
-    for name, rows in [("token_embd", 4)] + [(f"blk.0.{name}", hidden) for name in matrices]:
+    for name, rows in [("token_embd", len(tokens))] + [(f"blk.0.{name}", hidden) for name in matrices]:
         numbers = random.standard_normal((rows, hidden)).astype(np.float32)
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(numbers, matrix), raw_dtype=matrix)
     for name in ["output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"]:
         writer.add_tensor(f"{name}.weight", np.ones(hidden, dtype=np.float32))
     write(writer)
+    return random
 
 
 def small_adapter(path):
@@ -110,7 +114,16 @@ def ggufs():
     folder.mkdir(parents=True, exist_ok=True)
     types = gguf.GGMLQuantizationType
     for matrix in [types.F32, types.F16, types.BF16, types.Q4_0, types.Q4_1, types.Q5_0, types.Q5_1, types.Q8_0]:
-        small_base(folder / f"base-{matrix.name.lower()}.gguf", matrix)
+        small_base(
+            folder / f"base-{matrix.name.lower()}.gguf",
+            matrix,
+            hidden=32,
+            context=16,
+            pre="smollm",
+            tokens=["a", "b", "ab", "<s>"],
+            ends=False,
+            template="{{ messages[0].content }}",
+        )
     small_adapter(folder / "adapter.gguf")
 
 
@@ -125,33 +138,18 @@ def host():
     """What the requests are sent to: a base that spells any text, byte by byte, and adapters for it."""
     folder = HERE / "host"
     (folder / "adapters").mkdir(parents=True, exist_ok=True)
-    hidden, context = 32, 128
-    writer = gguf.GGUFWriter(folder / "base.gguf", "llama")
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(hidden)
-    writer.add_block_count(1)
-    writer.add_head_count(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_context_length(context)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*byte_level(), "ab", "</s>"])
-    writer.add_token_merges(["a b"])
-    writer.add_token_types([1] * 257 + [3])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(257)
-    writer.add_chat_template(
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    hidden = 32
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    random = small_base(
+        folder / "base.gguf",
+        gguf.GGMLQuantizationType.Q8_0,
+        hidden=hidden,
+        context=128,
+        pre="gpt-2",
+        tokens=[*byte_level(), "ab", "</s>"],
+        ends=True,
+        template=turns + "{% if add_generation_prompt %}<assistant>{% endif %}",
     )
-    matrix = gguf.GGMLQuantizationType.Q8_0
-    random = np.random.default_rng(0)
-    matrices = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
-    for name, rows in [("token_embd", 258)] + [(f"blk.0.{name}", hidden) for name in matrices]:
-        numbers = random.standard_normal((rows, hidden)).astype(np.float32)
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(numbers, matrix), raw_dtype=matrix)
-    for name in ["output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"]:
-        writer.add_tensor(f"{name}.weight", np.ones(hidden, dtype=np.float32))
-    write(writer)
     pair = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     lora = {f"{pair}A.weight": (2, hidden), f"{pair}B.weight": (hidden, 2)}
     head = {"base_model.model.score.weight": (3, hidden)}

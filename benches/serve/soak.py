@@ -103,9 +103,7 @@ def upload_files(args, original):
 def errors(log):
     """Lines of the server's log that tell of an error of its own, or of a panic."""
     lines = log.read_text(errors="replace").splitlines()
-    # What actix says of bytes that are no HTTP.
-    of_clients = "stream error: request parse error"
-    return [line for line in lines if ("ERROR" in line or "panicked" in line) and of_clients not in line]
+    return [line for line in lines if "ERROR" in line or "panicked" in line]
 
 
 def tell(what):
