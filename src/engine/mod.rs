@@ -10,6 +10,7 @@ mod grammar;
 mod limits;
 mod model;
 mod queue;
+mod recent;
 mod reply;
 mod request;
 mod runner;

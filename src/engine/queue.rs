@@ -98,10 +98,17 @@ impl<P> Queue<P> {
     }
 
     pub fn retain(&mut self, keep: impl Fn(&Sequence<P>) -> bool) {
-        self.lines.retain(|_, line| {
+        let served = &self.served;
+        let mut ended: Option<f64> = None;
+        self.lines.retain(|tenant, line| {
             line.retain(|_, sequence| keep(sequence));
+            if line.is_empty() {
+                let level = served.get(tenant).copied().unwrap_or(0.0);
+                ended = Some(ended.map_or(level, |ended| ended.max(level)));
+            }
             !line.is_empty()
         });
+        self.level = ended.unwrap_or(self.level);
     }
 }
 
@@ -161,6 +168,17 @@ mod tests {
         queue.add(sequence(60, "c", 1.0));
         queue.add(sequence(61, "a", 1.0));
         assert_eq!(turns(&mut queue, 2, 1.0), "ca");
+    }
+
+    #[test]
+    fn a_line_that_all_have_left_ends_like_any_other() {
+        let mut queue = Queue::default();
+        (0..50).for_each(|i| queue.add(sequence(i, "a", 1.0)));
+        assert_eq!(turns(&mut queue, 40, 1.0), "a".repeat(40));
+        queue.retain(|_| false);
+        (50..60).for_each(|i| queue.add(sequence(i, "b", 1.0)));
+        (60..70).for_each(|i| queue.add(sequence(i, "a", 1.0)));
+        assert_eq!(turns(&mut queue, 8, 1.0).matches('a').count(), 4);
     }
 
     #[test]

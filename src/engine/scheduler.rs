@@ -15,9 +15,13 @@ use std::time::Duration;
 use crate::engine::blocks::{BlockCounts, BlockPool, Key};
 use crate::engine::cost::StepCost;
 use crate::engine::queue::{DRAWN, Queue, Tenant};
+use crate::engine::recent::Recent;
 use crate::engine::shares::Shares;
 use crate::engine::{Client, Output, Work};
 use crate::lora::PackedAdapter;
+
+/// Tokens that a step may have in any case while a request is expected: one shorter costs almost as much.
+const LEAST: usize = 32;
 
 /// Place in the order of arrival: the request's number, then the choice's.
 pub type Order = (u64, usize);
@@ -159,8 +163,9 @@ pub struct SchedulerOptions {
     pub slowdown: f64,
 }
 
-/// What a step may do for tenants that want more than their share, while the step also works for others who do not. The
-/// others' steps are then longer by [`SchedulerOptions::slowdown`] at most, as far as [`StepCost`] can tell.
+/// What a step may do for tenants that want more than their share, while the step also works for others who do not, or would
+/// keep one waiting that is expected to ask. The others' steps are then longer by [`SchedulerOptions::slowdown`] at most, as
+/// far as [`StepCost`] can tell.
 #[derive(Default)]
 struct Bound {
     /// Which of the running are of such tenants. None, where it is empty.
@@ -186,9 +191,11 @@ pub struct Scheduler<P> {
     admissions: u64,
     preemptions: u64,
     yields: u64,
-    /// Parts of all steps completed.
+    /// Steps completed, and their parts.
+    steps: u64,
     parts: u64,
     cost: StepCost,
+    recent: Recent,
     /// Tokens of prompts that bounds allowed and that were not used, for a sequence that must be computed in one step.
     saved: usize,
 }
@@ -207,8 +214,10 @@ impl<P> Scheduler<P> {
             admissions: 0,
             preemptions: 0,
             yields: 0,
+            steps: 0,
             parts: 0,
             cost: StepCost::default(),
+            recent: Recent::default(),
             saved: 0,
         }
     }
@@ -316,20 +325,55 @@ impl<P> Scheduler<P> {
     fn bound(&self) -> Bound {
         let shares = self.shares();
         let beyond: Vec<bool> = self.running.iter().map(|s| !shares.is_modest(&s.client.tenant)).collect();
-        let of = |beyond_share: bool| {
-            self.running.iter().zip(&beyond).filter(move |(_, b)| **b == beyond_share).map(|(sequence, _)| sequence)
-        };
-        let tokens: usize = of(false).map(Sequence::remaining).sum();
-        if tokens == 0 || of(true).next().is_none() {
-            return Bound::default();
+        let within = self.running.iter().zip(&beyond).filter(|(_, beyond)| !**beyond);
+        let tokens: usize = within.map(|(sequence, _)| sequence.remaining()).sum();
+        if tokens == 0 || !beyond.contains(&true) {
+            return self.bound_of_expected().unwrap_or_default();
         }
         let tokens = tokens.min(self.options.max_batch_tokens);
         let Some(allowed) = self.cost.beside(tokens, self.options.slowdown) else { return Bound::default() };
+        self.bound_to(beyond, allowed)
+    }
+
+    /// Where another tenant asked lately and, counted with it, all that runs is of tenants beyond their share: its next request
+    /// has to wait for the end of the step, which is no longer for it than the request's own first step may be.
+    fn bound_of_expected(&self) -> Option<Bound> {
+        let is_here = |client: &Client| {
+            let mut here =
+                self.running.iter().map(|s| &s.client).chain(self.waiting.clients().map(|(client, _)| client));
+            here.any(|other| other.tenant == client.tenant)
+        };
+        let expected = || self.recent.clients().filter(|(client, _)| !is_here(client));
+        let first = expected().map(|(_, tokens)| tokens).min()?;
+        let running = self.running.iter().map(|sequence| &sequence.client);
+        let waiting = self.waiting.clients().chain(expected().map(|(client, _)| (client, 0)));
+        let shares = Shares::new(self.options.max_sequences, running, waiting);
+        if self.running.iter().any(|s| shares.is_modest(&s.client.tenant)) {
+            return None;
+        }
+        let first = first.max(LEAST).min(self.options.max_batch_tokens);
+        let allowed = first + self.cost.beside(first, self.options.slowdown)?;
+        let mut bound = self.bound_to(vec![true; self.running.len()], allowed);
+        // What must be computed in one step is, as nobody else would be in it.
+        let oldest = self.running.iter().find(|sequence| !sequence.decodes());
+        if let Some(whole) = oldest.filter(|sequence| sequence.rows == Rows::Whole) {
+            bound.prompts = bound.prompts.max(whole.remaining());
+        }
+        Some(bound)
+    }
+
+    /// `allowed` tokens for those of the running that are `beyond` their share, one at least.
+    fn bound_to(&self, beyond: Vec<bool>, allowed: usize) -> Bound {
         let allowed = allowed.max(1);
-        let decoding = of(true).filter(|sequence| sequence.decodes()).count();
-        let prompts = of(true).count() - decoding;
-        // Prompts go on beside.
-        let decoding = decoding.min(if prompts > 0 { allowed.div_ceil(2) } else { allowed });
+        let held = || self.running.iter().zip(&beyond).filter(|(_, beyond)| **beyond).map(|(sequence, _)| sequence);
+        let decoding = held().filter(|sequence| sequence.decodes()).count();
+        let prompts = held().count() - decoding;
+        // Prompts go on beside, in turns where there is one token for both.
+        let decoding = decoding.min(match allowed {
+            _ if prompts == 0 => allowed,
+            1 => (self.steps % 2) as usize,
+            _ => allowed.div_ceil(2),
+        });
         Bound { beyond, decoding, prompts: allowed - decoding + self.saved }
     }
 
@@ -349,6 +393,7 @@ impl<P> Scheduler<P> {
     /// Takes note that the step has been computed. Blocks that it filled can be shared from now on.
     pub fn complete(&mut self, step: &[Part]) {
         let size = self.options.block_size;
+        self.steps += 1;
         let mut turns: Vec<usize> = step.iter().map(|part| part.index).collect();
         turns.sort_unstable_by_key(|&i| self.running[i].advanced);
         for i in turns {
@@ -375,6 +420,7 @@ impl<P> Scheduler<P> {
     /// Takes note of how long a step took.
     pub fn observe(&mut self, step: &[Part], time: Duration) {
         self.cost.observe(step.iter().map(|part| part.tokens).sum(), time.as_secs_f64());
+        self.recent.pass(time.as_secs_f64());
     }
 
     fn decoding(&self, i: usize) -> bool {
@@ -417,6 +463,7 @@ impl<P> Scheduler<P> {
         if !sequence.preempted {
             // At once, so that the next one in this step may be another's.
             self.waiting.charge(&sequence.client, sequence.remaining() as f64);
+            self.recent.note(&sequence.client, sequence.remaining());
         }
         let at = self.running.partition_point(|s| s.order < sequence.order);
         self.running.insert(at, sequence);
@@ -708,6 +755,67 @@ mod tests {
         // Alone it has the whole machine again.
         scheduler.remove(|s| s.order.0 == 9);
         assert!(run(&mut scheduler).iter().map(|(_, n)| n).sum::<usize>() > 30);
+    }
+
+    #[test]
+    fn prompts_beyond_a_share_go_on_even_where_one_token_is_allowed() {
+        let mut scheduler = bounded(6, 100, 4, 1000, 1.1501);
+        (0..4).for_each(|i| scheduler.add(of("flood", prompt(i, 3))));
+        run(&mut scheduler);
+        scheduler.add(of("quiet", prompt(9, 3)));
+        run(&mut scheduler);
+        teach(&mut scheduler);
+        scheduler.add(of("flood", prompt(20, 12)));
+        let seen: Vec<u64> = (0..40).flat_map(|_| run(&mut scheduler)).map(|(number, _)| number).collect();
+        let times = |number: u64| seen.iter().filter(|&&n| n == number).count();
+        // 7 ms alone, so one token beside; the prompt's 12 tokens have every other one.
+        assert_eq!((seen.len(), times(9)), (80, 40), "{seen:?}");
+        assert!(times(20) >= 12, "{seen:?}");
+    }
+
+    #[test]
+    fn a_tenant_that_asked_lately_does_not_find_a_long_step_before_its_next_request() {
+        let mut scheduler = bounded(4, 100, 4, 1000, 1.501);
+        let sum = |step: Vec<(u64, usize)>| step.iter().map(|(_, tokens)| tokens).sum::<usize>();
+        scheduler.add(of("quiet", prompt(0, 40)));
+        run(&mut scheduler);
+        scheduler.remove(|_| true);
+        (1..9).for_each(|i| scheduler.add(of("flood", prompt(i, 1000))));
+        assert_eq!(sum(run(&mut scheduler)), 100, "nothing is known of what a step takes");
+        teach(&mut scheduler);
+        // 40 tokens take 46 ms; half of it are 23 more.
+        assert_eq!(sum(run(&mut scheduler)), 63);
+        // When it is there, what counts is what it has to do.
+        scheduler.add(of("quiet", prompt(9, 80)));
+        assert_eq!(sum(run(&mut scheduler)), 100);
+        scheduler.remove(|s| s.order.0 == 9);
+        assert_eq!(sum(run(&mut scheduler)), 100);
+        // The shortest prompt of all that are expected counts, but not as if it were nothing: 32 and 19.
+        scheduler.add(of("brief", prompt(10, 1)));
+        run(&mut scheduler);
+        scheduler.remove(|s| s.order.0 == 10);
+        assert_eq!(sum(run(&mut scheduler)), 51);
+        // Who has no more than its places has whole steps, as everyone has when the others stay away.
+        scheduler.remove(|s| s.order.0 > 1);
+        assert_eq!(sum(run(&mut scheduler)), 100);
+        (11..19).for_each(|i| scheduler.add(of("flood", prompt(i, 1000))));
+        assert_eq!(sum(run(&mut scheduler)), 51);
+        scheduler.recent.pass(10.0);
+        assert_eq!(sum(run(&mut scheduler)), 100);
+    }
+
+    #[test]
+    fn while_a_request_is_expected_what_must_be_computed_in_one_step_is() {
+        let mut scheduler = bounded(4, 200, 4, 1000, 1.501);
+        scheduler.add(of("quiet", prompt(0, 2)));
+        run(&mut scheduler);
+        scheduler.remove(|_| true);
+        teach(&mut scheduler);
+        (1..9).for_each(|i| scheduler.add(of("flood", Sequence { rows: Rows::Whole, ..prompt(i, 60) })));
+        for i in 1..6 {
+            assert_eq!(run(&mut scheduler), [(i, 60)]);
+            scheduler.remove_running(|s| s.order.0 == i);
+        }
     }
 
     #[test]
