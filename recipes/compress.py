@@ -39,6 +39,11 @@ def main():
     # The scale stays what it was.
     config["lora_alpha"] *= rank / config["r"]
     config["r"] = rank
+    # The card's numbers are of what was trained.
+    many = f"The mean of {len(sources)} adapters was taken, of which this is the first's card. " if others else ""
+    told = f"{many}The pairs were then cut to rank {rank} by `recipes/compress.py`.\n\n"
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(card.replace("## Result\n", f"{told}## Result\n", 1))
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -23,7 +23,7 @@ use super::push::Push;
 use super::random;
 use super::table::{self, Record};
 use super::trainer::{Account, Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
-use crate::base::{Base, device};
+use crate::base::{Base, Head, device};
 use crate::{Error, Result, memory};
 
 /// Largest rank, as the server takes it.
@@ -136,9 +136,12 @@ fn data(args: &TrainArgs, base: &Base, records: &[Record]) -> Result<Data> {
     let columns = columns(args, base)?;
     let names = |files: &[PathBuf]| files.iter().map(|f| name_of(f)).collect::<Vec<_>>().join(", ");
     let mut labels: Option<Vec<String>> = None;
+    let mut pieces = None;
     let mut read = |files: &[PathBuf], records: &[Record]| -> Result<Vec<Example>> {
         if args.task == Task::Generate {
-            return examples::texts(base, records, &columns);
+            let texts = examples::texts(base, records, &columns)?;
+            pieces = Some(texts.pieces);
+            return Ok(texts.examples);
         }
         let read = examples::classified(base, records, &columns, labels.as_deref())?;
         if read.cut > 0 {
@@ -154,7 +157,10 @@ fn data(args: &TrainArgs, base: &Base, records: &[Record]) -> Result<Data> {
             let what = format!("--eval-share is {}; expected 0 or more and less than 1", run.eval_share);
             return Err(Error::bad_request(what));
         }
-        examples::split(&mut train, run.eval_share, run.seed)
+        match &pieces {
+            Some(pieces) => examples::split_texts(&mut train, pieces, run.eval_share, run.seed),
+            None => examples::split(&mut train, run.eval_share, run.seed),
+        }
     } else {
         read(&run.eval, &table::read(&run.eval)?)?
     };
@@ -163,12 +169,22 @@ fn data(args: &TrainArgs, base: &Base, records: &[Record]) -> Result<Data> {
         train.truncate(limit);
         notes.push(format!("trained on {limit} of them: {}", card::count(&train)));
     }
+    let absent = absent(&train, labels.as_deref().unwrap_or_default());
+    if !absent.is_empty() {
+        tracing::warn!("no example of {} is left to train on, so that is not learned", absent.join(", "));
+    }
     let from = if run.eval.is_empty() { "of the same files".to_string() } else { names(&run.eval) };
     notes.push(format!("held out ({from}): {}", card::count(&eval)));
     if train.is_empty() {
         return Err(Error::bad_request("no examples are left to train on; lower --eval-share"));
     }
     Ok(Data { train, eval, labels, notes })
+}
+
+/// The classes that none of the examples is of.
+fn absent(examples: &[Example], labels: &[String]) -> Vec<String> {
+    let is_there = |class: usize| examples.iter().any(|e| e.goal == Goal::Class(class as u32));
+    labels.iter().enumerate().filter(|(class, _)| !is_there(*class)).map(|(_, label)| label.clone()).collect()
 }
 
 fn options(args: &TrainArgs, method: &Method, data: &Data, fingerprint: String) -> Result<TrainerOptions> {
@@ -220,7 +236,7 @@ fn options(args: &TrainArgs, method: &Method, data: &Data, fingerprint: String) 
     })
 }
 
-/// `examples / (classes * examples of the class)`, scikit-learn's `balanced`.
+/// `examples / (classes * examples of the class)`, scikit-learn's `balanced`. A class that is only evaluated weighs 1.
 fn balanced(data: &Data) -> Vec<f32> {
     let classes = data.labels.as_ref().map_or(0, Vec::len);
     let mut counts = vec![0usize; classes];
@@ -229,7 +245,8 @@ fn balanced(data: &Data) -> Vec<f32> {
             counts[class as usize] += 1;
         }
     }
-    counts.iter().map(|&n| data.train.len() as f32 / (classes * n.max(1)) as f32).collect()
+    let weight = |&n: &usize| if n == 0 { 1.0 } else { data.train.len() as f32 / (classes * n) as f32 };
+    counts.iter().map(weight).collect()
 }
 
 /// The checkpoint lies beside the output and is removed when that is written.
@@ -325,7 +342,10 @@ fn train(mut args: TrainArgs, method: &Method, start: Start) -> Result<()> {
     }
     let init = if let Start::Adapter(folder) = &start { Some(folder.as_path()) } else { None };
     if let Some(init) = init {
-        let adapter = crate::adapter::load(init, &base.config, &base.id)?.adapter;
+        let mut adapter = crate::adapter::load(init, &base.config, &base.id)?.adapter;
+        if let (Some(head), Some(labels)) = (&mut adapter.head, &data.labels) {
+            in_order_of(head, labels);
+        }
         network.start_from(&adapter).map_err(|e| e.context(format!("--init-adapter {}", init.display())))?;
     }
     let mut settings = settings(&args, method, &start);
@@ -386,6 +406,17 @@ fn train(mut args: TrainArgs, method: &Method, start: Start) -> Result<()> {
     push.map_or(Ok(()), |push| push.upload(&run.out))
 }
 
+/// Puts the classes of a head in the order of `labels`, where they are the same. Ours are sorted; other programs number them as
+/// they like.
+fn in_order_of(head: &mut Head, labels: &[String]) {
+    let found: Option<Vec<usize>> = labels.iter().map(|l| head.labels.iter().position(|own| own == l)).collect();
+    let Some(rows) = found.filter(|rows| rows.len() == head.labels.len()) else { return };
+    let hidden = head.weight.len() / head.labels.len();
+    head.weight = rows.iter().flat_map(|&row| &head.weight[row * hidden..][..hidden]).copied().collect();
+    head.bias = head.bias.as_ref().map(|bias| rows.iter().map(|&row| bias[row]).collect());
+    head.labels = labels.to_vec();
+}
+
 fn report(best: &Evaluation, labels: Option<&[String]>) {
     tracing::info!("best, after step {}: {}", best.step, card::describe(best));
     if let (Some(labels), Some(confusion)) = (labels, &best.confusion) {
@@ -435,4 +466,39 @@ fn watched(trainer: &mut Trainer) -> Result<Ended> {
     bar.finish_and_clear();
     runtime.shutdown_background();
     ended
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_class_without_an_example_is_told_and_weighs_1() {
+        let train: Vec<Example> = [0, 0, 0, 2].map(|c| Example { tokens: vec![1], goal: Goal::Class(c) }).into();
+        let labels: Vec<String> = ["a", "b", "c"].map(String::from).into();
+        assert_eq!(absent(&train, &labels), ["b"]);
+        assert!(absent(&train, &[]).is_empty());
+        let data = Data { train, eval: vec![], labels: Some(labels), notes: vec![] };
+        assert_eq!(balanced(&data), [4.0 / 9.0, 1.0, 4.0 / 3.0]);
+    }
+
+    #[test]
+    fn a_heads_classes_are_found_by_their_names() {
+        let labels = |names: &[&str]| names.iter().map(|n| n.to_string()).collect::<Vec<_>>();
+        let head = || Head {
+            weight: vec![1.0, 2.0, 3.0, 4.0],
+            bias: Some(vec![5.0, 6.0]),
+            labels: labels(&["positive", "negative"]),
+        };
+        let mut turned = head();
+        in_order_of(&mut turned, &labels(&["negative", "positive"]));
+        assert_eq!((turned.weight, turned.bias), (vec![3.0, 4.0, 1.0, 2.0], Some(vec![6.0, 5.0])));
+        assert_eq!(turned.labels, labels(&["negative", "positive"]));
+        // Classes of other names stay where they are.
+        for names in [&["a", "b"][..], &["negative"], &["negative", "neutral", "positive"]] {
+            let mut same = head();
+            in_order_of(&mut same, &labels(names));
+            assert_eq!((same.weight, same.labels), (head().weight, head().labels), "{names:?}");
+        }
+    }
 }

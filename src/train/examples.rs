@@ -140,33 +140,78 @@ pub fn classified(base: &Base, records: &[Record], columns: &Columns, labels: Op
     Ok(Classified { examples, labels: names, cut })
 }
 
+/// Texts to continue.
+#[derive(Debug)]
+pub struct Texts {
+    pub examples: Vec<Example>,
+    /// How many of them each record was made into, in their order.
+    pub pieces: Vec<usize>,
+}
+
+/// The places of chats and pairs of which not all is learned: those whose end is cut off, and those that are left out, since
+/// what is to be learned begins where the longest length ends.
+#[derive(Debug, Default, PartialEq)]
+struct Shortened {
+    cut: Vec<String>,
+    left_out: Vec<String>,
+}
+
+impl Shortened {
+    /// Notes that `record` has been cut; its example, if there is still something to learn from.
+    fn note(&mut self, record: &Record, example: Option<Example>) -> Option<Example> {
+        let places = if example.is_some() { &mut self.cut } else { &mut self.left_out };
+        places.push(record.place.clone());
+        example
+    }
+
+    /// What there is to say of it.
+    fn told(&self, max_length: usize) -> Vec<String> {
+        let say = |places: &[String], what: &str| {
+            let (count, first) = (places.len(), places.first()?);
+            Some(format!("{count} examples {what} {max_length} tokens (--max-length), the first of them {first}"))
+        };
+        let left_out = say(&self.left_out, "are left out, since what is to be learned of them begins after");
+        let cut = say(&self.cut, "are cut off after");
+        left_out.into_iter().chain(cut).collect()
+    }
+}
+
 /// Reads texts to continue: `messages` (a chat), `prompt` and `completion`, or a text. Of a chat the assistant's turns are
 /// learned, of a pair the completion, of a text every token. A text longer than the longest length is cut in pieces, each
-/// with what the tokenizer puts before a text.
-pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<Example>> {
+/// with what the tokenizer puts before a text; of a longer chat or pair the end is cut off, which is told.
+pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Texts> {
+    let (texts, shortened) = continued(base, records, columns)?;
+    shortened.told(columns.max_length).iter().for_each(|what| tracing::warn!("{what}"));
+    match texts.examples.is_empty() {
+        true => Err(Error::bad_request("no example is short enough to learn from; raise --max-length")),
+        false => Ok(texts),
+    }
+}
+
+fn continued(base: &Base, records: &[Record], columns: &Columns) -> Result<(Texts, Shortened)> {
     let end = base.config.eos_tokens.first().copied();
-    let mut examples = Vec::new();
+    let (mut examples, mut shortened) = (Vec::new(), Shortened::default());
+    let mut pieces = Vec::new();
     let first = records.first().ok_or_else(|| Error::bad_request("there are no examples"))?;
     let has = |name: &str| columns.text.is_none() && first.fields.contains_key(name);
     if has("messages") {
         for record in records {
-            examples.extend(chat(base, record, columns.max_length)?);
+            let (example, whole) = chat(base, record, columns.max_length)?;
+            examples.extend(if whole { example } else { shortened.note(record, example) });
         }
     } else if has("prompt") && has("completion") {
         for record in records {
-            let (prompt, completion) = (record.text("prompt")?, record.text("completion")?);
-            if completion.is_empty() {
-                return Err(record.wrong("has an empty \"completion\"; there is nothing to learn from it"));
-            }
+            let Some(completion) = filled(record, "completion", columns.skip_empty)? else { continue };
+            let prompt = record.text("prompt")?;
             let mut tokens = base.tokenizer.encode(&prompt, true)?;
             let from = tokens.len().max(1);
             tokens.extend(base.tokenizer.encode(&completion, false)?);
             tokens.extend(end);
+            let whole = tokens.len() <= columns.max_length;
             tokens.truncate(columns.max_length);
-            if tokens.len() > from {
-                let goal = Goal::range(from..tokens.len());
-                examples.push(Example { tokens, goal });
-            }
+            let goal = Goal::range(from..tokens.len());
+            let example = (tokens.len() > from).then_some(Example { tokens, goal });
+            examples.extend(if whole { example } else { shortened.note(record, example) });
         }
     } else {
         // As the server's prompts begin.
@@ -175,6 +220,7 @@ pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<E
         for text in plain(records, &text_column(records, &columns.text)?, columns.skip_empty)? {
             let mut tokens = base.tokenizer.encode(&text, false)?;
             tokens.extend(end);
+            let before = examples.len();
             for (i, piece) in tokens.chunks(longest).enumerate() {
                 let tokens = [&prefix, piece].concat();
                 // What begins a later piece follows from what is not in it.
@@ -183,16 +229,17 @@ pub fn texts(base: &Base, records: &[Record], columns: &Columns) -> Result<Vec<E
                     examples.push(Example { goal: Goal::range(from..tokens.len()), tokens });
                 }
             }
+            pieces.push(examples.len() - before);
         }
     }
-    match examples.is_empty() {
-        true => Err(Error::bad_request("no example is short enough to learn from; raise --max-length")),
-        false => Ok(examples),
-    }
+    // Of a chat or a pair there is one.
+    let pieces = if pieces.is_empty() { vec![1; examples.len()] } else { pieces };
+    Ok((Texts { examples, pieces }, shortened))
 }
 
-/// A chat by the base's template. An assistant's turn is what the template adds to the prompt that asks for it.
-fn chat(base: &Base, record: &Record, max_length: usize) -> Result<Option<Example>> {
+/// A chat by the base's template, and whether that is all of it. An assistant's turn is what the template adds to the prompt
+/// that asks for it.
+fn chat(base: &Base, record: &Record, max_length: usize) -> Result<(Option<Example>, bool)> {
     let template = base.chat.as_ref();
     let template = template.ok_or_else(|| record.wrong("is a chat, and the base model has no chat template"))?;
     let parsed: Value = match record.fields.get("messages").unwrap_or(&Value::Null) {
@@ -219,10 +266,11 @@ fn chat(base: &Base, record: &Record, max_length: usize) -> Result<Option<Exampl
     if turns.is_empty() {
         return Err(record.wrong("has no message of the role \"assistant\" to learn from"));
     }
+    let whole = tokens.len() <= max_length;
     tokens.truncate(max_length);
     turns.iter_mut().for_each(|t| t.end = t.end.min(tokens.len()));
     turns.retain(|t| t.start < t.end);
-    Ok((!turns.is_empty()).then_some(Example { tokens, goal: Goal::Tokens(turns) }))
+    Ok(((!turns.is_empty()).then_some(Example { tokens, goal: Goal::Tokens(turns) }), whole))
 }
 
 /// Takes a share of the examples away, at random, for evaluation.
@@ -230,6 +278,23 @@ pub fn split(examples: &mut Vec<Example>, share: f64, seed: u64) -> Vec<Example>
     examples.shuffle(&mut random(seed, "split", 0));
     let kept = examples.len() - (examples.len() as f64 * share).round() as usize;
     examples.split_off(kept)
+}
+
+/// The same for texts that are in so many pieces each: all pieces of a text are learned from, or none, since they tell of each
+/// other. Only where there are too few texts for that, pieces are taken.
+pub fn split_texts(examples: &mut Vec<Example>, pieces: &[usize], share: f64, seed: u64) -> Vec<Example> {
+    let count = (pieces.len() as f64 * share).round() as usize;
+    if count == 0 || count == pieces.len() || pieces.iter().all(|&n| n == 1) {
+        return split(examples, share, seed);
+    }
+    let mut order: Vec<usize> = (0..pieces.len()).collect();
+    order.shuffle(&mut random(seed, "split", 0));
+    let mut chosen = vec![false; pieces.len()];
+    order[..count].iter().for_each(|&text| chosen[text] = true);
+    let held_out = pieces.iter().zip(chosen).flat_map(|(&n, chosen)| std::iter::repeat_n(chosen, n));
+    let (out, kept): (Vec<_>, Vec<_>) = std::mem::take(examples).into_iter().zip(held_out).partition(|(_, out)| *out);
+    examples.extend(kept.into_iter().map(|(example, _)| example));
+    out.into_iter().map(|(example, _)| example).collect()
 }
 
 #[cfg(test)]
@@ -302,7 +367,7 @@ mod tests {
         let skipping = Columns { skip_empty: true, ..columns() };
         let read = classified(&base(), &rows, &skipping, None).unwrap();
         assert_eq!((read.examples.len(), read.labels), (2, vec!["a".to_string(), "b".into()]));
-        assert_eq!(texts(&base(), &rows, &skipping).unwrap().len(), 2);
+        assert_eq!(texts(&base(), &rows, &skipping).unwrap().examples.len(), 2);
         assert!(texts(&base(), &rows, &columns()).unwrap_err().message.contains("row 2"));
     }
 
@@ -313,7 +378,7 @@ mod tests {
         let base = Base { chat: Some(std::sync::Arc::new(chat)), ..base() };
         let turn = |role: &str, content: &str| json!({ "role": role, "content": content });
         let row = json!({ "messages": [turn("user", "t1 t2"), turn("assistant", "t3"), turn("user", "t4")] });
-        let read = |rows: &[Value]| texts(&base, &records(rows), &columns());
+        let read = |rows: &[Value]| texts(&base, &records(rows), &columns()).map(|texts| texts.examples);
         let example = &read(std::slice::from_ref(&row)).unwrap()[0];
         let before = base.tokenizer.encode("t1 t2 ", false).unwrap().len();
         let after = base.tokenizer.encode("t1 t2 t3 ", false).unwrap().len();
@@ -331,12 +396,35 @@ mod tests {
     #[test]
     fn texts_are_cut_in_pieces_and_completions_alone_are_learned() {
         let whole = texts(&base(), &records(&[json!({ "text": "t1 t2 t3 t4 t5 t6 t7" })]), &columns()).unwrap();
+        let whole = whole.examples;
         assert_eq!(whole[0].tokens.len(), 6);
         assert_eq!(whole[0].goal, Goal::range(1..6));
         let rows = records(&[json!({ "prompt": "t1 t2", "completion": " t3" })]);
-        let pair = texts(&base(), &rows, &columns()).unwrap();
+        let pair = texts(&base(), &rows, &columns()).unwrap().examples;
         let prompt = base().tokenizer.encode("t1 t2", true).unwrap().len();
         assert_eq!(pair[0].goal, Goal::range(prompt..pair[0].tokens.len()));
+    }
+
+    #[test]
+    fn what_is_cut_off_or_left_out_is_told_with_its_place() {
+        let row = |prompt: &str, completion: &str| json!({ "prompt": prompt, "completion": completion });
+        let long = "t1 t2 t3 t4 t5 t6 t7";
+        let rows = records(&[row("t1", " t2"), row("t1", long), row(long, " t2"), row(long, " t3")]);
+        let (Texts { examples, pieces }, shortened) = continued(&base(), &rows, &columns()).unwrap();
+        assert_eq!(pieces, [1, 1]);
+        assert_eq!((examples.len(), examples[1].tokens.len()), (2, 6));
+        let place = |row: usize| format!("x.jsonl, row {row}");
+        assert_eq!(shortened, Shortened { cut: vec![place(2)], left_out: vec![place(3), place(4)] });
+        let told = shortened.told(6);
+        assert!(told[0].starts_with("2 examples are left out") && told[0].contains("x.jsonl, row 3"), "{told:?}");
+        assert!(told[1].starts_with("1 examples are cut off") && told[1].contains("x.jsonl, row 2"), "{told:?}");
+        assert!(texts(&base(), &rows[2..], &columns()).unwrap_err().message.contains("--max-length"));
+        // An empty completion is one that --skip-empty is for.
+        let rows = records(&[row("t1", " t2"), row("t1", "")]);
+        let error = continued(&base(), &rows, &columns()).unwrap_err().message;
+        assert!(error.contains("row 2") && error.contains("--skip-empty"), "{error}");
+        let skipping = Columns { skip_empty: true, ..columns() };
+        assert_eq!(continued(&base(), &rows, &skipping).unwrap().0.examples.len(), 1);
     }
 
     #[test]
@@ -347,6 +435,8 @@ mod tests {
         let base = Base { tokenizer: std::sync::Arc::new(tokenizer), ..base() };
         let read = texts(&base, &records(&[json!({ "text": "t11 t12 t13 t14 t15 t16 t17" })]), &columns()).unwrap();
         let end = base.config.eos_tokens[0];
+        let Texts { examples: read, pieces } = read;
+        assert_eq!(pieces, [2]);
         let example =
             |tokens: &[u32], from: usize| Example { tokens: tokens.into(), goal: Goal::range(from..tokens.len()) };
         assert_eq!(read, [example(&[1, 11, 12, 13, 14, 15], 1), example(&[1, 16, 17, end], 2)]);
@@ -362,5 +452,27 @@ mod tests {
         let mut together: Vec<u32> = a.iter().chain(&x).map(|e| e.tokens[0]).collect();
         together.sort();
         assert_eq!(together, (0..10).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn of_a_text_all_pieces_are_held_out_or_none() {
+        let pieces = [3, 1, 4, 2, 3, 1, 2, 4, 1, 2];
+        // The text that a piece is of, and which one it is.
+        let all = pieces.iter().enumerate().flat_map(|(text, &n)| (0..n as u32).map(move |i| vec![text as u32, i]));
+        let all: Vec<Example> = all.map(|tokens| Example { tokens, goal: Goal::Class(0) }).collect();
+        for seed in 0..20 {
+            let mut kept = all.clone();
+            let out = split_texts(&mut kept, &pieces, 0.3, seed);
+            let texts = |of: &[Example]| of.iter().map(|e| e.tokens[0]).collect::<std::collections::BTreeSet<_>>();
+            assert_eq!((texts(&kept).len(), texts(&out).len(), kept.len() + out.len()), (7, 3, all.len()));
+            assert!(texts(&kept).is_disjoint(&texts(&out)));
+        }
+        // Of two texts nothing could be held out otherwise.
+        let mut two = all[..4].to_vec();
+        assert_eq!(split_texts(&mut two, &pieces[..2], 0.2, 0).len(), 1);
+        // Texts of one piece each are split as other examples are.
+        let (mut a, mut b) = (all.clone(), all.clone());
+        assert_eq!(split_texts(&mut a, &vec![1; all.len()], 0.3, 5), split(&mut b, 0.3, 5));
+        assert_eq!(a, b);
     }
 }

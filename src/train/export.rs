@@ -46,13 +46,11 @@ impl Export<'_> {
         for file in fs::read_dir(&folder).map_err(failed)? {
             File::open(file.map_err(failed)?.path()).and_then(|f| f.sync_all()).map_err(failed)?;
         }
-        if out.exists() {
-            if !overwrite {
-                return Err(taken(out));
-            }
-            fs::rename(out, stage.path().join("old")).map_err(failed)?;
+        match out.exists() {
+            false => fs::rename(&folder, out).map_err(failed),
+            true if overwrite => exchange(&folder, out).map_err(failed),
+            true => Err(taken(out)),
         }
-        fs::rename(&folder, out).map_err(failed)
     }
 
     fn adapter(&self, folder: &Path) -> Result<()> {
@@ -188,6 +186,29 @@ fn write_tensors(path: &Path, tensors: Vec<(String, Tensor)>, dtype: DType) -> R
     fs::set_permissions(path, usual).map_err(failed)
 }
 
+/// Puts `new` in the place of `old`, in one step where the system can: whoever is killed leaves one of the two there. What was
+/// there lies beside `new`, or in its place, then. After an error it is where it was.
+fn exchange(new: &Path, old: &Path) -> std::io::Result<()> {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        use std::ffi::CString;
+        use std::os::unix::ffi::OsStrExt;
+
+        let here = libc::AT_FDCWD;
+        let (from, to) = (CString::new(new.as_os_str().as_bytes())?, CString::new(old.as_os_str().as_bytes())?);
+        // SAFETY: both are texts that end with a 0 and stay until it returns.
+        if unsafe { libc::renameat2(here, from.as_ptr(), here, to.as_ptr(), libc::RENAME_EXCHANGE) } == 0 {
+            return Ok(());
+        }
+        // Not every file system does it.
+    }
+    let aside = new.with_file_name("old");
+    fs::rename(old, &aside)?;
+    fs::rename(new, old).inspect_err(|_| {
+        let _ = fs::rename(&aside, old);
+    })
+}
+
 /// The error of an output directory that is there already.
 pub fn taken(out: &Path) -> Error {
     Error::bad_request(format!(
@@ -199,4 +220,48 @@ pub fn taken(out: &Path) -> Error {
 fn write_json(path: &Path, value: &Value) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(Error::internal)?;
     fs::write(path, text + "\n").map_err(|e| Error::internal(format!("{}: {e}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    fn directory(path: PathBuf, content: &str) -> PathBuf {
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("file"), content).unwrap();
+        path
+    }
+
+    #[test]
+    fn what_is_replaced_is_there_all_the_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let stage = folder.path().join("stage");
+        fs::create_dir(&stage).unwrap();
+        let (new, old) = (directory(stage.join("out"), "new"), directory(folder.path().join("old"), "old"));
+        let content = || fs::read_to_string(old.join("file"));
+        // What cannot be put there leaves what is there.
+        assert!(exchange(&stage.join("none"), &old).is_err());
+        assert_eq!(content().unwrap(), "old");
+        exchange(&new, &old).unwrap();
+        assert_eq!(content().unwrap(), "new");
+        let can = fs::read_to_string(new.join("file")).is_ok_and(|content| content == "old");
+        if !can {
+            // This file system has no exchange.
+            return;
+        }
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    content().unwrap();
+                }
+            });
+            let exchanged = (0..200).try_for_each(|_| exchange(&new, &old));
+            done.store(true, Ordering::Relaxed);
+            exchanged.unwrap();
+        });
+    }
 }

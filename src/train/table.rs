@@ -72,6 +72,10 @@ fn read_one(file: &Path, records: &mut Vec<Record>) -> Result<()> {
 
 fn text(file: &Path) -> Result<String> {
     let bytes = fs::read(file).map_err(|e| Error::bad_request(format!("{}: {e}", file.display())))?;
+    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
+        let what = "is UTF-16, not UTF-8; convert the file first, e.g. iconv -f utf-16 -t utf-8";
+        return Err(Error::bad_request(format!("{} {what}", file.display())));
+    }
     let text = String::from_utf8(bytes).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         let line = 1 + e.as_bytes()[..at].iter().filter(|&&b| b == b'\n').count();
@@ -83,7 +87,31 @@ fn text(file: &Path) -> Result<String> {
     Ok(text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text))
 }
 
+/// The line on which a field begins with a quotation mark that nothing closes: the reader would take all that follows for one
+/// field, and say nothing.
+fn left_open(text: &str, separator: u8) -> Option<usize> {
+    let (mut line, mut opened) = (1, 0);
+    // Where a quotation mark begins a field, or, twice within one, is a character of it.
+    let (mut begins, mut quoted, mut closed) = (true, false, false);
+    for byte in text.bytes() {
+        match byte {
+            b'"' if quoted => (quoted, closed) = (false, true),
+            b'"' if closed => (quoted, closed) = (true, false),
+            b'"' if begins => (quoted, begins, opened) = (true, false, line),
+            _ => (begins, closed) = (!quoted && (byte == separator || matches!(byte, b'\n' | b'\r')), false),
+        }
+        line += usize::from(byte == b'\n');
+    }
+    quoted.then_some(opened)
+}
+
 fn separated(name: &str, text: &str, separator: u8, records: &mut Vec<Record>) -> Result<()> {
+    if let Some(line) = left_open(text, separator) {
+        return Err(Error::bad_request(format!(
+            "{name}, line {line}: a field begins with a quotation mark that nothing closes; close it, or where it is part of the \
+             text write the field as \"\"\"text\""
+        )));
+    }
     let mut reader = csv::ReaderBuilder::new().delimiter(separator).from_reader(text.as_bytes());
     let wrong = |e: csv::Error| Error::bad_request(format!("{name}: {e}"));
     let header: Vec<String> = reader.headers().map_err(wrong)?.iter().map(|h| h.trim().to_string()).collect();
@@ -164,6 +192,16 @@ mod tests {
     }
 
     #[test]
+    fn quotation_marks_are_closed_as_the_reader_closes_them() {
+        for closed in ["", "a,b", "\"a\nb\",c", "\"a\"\"b\"", "a \"b,c", "\"\",\"\"\r\n\"x\"", "\"a\"b\"c,d"] {
+            assert_eq!(left_open(closed, b','), None, "{closed}");
+        }
+        for (open, line) in [("\"", 1), ("a,\"b\n\"\"c", 1), ("a\n\"b\"\nc,\"", 3), ("\"\"\"", 1)] {
+            assert_eq!(left_open(open, b','), Some(line), "{open}");
+        }
+    }
+
+    #[test]
     fn a_folder_for_each_class() {
         let folder = tempfile::tempdir().unwrap();
         for (class, name) in [("sport", "2"), ("sport", "1"), ("art", "1")] {
@@ -184,6 +222,9 @@ mod tests {
             ("a.csv", &b"text,label\ncaf\xe9,1\n"[..], &["line 2", "not UTF-8", "iconv"][..]),
             ("a.csv", b"text,label\none\n", &["a.csv", "2 fields"]),
             ("a.csv", b"text,label\n", &["no examples"]),
+            ("a.csv", b"\xff\xfet\0e\0x\0t\0", &["UTF-16", "iconv"]),
+            ("a.csv", b"label,text\n0,one\n1,\"two\n0,three\n", &["a.csv, line 3", "nothing closes"]),
+            ("a.tsv", b"label\ttext\n0\t\"one\"\" two\n", &["a.tsv, line 2", "nothing closes"]),
             ("a.jsonl", b"{\"text\": 1}\n[1]\n", &["row 2", "not an object"]),
             ("a.jsonl", b"{\"text\": \n", &["row 1", "not JSON"]),
             ("a.xls", b"", &["expected .csv"]),
