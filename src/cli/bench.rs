@@ -13,7 +13,7 @@ use super::client::Client;
 use super::host::Host;
 use super::oneshot;
 use crate::engine::{Event, Generate, Request, Sampling, Task};
-use crate::hosting::statistics::quantile;
+use crate::hosting::statistics::{quantile, zipf};
 use crate::{Error, Result};
 
 /// What one request saw.
@@ -165,8 +165,11 @@ async fn prompts(system: &System, seed: u64, count: usize, length: usize) -> Res
 /// For each client the models of its requests.
 fn models(args: &LoadArgs, adapters: &[String]) -> Vec<Vec<String>> {
     let mut random = ChaCha8Rng::seed_from_u64(args.seed);
-    let weight = |i: usize| if args.spread == Spread::Zipf { 1.0 / (i + 1) as f64 } else { 1.0 };
-    let index = WeightedIndex::new((0..adapters.len()).map(weight)).ok();
+    let weights: Vec<f64> = match args.spread {
+        Spread::Zipf => zipf(adapters.len()).collect(),
+        Spread::Turns | Spread::Uniform => vec![1.0; adapters.len()],
+    };
+    let index = WeightedIndex::new(weights).ok();
     let mut model = |client: usize| match (&index, args.spread) {
         (None, _) => BASE.to_string(),
         (_, Spread::Turns) => adapters[client % adapters.len()].clone(),

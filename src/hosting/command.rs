@@ -61,6 +61,9 @@ pub struct Cell {
     pub ready: f64,
     /// Before the first request.
     pub idle: Memory,
+    /// Of that the weights of its bases, in bytes, as its servers tell; not known of what earlier versions measured.
+    #[serde(default)]
+    pub weights: Option<u64>,
     /// After all loads.
     pub loaded: Memory,
     /// Of its processes on GPUs, in bytes.
@@ -263,6 +266,7 @@ async fn cell(
 ) -> Result<Cell> {
     let (mut fleet, ready) = Fleet::start(setup, kind, tasks, &[]).await?;
     let idle = fleet.memory()?;
+    let weights = Some(fleet.weights().await?);
     fleet.touch().await?;
     // Both fleets get the same requests, and each repetition others: what was asked before would come from the cache.
     let mut seed = options.seed.wrapping_add(1 + repetition as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -284,7 +288,21 @@ async fn cell(
     let (processes, gpu_memory) = (fleet.processes(), process::gpu_memory(&fleet.process_ids()));
     let add = fleet.add().await?;
     let disk = setup.disk(kind, tasks)?;
-    Ok(Cell { fleet: kind, tasks, repetition, processes, disk, ready, idle, loaded, gpu_memory, saturated, open, add })
+    Ok(Cell {
+        fleet: kind,
+        tasks,
+        repetition,
+        processes,
+        disk,
+        ready,
+        idle,
+        weights,
+        loaded,
+        gpu_memory,
+        saturated,
+        open,
+        add,
+    })
 }
 
 /// Adds tasks to a fleet until its memory is full.

@@ -26,6 +26,8 @@ pub struct Row {
     /// PSS before the first request, and after all loads.
     pub idle_bytes: Spread,
     pub loaded_bytes: Spread,
+    /// Of these the weights of the bases, where the servers told.
+    pub weights_bytes: Option<Spread>,
     pub gpu_bytes: Option<Spread>,
     /// Under the closed load: tokens read and generated, and requests, a second.
     pub tokens_per_second: Spread,
@@ -155,6 +157,7 @@ fn row(cells: &[&Cell], prices: &Prices) -> Option<Row> {
         add_seconds: spread(&|c| c.add)?,
         idle_bytes: spread(&|c| c.idle.pss as f64)?,
         loaded_bytes: loaded,
+        weights_bytes: Spread::of(cells.iter().filter_map(|c| c.weights).map(|b| b as f64)),
         gpu_bytes: Spread::of(cells.iter().filter_map(|c| c.gpu_memory).map(|b| b as f64)),
         tokens_per_second: tokens,
         requests_per_second: spread(&|c| c.saturated.answered() as f64 / c.saturated.seconds)?,
@@ -210,10 +213,11 @@ fn assumptions(rows: &[Row], budgets: &[Budget]) -> Option<Assumptions> {
     let line = Line::through(&points)?;
     let shared = rows.iter().filter(|r| r.fleet == Kind::Shared);
     let disk: Vec<(f64, f64)> = shared.clone().map(|r| (r.tasks as f64, r.disk_bytes as f64)).collect();
-    let Line { at_zero: weights, slope: on_disk } = Line::through(&disk)?;
-    let process = shared.map(|r| r.idle_bytes.median).reduce(f64::min)?;
-    // The base takes about as many bytes in memory as on the disk, or fewer.
-    let program = (process - weights).max(0.0);
+    let on_disk = Line::through(&disk)?.slope;
+    // Quantised, weights take fewer bytes than their file, so the server has to say how many. Where it has not, all counts:
+    // more than it is, and in nobody's favour.
+    let beside = shared.map(|r| r.idle_bytes.median - r.weights_bytes.map_or(0.0, |w| w.median));
+    let program = beside.reduce(f64::min)?.max(0.0);
     Some(Assumptions {
         bytes_per_number: 2,
         rank: 16,

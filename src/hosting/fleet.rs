@@ -255,6 +255,11 @@ impl<'a> Fleet<'a> {
         self.processes.iter().map(Process::memory).sum()
     }
 
+    /// Bytes of the bases' weights in the memory of all servers, as these tell.
+    pub async fn weights(&self) -> Result<u64> {
+        Ok(try_join_all(self.processes.iter().map(Process::weights)).await?.into_iter().sum())
+    }
+
     /// Asks every task once, so that what is made at the first request is there.
     pub async fn touch(&self) -> Result<()> {
         for task in 0..self.tasks {

@@ -7,7 +7,7 @@ use super::extrapolation::FORMULA;
 use super::findings::{Findings, Row};
 use super::fleet::{Kind, Work};
 use super::prices::Prices;
-use super::report::{Axis, Block, Plot, Point, Report, Series, Table};
+use super::report::{Axis, Block, Plot, Point, Report, Series, Table, digits};
 use super::sender::Sender;
 use super::statistics::Spread;
 
@@ -24,18 +24,6 @@ fn working(work: Work) -> &'static str {
     match work {
         Work::Classify => "classification",
         Work::Generate => "generation",
-    }
-}
-
-/// Three digits, without an exponent.
-fn digits(x: f64) -> String {
-    match x.abs() {
-        _ if !x.is_finite() => "-".into(),
-        0.0 => "0".into(),
-        a if a >= 100.0 => format!("{x:.0}"),
-        a if a >= 10.0 => format!("{x:.1}"),
-        a if a >= 1.0 => format!("{x:.2}"),
-        a => format!("{x:.*}", (2.0 - a.log10().floor()) as usize),
     }
 }
 
@@ -446,15 +434,4 @@ fn extrapolation(findings: &Findings, prices: &Prices) -> Vec<Block> {
                 .into(),
         ]),
     ]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_have_three_digits() {
-        let told: Vec<String> = [1234.5, 99.94, 9.994, 0.0123456, 0.5, 0.0, f64::NAN].map(digits).into();
-        assert_eq!(told, ["1234", "99.9", "9.99", "0.0123", "0.500", "0", "-"]);
-    }
 }

@@ -85,6 +85,12 @@ fn gpu_mebibytes(text: &str, processes: &[u32]) -> Option<u64> {
     lines.reduce(|a, b| a + b)
 }
 
+/// What a server's metrics say of the bytes of its base's weights.
+fn base_bytes(metrics: &str) -> Option<u64> {
+    let bytes = metrics.lines().find_map(|line| line.strip_prefix("loramux_base_bytes ")?.trim().parse::<f64>().ok());
+    bytes.map(|bytes| bytes as u64)
+}
+
 /// A running server; it ends when this is dropped.
 pub struct Process {
     child: Child,
@@ -159,6 +165,13 @@ impl Process {
         Memory::of(self.child.id())
     }
 
+    /// Bytes of its base's weights in memory, as it tells.
+    pub async fn weights(&self) -> Result<u64> {
+        let answer = self.client.send(self.client.http.get(self.client.at("/metrics"))).await?;
+        let text = answer.text().await.map_err(Error::unavailable)?;
+        base_bytes(&text).ok_or_else(|| Error::unavailable("the server's metrics lack loramux_base_bytes"))
+    }
+
     pub fn id(&self) -> u32 {
         self.child.id()
     }
@@ -194,6 +207,12 @@ mod tests {
         assert_eq!(Memory::parse("Rss: 1 kB\nPss_Anon: 9 kB\n"), None);
         let sum: Memory = [memory, memory].into_iter().sum();
         assert_eq!(sum.pss, 3 << 20);
+    }
+
+    #[test]
+    fn weights_are_what_the_server_tells() {
+        let text = "# HELP loramux_base_bytes Bytes of the base\n# TYPE loramux_base_bytes gauge\nloramux_base_bytes 143000000\n";
+        assert_eq!((base_bytes(text), base_bytes("loramux_base_bytes_total 1\n")), (Some(143_000_000), None));
     }
 
     #[test]

@@ -171,27 +171,37 @@ pub(super) fn escape(text: &str) -> String {
     out
 }
 
+/// A number rounded to three digits, and the power of ten of the first of them; `None` of 0.
+fn three_digits(number: f64) -> Option<(f64, i32)> {
+    // Rounded first: 99.96 is 100.
+    let rounded: f64 = format!("{number:.2e}").parse().unwrap_or(number);
+    (rounded != 0.0).then(|| (rounded, rounded.abs().log10().floor() as i32))
+}
+
+/// Three digits, or more of a number of 1000 and above; no suffix and no exponent, e.g. 1234, 12.3, 0.0123.
+pub fn digits(number: f64) -> String {
+    match three_digits(number) {
+        _ if !number.is_finite() => "-".into(),
+        None => "0".into(),
+        Some((_, exponent)) => format!("{number:.*}", (2 - exponent).max(0) as usize),
+    }
+}
+
 /// Three digits and a suffix of a thousand's power, e.g. 134k, 8.21T; what is below a thousandth has an exponent.
 pub fn compact(number: f64) -> String {
     const SUFFIXES: [&str; 7] = ["", "k", "M", "G", "T", "P", "E"];
     if !number.is_finite() {
         return "–".into();
     }
-    let size = number.abs();
-    if size == 0.0 {
-        return "0".into();
-    }
-    // To three digits first: 999.6 is 1k.
-    let rounded: f64 = format!("{number:.2e}").parse().unwrap_or(number);
-    let exponent = rounded.abs().log10().floor() as i32;
+    let Some((rounded, exponent)) = three_digits(number) else { return "0".into() };
     if !(-3..3 * SUFFIXES.len() as i32).contains(&exponent) {
         return format!("{number:.2e}");
     }
     let power = exponent.div_euclid(3).max(0);
     let scaled = rounded / 1000f64.powi(power);
-    let digits = (2 - (exponent - 3 * power)).max(0) as usize;
-    let text = format!("{scaled:.digits$}");
-    let text = if digits > 0 { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    let decimals = (2 - (exponent - 3 * power)).max(0) as usize;
+    let text = format!("{scaled:.decimals$}");
+    let text = if decimals > 0 { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
     format!("{text}{}", SUFFIXES[power as usize])
 }
 
@@ -270,5 +280,12 @@ mod tests {
         for (number, text) in cases {
             assert_eq!(compact(number), text);
         }
+    }
+
+    #[test]
+    fn numbers_without_a_suffix_have_three_digits() {
+        let numbers = [1234.5, 99.94, 99.96, 9.994, 9.996, 0.9996, 0.0123456, 0.5, 0.0, f64::NAN];
+        let told = ["1234", "99.9", "100", "9.99", "10.0", "1.00", "0.0123", "0.500", "0", "-"];
+        assert_eq!(numbers.map(digits), told);
     }
 }

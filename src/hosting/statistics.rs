@@ -35,6 +35,11 @@ pub fn quantile(numbers: &[f64], q: f64) -> Option<f64> {
     sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied()
 }
 
+/// How often each of so many is chosen by Zipf's law: the nth n times less often than the first.
+pub fn zipf(count: usize) -> impl Iterator<Item = f64> {
+    (1..=count).map(|n| 1.0 / n as f64)
+}
+
 /// A line `at_zero + slope * x`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Line {
@@ -77,6 +82,12 @@ mod tests {
         assert_eq!(quantile(&[], 0.5), None);
         let spread = |min, max| Spread { median: min, min, max };
         assert!(spread(1.0, 2.0).overlaps(&spread(2.0, 3.0)) && !spread(1.0, 2.0).overlaps(&spread(2.1, 3.0)));
+    }
+
+    #[test]
+    fn the_nth_is_n_times_rarer() {
+        assert_eq!(zipf(4).collect::<Vec<_>>(), [1.0, 0.5, 1.0 / 3.0, 0.25]);
+        assert_eq!(zipf(0).count(), 0);
     }
 
     #[test]

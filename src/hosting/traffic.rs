@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::fleet::Work;
+use super::statistics::zipf;
 use crate::cli::Client;
 use crate::{Error, Result};
 
@@ -28,7 +29,10 @@ pub enum Popularity {
 
 impl Popularity {
     fn weights(self, tasks: usize) -> Vec<f64> {
-        (1..=tasks).map(|n| if self == Popularity::Zipf { 1.0 / n as f64 } else { 1.0 }).collect()
+        match self {
+            Popularity::Uniform => vec![1.0; tasks],
+            Popularity::Zipf => zipf(tasks).collect(),
+        }
     }
 
     pub fn name(self) -> &'static str {

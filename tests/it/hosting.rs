@@ -100,6 +100,13 @@ fn hosting_is_measured_and_adds_up() {
     // Three full models take more than one; a base with three adapters takes less than three full models.
     let ratio = &findings["ratios"][1];
     assert!(number(&ratio["memory"]) > 1.5 && number(&ratio["disk"]) > 1.0, "{ratio}");
+    // What a process takes beside its weights is what these, as the server tells, leave of its memory; and a driver, by
+    // assumption.
+    let shared = findings["rows"].as_array().unwrap().iter().filter(|r| r["fleet"] == "shared");
+    let beside = shared.map(|r| number(&r["idle_bytes"]["median"]) - number(&r["weights_bytes"]["median"]));
+    let beside = beside.fold(f64::INFINITY, f64::min);
+    assert!(beside > 0.0, "{beside}");
+    close(number(&findings["assumptions"]["overhead"]), beside + 0.5e9);
     for budget in report["budgets"].as_array().unwrap() {
         assert_eq!((budget["end"].as_str(), budget["tried"].as_array().unwrap().len()), (Some("tried"), 3), "{budget}");
     }
