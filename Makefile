@@ -22,15 +22,24 @@ build:
 model: build
 	$(CARGO_TARGET_DIR)/release/loramux fetch
 
-test: $(CLIENTS)/ready $(CLIENTS)/peft/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx $(CLIENTS)/libfaketime.so
+test: $(CLIENTS)/ready $(CLIENTS)/azurite/ready $(CLIENTS)/peft/ready $(CLIENTS)/prometheus $(CLIENTS)/nginx \
+		$(CLIENTS)/libfaketime.so
 	PYTHONPATH=$(CLIENTS)/python LORAMUX_TEST_PYTHON=$(PYTHON) LORAMUX_TEST_PEFT=$(CLIENTS)/peft \
 	LORAMUX_TEST_PROMETHEUS=$(CLIENTS)/prometheus LORAMUX_TEST_NGINX=$(CLIENTS)/nginx \
+	LORAMUX_TEST_AZURITE=$(CLIENTS)/azurite/node_modules/.bin/azurite-blob \
 	LORAMUX_TEST_FAKETIME=$(CLIENTS)/libfaketime.so $(CARGO) test
 
 # The real clients that the tests run against a real server.
 $(CLIENTS)/ready: tests/clients/requirements.txt
 	$(PYTHON) -m pip install --quiet --upgrade --target $(CLIENTS)/python --requirement $<
 	touch $@
+
+# Azure's storage as a server, from npm; what is tested with it is skipped, and said to be, where there is no npm.
+$(CLIENTS)/azurite/ready: tests/clients/package.json
+	mkdir -p $(@D)
+	cp $< $(@D)
+	if command -v npm; then npm install --prefix $(@D) --ignore-scripts --no-audit --no-fund --no-package-lock \
+	--loglevel error && touch $@; fi
 
 # PyTorch, transformers and PEFT, which open what the trainer writes; also for benches/train.
 $(CLIENTS)/peft/ready: tests/peft/requirements.txt tests/peft/install.py

@@ -1,6 +1,5 @@
 //! The content hash that identifies an adapter.
 
-use std::fmt::Write;
 use std::io::Read;
 use std::path::Path;
 
@@ -37,13 +36,12 @@ impl GenerationHasher {
     }
 
     fn finish(self) -> Generation {
-        let mut hex = String::with_capacity(64);
-        for byte in self.0.finalize() {
-            // Writing to a String cannot fail.
-            let _ = write!(hex, "{byte:02x}");
-        }
-        Generation::new(hex)
+        Generation::new(hex(&self.0.finalize()))
     }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The generation of the adapter files in `directory`, whether or not they are a valid adapter.

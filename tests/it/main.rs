@@ -14,6 +14,7 @@ mod gguf;
 mod grammars;
 mod host;
 mod hosting;
+mod hub;
 mod lora_gguf;
 mod methods;
 mod server;

@@ -1,9 +1,10 @@
-//! Adapters from a real S3 server and a real web server, to real servers behind a real nginx.
+//! Adapters from real servers of buckets (S3, Google Cloud Storage, Azure) and of files, to real servers behind a real
+//! nginx.
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -11,11 +12,11 @@ use serde_json::{Value, json};
 use crate::common::fixtures;
 use crate::host::{Server, answer};
 
-fn tiny(folder: &str) -> PathBuf {
+pub fn tiny(folder: &str) -> PathBuf {
     fixtures().join("tiny/llama").join(folder)
 }
 
-fn base() -> String {
+pub fn base() -> String {
     tiny("base").to_str().unwrap().into()
 }
 
@@ -24,7 +25,7 @@ fn python() -> Command {
 }
 
 /// Waits for what a look at the source brings about.
-async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+pub async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     let start = Instant::now();
     while !is_so().await {
         assert!(start.elapsed() < Duration::from_secs(60), "{what}");
@@ -42,28 +43,23 @@ impl Drop for Process {
     }
 }
 
-/// `tests/clients/s3_server.py`.
-struct Bucket {
-    process: Process,
-    input: ChildStdin,
+/// A script in `tests/clients/` that does what it is told line by line, and ends with its input.
+pub struct Script {
+    process: Child,
     output: BufReader<ChildStdout>,
-    url: String,
-    key: String,
-    secret: String,
 }
 
-impl Bucket {
-    fn start() -> Self {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/s3_server.py");
-        let mut child = python().arg(script).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        let process = Process(child);
-        let (url, key, secret) = Default::default();
-        let mut bucket = Bucket { process, input, output, url, key, secret };
-        let told: Value = serde_json::from_str(&bucket.line()).expect("`make test` installs what the server imports");
-        let text = |key: &str| told[key].as_str().unwrap().to_string();
-        (bucket.url, bucket.key, bucket.secret) = (text("url"), text("key"), text("secret"));
-        bucket
+impl Script {
+    /// Started, and what it tells first.
+    pub fn start(name: &str, arguments: &[&str]) -> (Self, Value) {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients").join(name);
+        let mut python = python();
+        let python = python.arg(script).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = python.spawn().unwrap();
+        let output = BufReader::new(process.stdout.take().unwrap());
+        let mut script = Script { process, output };
+        let told = serde_json::from_str(&script.line()).expect("`make test` installs what the script imports");
+        (script, told)
     }
 
     fn line(&mut self) -> String {
@@ -72,28 +68,69 @@ impl Bucket {
         line
     }
 
-    fn say(&mut self, what: &str) {
-        writeln!(self.input, "{what}").unwrap();
+    pub fn say(&mut self, what: &str) {
+        writeln!(self.process.stdin.as_mut().unwrap(), "{what}").unwrap();
         assert_eq!(self.line(), "ok\n", "{what}");
     }
 
-    fn put(&mut self, name: &str, folder: &str) {
-        self.say(&format!("put {name} {}", tiny(folder).display()));
-    }
-
-    /// A server with the bucket as its source.
-    async fn server(&self, secret: &str) -> Server {
-        let variables = [
-            ("AWS_ACCESS_KEY_ID", &*self.key),
-            ("AWS_SECRET_ACCESS_KEY", secret),
-            ("AWS_ENDPOINT_URL", &self.url),
-            ("AWS_ALLOW_HTTP", "true"),
-        ];
-        Server::start_with(&base(), &["--source", "s3://adapters/prod", "--source-refresh", "1"], &variables).await
+    pub fn stop(&mut self) {
+        // This closes its input first.
+        let _ = self.process.wait();
     }
 }
 
-async fn ask(http: &reqwest::Client, url: &str, adapter: &str) -> (u16, Value) {
+impl Drop for Script {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// `tests/clients/bucket_server.py`.
+struct Bucket {
+    script: Script,
+    /// As `--source` names it.
+    source: String,
+    /// Variables with which a server may read it, and with which it may not.
+    environment: Vec<(String, String)>,
+    wrong: Vec<(String, String)>,
+    /// What nobody may be told.
+    secrets: Vec<String>,
+}
+
+impl Bucket {
+    /// One on a server of its own of a kind, `s3`, `gs` or `az`. `None` where there is no such server.
+    fn start(kind: &str) -> Option<Self> {
+        let (script, told) = Script::start("bucket_server.py", &[kind]);
+        if let Some(lack) = told["lack"].as_str() {
+            eprintln!("SKIPPED: there is no {lack}, so nothing was tested with a bucket at {kind}://");
+            return None;
+        }
+        let text = |value: &Value| value.as_str().unwrap().to_string();
+        let variables = |key: &str| -> Vec<(String, String)> {
+            told[key].as_object().unwrap().iter().map(|(name, value)| (name.clone(), text(value))).collect()
+        };
+        let (environment, wrong) = (variables("environment"), variables("wrong"));
+        let secrets = told["secrets"].as_array().unwrap().iter().map(text).collect();
+        Some(Bucket { script, source: format!("{kind}://adapters/prod"), environment, wrong, secrets })
+    }
+
+    fn put(&mut self, name: &str, folder: &str) {
+        self.script.say(&format!("put {name} {}", tiny(folder).display()));
+    }
+
+    /// A server with these variables and the bucket as its source.
+    async fn server(&self, variables: &[(String, String)]) -> Server {
+        let variables: Vec<(&str, &str)> = variables.iter().map(|(name, value)| (&**name, &**value)).collect();
+        Server::start_with(&base(), &["--source", &self.source, "--source-refresh", "1"], &variables).await
+    }
+
+    /// Of what a server says that cannot read the bucket.
+    fn is_named_without_secrets(&self, error: &str) {
+        assert!(error.contains(&self.source) && self.secrets.iter().all(|secret| !error.contains(secret)), "{error}");
+    }
+}
+
+pub async fn ask(http: &reqwest::Client, url: &str, adapter: &str) -> (u16, Value) {
     let body = json!({ "prompt": "t5 t6 t7", "max_tokens": 4, "temperature": 0, "ignore_eos": true });
     answer(http.post(format!("{url}/v1/generate?adapter={adapter}")).json(&body)).await.unwrap()
 }
@@ -104,6 +141,22 @@ async fn names(server: &Server, remote: bool) -> HashSet<String> {
     assert_eq!(status, 200, "{list}");
     let all = list["adapters"].as_array().unwrap().iter();
     all.filter(|a| (a["tier"] == "remote") == remote).map(|a| a["name"].as_str().unwrap().to_string()).collect()
+}
+
+/// Waits until a server has failed to look at the bucket, which has stopped, and asks for what only that has.
+async fn come_later(server: &Server, url: &str, bucket: &Bucket, names: &[&str]) {
+    until("that the bucket is gone is not noticed", async || {
+        let (_, metrics) = server.get("/metrics").await.unwrap();
+        let errors = format!("loramux_source_errors_total{{source=\"{}\"}} ", bucket.source);
+        metrics.as_str().unwrap().lines().any(|line| line.strip_prefix(&errors).is_some_and(|n| n != "0"))
+    })
+    .await;
+    for name in names {
+        let body = json!({ "adapter": name, "prompt": "t5" });
+        let response = server.http.post(format!("{url}/v1/generate")).json(&body).send().await.unwrap();
+        assert_eq!((response.status().as_u16(), response.headers()["retry-after"].to_str().unwrap()), (503, "1"));
+        bucket.is_named_without_secrets(&response.text().await.unwrap());
+    }
 }
 
 /// nginx with the configuration in `deploy/`, before these servers. `None` where there is no nginx.
@@ -139,13 +192,12 @@ async fn nginx(folder: &Path, servers: &[&Server]) -> Option<(Process, String)> 
 /// the bucket all that they have.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_share_a_bucket_behind_nginx() {
-    let mut bucket = Bucket::start();
+    let Some(mut bucket) = Bucket::start("s3") else { return };
     let adapters: Vec<String> = (0..12).map(|i| format!("a{i}")).collect();
     for (i, name) in adapters.iter().enumerate() {
         bucket.put(name, ["adapter_qv_r4", "adapter_all_r8", "adapter_dora_r4"][i % 3]);
     }
-    let secret = bucket.secret.clone();
-    let (first, second) = tokio::join!(bucket.server(&secret), bucket.server(&secret));
+    let (first, second) = tokio::join!(bucket.server(&bucket.environment), bucket.server(&bucket.environment));
     let replicas = [&first, &second];
     for replica in replicas {
         until("a replica does not look at the bucket", async || names(replica, true).await.len() == adapters.len())
@@ -194,7 +246,7 @@ async fn replicas_share_a_bucket_behind_nginx() {
         body["generation"] == expected["generation"]
     })
     .await;
-    bucket.say("remove late");
+    bucket.script.say("remove late");
     until("the removed adapter stays", async || ask(&http, &url, "late").await.0 == 404).await;
 
     // A replica that dies: the other one answers for it.
@@ -207,35 +259,101 @@ async fn replicas_share_a_bucket_behind_nginx() {
     // The bucket that goes: what was fetched is served, and the base; the rest is told to come later.
     bucket.put("cold", "adapter_qv_r4");
     until("the last one is not seen", async || names(&first, true).await.contains("cold")).await;
-    drop(bucket.process);
-    until("that the bucket is gone is not noticed", async || {
-        let (_, metrics) = first.get("/metrics").await.unwrap();
-        let errors = "loramux_source_errors_total{source=\"s3://adapters/prod\"} ";
-        metrics.as_str().unwrap().lines().any(|line| line.strip_prefix(errors).is_some_and(|n| n != "0"))
-    })
-    .await;
-    for name in ["cold", "unknown"] {
-        let body = json!({ "adapter": name, "prompt": "t5" });
-        let response = http.post(format!("{url}/v1/generate")).json(&body).send().await.unwrap();
-        assert_eq!((response.status().as_u16(), response.headers()["retry-after"].to_str().unwrap()), (503, "1"));
-        let error = response.text().await.unwrap();
-        assert!(error.contains("s3://adapters/prod") && !error.contains(&secret), "{error}");
-    }
+    bucket.script.stop();
+    come_later(&first, &url, &bucket, &["cold", "unknown"]).await;
     for name in adapters.iter().map(String::as_str).chain(["base"]) {
         assert_eq!(ask(&http, &url, name).await.0, 200, "{name}");
     }
 }
 
+/// A server with a bucket of its own: what is in it is listed and served, what comes, changes and goes is noticed, and
+/// without the bucket it serves what it has.
+async fn is_a_source(kind: &str) {
+    const NAME: &str = "a.b_c-1";
+    let Some(mut bucket) = Bucket::start(kind) else { return };
+    bucket.put(NAME, "adapter_qv_r4");
+    let server = bucket.server(&bucket.environment).await;
+    let says = async |name: &str| ask(&server.http, &server.url, name).await;
+    until("the bucket is not listed", async || names(&server, true).await.contains(NAME)).await;
+
+    // What a server says that has the adapters as folders.
+    let local = Server::start(&base(), &["--adapters", tiny("").to_str().unwrap()]).await;
+    let (_, old) = ask(&local.http, &local.url, "adapter_qv_r4").await;
+    let (_, new) = ask(&local.http, &local.url, "adapter_all_r8").await;
+    let is = |body: &Value, known: &Value| ["text", "generation"].iter().all(|key| body[key] == known[key]);
+    assert!(!is(&old, &new), "{old}");
+
+    let (status, body) = says(NAME).await;
+    assert!(status == 200 && is(&body, &old), "{status} {body}");
+    let (_, info) = server.get(&format!("/v1/adapters/{NAME}")).await.unwrap();
+    assert_eq!((&info["source"], &info["tier"]), (&json!(bucket.source), &json!("device")), "{info}");
+    assert_eq!(says("late").await.0, 404);
+    bucket.put("late", "adapter_qv_r4");
+    until("a new adapter is not found", async || says("late").await.0 == 200).await;
+    bucket.put(NAME, "adapter_all_r8");
+    until("the replaced adapter stays", async || {
+        let (status, body) = says(NAME).await;
+        assert!(status == 200 && (is(&body, &old) || is(&body, &new)), "{status} {body}");
+        is(&body, &new)
+    })
+    .await;
+    bucket.script.say(&format!("remove {NAME}"));
+    until("the removed adapter stays", async || says(NAME).await.0 == 404).await;
+
+    bucket.put("cold", "adapter_qv_r4");
+    until("the last one is not seen", async || names(&server, true).await.contains("cold")).await;
+    bucket.script.stop();
+    come_later(&server, &server.url, &bucket, &["cold", "unknown"]).await;
+    for name in ["late", "base"] {
+        assert_eq!(says(name).await.0, 200, "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bucket_in_s3_is_a_source() {
+    is_a_source("s3").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bucket_in_google_cloud_storage_is_a_source() {
+    is_a_source("gs").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_in_azure_is_a_source() {
+    is_a_source("az").await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_key_is_told_without_the_key() {
-    let mut bucket = Bucket::start();
-    bucket.put("a", "adapter_qv_r4");
-    let server = bucket.server("not-the-secret").await;
-    let (status, error) = ask(&server.http, &server.url, "a").await;
-    let text = error.to_string();
-    assert!(status == 503 && text.contains("s3://adapters/prod") && text.contains("403"), "{status} {error}");
-    assert!(!text.contains("not-the-secret") && !text.contains(&bucket.key), "{error}");
-    assert_eq!(ask(&server.http, &server.url, "base").await.0, 200);
+    for (kind, refusal) in [("s3", "403"), ("gs", "401"), ("az", "403")] {
+        let Some(mut bucket) = Bucket::start(kind) else { continue };
+        bucket.put("a", "adapter_qv_r4");
+        let server = bucket.server(&bucket.wrong).await;
+        let (status, error) = ask(&server.http, &server.url, "a").await;
+        assert!(status == 503 && error.to_string().contains(refusal), "{kind}: {status} {error}");
+        bucket.is_named_without_secrets(&error.to_string());
+        assert_eq!(ask(&server.http, &server.url, "base").await.0, 200);
+    }
+}
+
+#[test]
+fn a_malformed_key_is_told_without_the_key() {
+    for (kind, key, value, expected) in [
+        ("gs", "GOOGLE_SERVICE_ACCOUNT_KEY", "\"the-secret\"", "service account"),
+        ("gs", "GOOGLE_SERVICE_ACCOUNT", "no-such-account.json", "no-such-account.json"),
+        ("az", "AZURE_STORAGE_ACCOUNT_KEY", "the-secret", "Access Key"),
+    ] {
+        let (folder, source) = (tempfile::tempdir().unwrap(), format!("{kind}://adapters/prod"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_loramux"));
+        // Without a model it stops in any case.
+        command.args(["serve", "--model", "nowhere", "--listen", "127.0.0.1:0", "--source", &source, "--store"]);
+        command.arg(folder.path()).env("AZURE_STORAGE_ACCOUNT_NAME", "me").env(key, value);
+        let output = command.output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && error.contains(&source) && error.contains(expected), "{error}");
+        assert!(!error.contains("the-secret"), "{error}");
+    }
 }
 
 /// A folder of files that a web server hands out, asked for by name alone.
