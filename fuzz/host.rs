@@ -113,6 +113,7 @@ impl Host {
                 language: base.language(),
                 metrics,
                 base_id: "base".into(),
+                base_names: vec![],
                 labels: None,
                 context: decoder.config().context,
                 dtype: "q8".into(),

@@ -2,7 +2,7 @@
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Value as JinjaValue, context};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::jinja;
 use crate::{Error, Result};
@@ -54,6 +54,17 @@ impl ChatTemplate {
     /// `messages` is a list of objects with `role` and `content`, a text or OpenAI's list of text parts. Errors are
     /// `BadRequest` and carry what the template raised.
     pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<String> {
+        self.render_with(messages, add_generation_prompt, Map::new())
+    }
+
+    /// The same with variables that the template alone knows, as Qwen3's `enable_thinking`. They take the place of none that
+    /// every template has.
+    pub fn render_with(
+        &self,
+        messages: &[Value],
+        add_generation_prompt: bool,
+        variables: Map<String, Value>,
+    ) -> Result<String> {
         let messages = messages.iter().enumerate().map(|(i, m)| plain(i, m)).collect::<Result<Vec<JinjaValue>>>()?;
         let template = self.environment.get_template("chat").map_err(Error::internal)?;
         // transformers passes what is absent as none, and templates ask `is not none`.
@@ -66,6 +77,7 @@ impl ChatTemplate {
                 eos_token => self.eos.as_deref().unwrap_or_default(),
                 tools => JinjaValue::from(()),
                 documents => JinjaValue::from(()),
+                ..jinja::value(&Value::Object(variables))
             },
             &mut out,
         );
@@ -181,6 +193,18 @@ mod tests {
         let chat = ChatTemplate::new(template, None, None).unwrap();
         let message = json!({ "role": "user", "content": "<a>" });
         assert_eq!(chat.render(&[message], true).unwrap(), r#"{"role": "user", "content": "<a>"}"#);
+    }
+
+    #[test]
+    fn a_template_may_have_variables_of_its_own() {
+        let template = "{{ bos_token }}{{ messages[0].content }}{% if style %}{{ style.name }}{% endif %}\
+            {% if enable_thinking is defined and enable_thinking is false %} briefly{% endif %}";
+        let chat = ChatTemplate::new(template, Some("<s>"), None).unwrap();
+        let messages = [json!({ "role": "user", "content": "a" })];
+        assert_eq!(chat.render(&messages, true).unwrap(), "<s>a");
+        let variables = json!({ "enable_thinking": false, "messages": [], "bos_token": "b", "style": { "name": "!" } });
+        let Value::Object(variables) = variables else { unreachable!() };
+        assert_eq!(chat.render_with(&messages, true, variables).unwrap(), "<s>a! briefly");
     }
 
     #[test]

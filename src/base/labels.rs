@@ -1,4 +1,4 @@
-//! The names of a classification head's classes.
+//! The names of a classification head's classes, and their probabilities.
 
 use std::collections::HashSet;
 
@@ -12,6 +12,14 @@ const MAX_LENGTH: usize = 1000;
 
 pub(crate) const LABELS_JSON: &str = "labels.json";
 pub(crate) const LABELS_TEXT: &str = "labels.txt";
+
+/// The probabilities of classes by their logits.
+pub(crate) fn softmax(logits: &[f32]) -> Vec<f32> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f32> = logits.iter().map(|l| (l - max).exp()).collect();
+    let sum: f32 = weights.iter().sum();
+    weights.iter().map(|w| w / sum).collect()
+}
 
 /// Reads `labels.json`: a list of names, an object `{"0": "name", …}`, or a model's `config.json` with such an
 /// object as `id2label`.

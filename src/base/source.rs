@@ -75,7 +75,9 @@ impl Base {
         }
         let settings = json("tokenizer_config.json")?;
         let tokenizer = Tokenizer::from_file(&directory.join("tokenizer.json"))?.with_settings(&settings)?;
-        let tokenizer = tokenizer.with_bos(config.bos_token);
+        // Qwen's configuration names an end of text there, and its tokenizer says that no text begins with a token.
+        let has_bos = settings.get("bos_token") != Some(&Value::Null);
+        let tokenizer = tokenizer.with_bos(config.bos_token.filter(|_| has_bos));
         let token = |key: &str| token_text(&settings, key);
         // A tuned model's turns may end with a token that only its tokenizer names.
         let end = token("eos_token").and_then(|text| tokenizer.token_id(text));
@@ -152,6 +154,11 @@ mod tests {
         let base = open(folder.path()).unwrap();
         assert_eq!(base.config.eos_tokens, [2, 7, 8]);
         assert_eq!(base.tokenizer.encode("t9", true).unwrap(), [1, 9]);
+
+        assert_eq!(base.tokenizer.encode_for_head("t9").unwrap(), [1, 9]);
+        put("tokenizer_config.json", json!({ "bos_token": null, "add_bos_token": false }).to_string());
+        assert_eq!(open(folder.path()).unwrap().tokenizer.encode_for_head("t9").unwrap(), [9]);
+        put("tokenizer_config.json", settings.to_string());
 
         put("chat_template.jinja", "file {{ bos_token }}".into());
         assert_eq!(open(folder.path()).unwrap().chat.unwrap().render(&[], true).unwrap(), "file t1");

@@ -109,7 +109,10 @@ impl Tokenizer {
         let token = |id: usize| {
             let Some(text) = inner.id_to_token(id as u32) else { return (Box::default(), false) };
             if let Some(token) = added.get(&(id as u32)) {
-                return (token.content.as_bytes().into(), token.special);
+                // Gemma's runs of spaces are added tokens.
+                let spells_spaces = spelling == Spelling::Metaspace && !token.special;
+                let text = if spells_spaces { token.content.replace('▁', " ") } else { token.content.clone() };
+                return (text.into_bytes().into_boxed_slice(), token.special);
             }
             let bytes = match spelling {
                 Spelling::ByteLevel => {
@@ -177,13 +180,17 @@ impl Tokenizer {
             NORMAL if ends.contains(&id) => CONTROL,
             kind => kind,
         };
+        // Those of Phi-3 take the space after them, of which the files say nothing; llama.cpp knows it as well.
+        let is_phi3 = gguf.meta.get("general.architecture").and_then(|name| name.as_str()) == Some("phi3")
+            && gguf.text("tokenizer.ggml.model")? == "llama";
+        let takes_space = |content: &str| is_phi3 && !matches!(content, "<unk>" | "<s>" | "<|endoftext|>");
         let added: Vec<Value> = tokens
             .iter()
             .enumerate()
             .filter(|(id, _)| matches!(kind(*id), UNKNOWN | CONTROL | USER_DEFINED))
             .map(|(id, content)| {
                 json!({ "id": id, "content": content, "special": kind(id) != USER_DEFINED, "single_word": false,
-                    "lstrip": false, "rstrip": false, "normalized": false })
+                    "lstrip": false, "rstrip": takes_space(content), "normalized": false })
             })
             .collect();
         let spelling = |key: &str, wanted: bool| -> Result<Option<(&str, u32)>> {
@@ -713,6 +720,11 @@ mod tests {
         assert_eq!(t.decode(&[1, id("▁ab"), id("▁a")], true), "ab a");
         assert_eq!(t.token_bytes(id("▁ab")), b" ab");
 
+        let phi3 = spm(&[("general.architecture", Meta::Text("phi3".into()))]).unwrap();
+        assert_eq!(phi3.encode("a<tool>\n ab</s>\n", false).unwrap(), [id("▁a"), id("<tool>"), id("▁ab"), 2]);
+        assert_eq!(phi3.encode("<s>\nab", false).unwrap(), t.encode("<s>\nab", false).unwrap());
+        assert_ne!(phi3.encode("<tool>\nab", false).unwrap(), t.encode("<tool>\nab", false).unwrap());
+
         let flag = |key, value| (key, Meta::Bool(value));
         let around = [flag("tokenizer.ggml.add_bos_token", false), flag("tokenizer.ggml.add_eos_token", true)];
         assert_eq!(spm(&around).unwrap().encode("ab", true).unwrap(), [id("▁ab"), 2]);
@@ -758,14 +770,21 @@ mod tests {
 
     #[test]
     fn sentencepiece_spellings_are_undone() {
-        let json = json!({ "version": "1.0", "added_tokens": [
-                { "id": 0, "content": "<s>", "special": true, "single_word": false, "lstrip": false, "rstrip": false,
-                  "normalized": false }],
+        let added = |id: u32, content: &str, special: bool| {
+            json!({ "id": id, "content": content, "special": special, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false })
+        };
+        let json = json!({ "version": "1.0",
+            "added_tokens": [added(0, "<s>", true), added(5, "▁▁", false), added(6, "<|a▁b|>", true)],
             "decoder": { "type": "Sequence", "decoders": [
                 { "type": "Replace", "pattern": { "String": "▁" }, "content": " " }, { "type": "ByteFallback" } ] },
-            "model": { "type": "BPE", "vocab": { "<s>": 0, "▁a": 1, "<0xC3>": 2, "<0xA9>": 3, "<0xZZ>": 4 }, "merges": [] } });
+            "model": { "type": "BPE", "vocab": { "<s>": 0, "▁a": 1, "<0xC3>": 2, "<0xA9>": 3, "<0xZZ>": 4, "▁▁": 5,
+                "<|a▁b|>": 6 }, "merges": [] } });
         let t = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
         assert_eq!(t.decode(&[0, 1, 2, 3], true), " aé");
         assert_eq!(t.decode(&[0, 4, 2], false), "<s><0xZZ>\u{fffd}");
+        // As in Gemma 2, whose runs of spaces are added tokens; what spells a control token stays as it is.
+        assert_eq!(t.decode(&[1, 5, 1], true), t.inner.decode(&[1, 5, 1], true).unwrap());
+        assert_eq!((t.token_bytes(5), t.decode(&[6], false).as_str()), (&b"  "[..], "<|a▁b|>"));
     }
 }

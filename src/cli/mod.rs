@@ -23,7 +23,7 @@ use args::{BenchCommand, Cli, Command, ServeArgs};
 use host::{Host, Limits};
 
 use crate::engine::Grammars;
-use crate::server::{Access, Audit, Certificate, Entrance};
+use crate::server::{Access, Audit, Certificate, Entrance, Origins};
 use crate::{Error, Result, hosting, server};
 
 /// What is logged where nobody says otherwise. What strangers send that is no HTTP is no error of the server's, as it is to
@@ -84,10 +84,15 @@ pub(crate) async fn interruptible(work: impl Future<Output = Result<()>>) -> Res
 fn serve(args: ServeArgs) -> Result<()> {
     let store = args.store.map_or_else(host::default_store, Ok)?;
     let timeout = (args.request_timeout > 0).then(|| Duration::from_secs(args.request_timeout));
-    let access = Arc::new(Access::open(args.keys, timeout)?);
+    let access = Arc::new(Access::open(args.keys, timeout)?.allowing(Origins::new(args.allow_origin)?));
     access.check_listen(&args.listen, args.allow_anonymous)?;
     let audit = Audit::open(args.audit_log.as_deref())?;
-    let certificate = args.tls_cert.zip(args.tls_key).map(|(chain, key)| Certificate::open(chain, key)).transpose()?;
+    let certificate = match (args.tls_cert, args.tls_key) {
+        (Some(chain), Some(key)) => Some(Certificate::open(chain, key)?),
+        (None, None) => None,
+        // Not for clap to see: to it what stands in --config is a default, which asks for nothing.
+        _ => return Err(Error::bad_request("--tls-cert and --tls-key go together, and one of them is missing")),
+    };
     let drain_timeout = Duration::from_secs(args.drain_timeout);
     let entrance = Entrance { listen: args.listen, certificate, drain_timeout };
     let own = access.clone();
@@ -113,6 +118,7 @@ fn serve(args: ServeArgs) -> Result<()> {
             language: host.language,
             metrics: host.metrics,
             base_id: host.base_id,
+            base_names: args.served_model_name,
             labels: host.labels,
             dtype: host.dtype,
             allow_local_paths: args.allow_local_paths,

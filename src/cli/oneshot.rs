@@ -10,6 +10,7 @@ use serde_json::json;
 use super::args::{ClassifyArgs, GenerateArgs, ModelArgs};
 use super::host::{Host, Limits};
 use crate::base::Language;
+use crate::base::labels::softmax;
 use crate::engine::{Client, Event, Generate, Request, Sampling, Task};
 use crate::lora::PackedAdapter;
 use crate::{Error, Result};
@@ -140,10 +141,4 @@ pub async fn classify(args: ClassifyArgs) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn softmax(logits: &[f32]) -> Vec<f32> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f32 = logits.iter().map(|l| (l - max).exp()).sum();
-    logits.iter().map(|l| (l - max).exp() / sum).collect()
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::Result;
 use crate::engine::detokenizer::{Detokenizer, Vocabulary};
 use crate::engine::grammar::Matcher;
-use crate::engine::sampler::{Sampler, likeliest, log_sum_exp};
+use crate::engine::sampler::{Sampler, logprob};
 use crate::engine::stop::StopMatcher;
 use crate::engine::{Choice, FinishReason, Generate, Grammar, TokenLogprob};
 
@@ -98,10 +98,7 @@ impl Continuation {
     /// Of the logits as the model gave them, as vLLM does: neither penalties nor temperature are in, nor the grammar's mask. So
     /// they tell what the model would have liked, and all are finite.
     fn logprob(&self, token: u32, raw: &[f32]) -> Result<TokenLogprob> {
-        let lse = log_sum_exp(raw)?;
-        let likeliest = likeliest(raw, self.generate.logprobs.unwrap_or(0));
-        let top = likeliest.into_iter().map(|(token, logit)| (token, logit - lse)).collect();
-        Ok(TokenLogprob { token, logprob: raw[token as usize] - lse, top })
+        logprob(token, raw, self.generate.logprobs.unwrap_or(0))
     }
 
     /// Lets out the text that waited.

@@ -314,7 +314,7 @@ fn answer_at_once(request: &Request, reply: &mut Reply) -> bool {
             reply.send(Event::Done(usage));
             true
         }
-        Task::Score { from } if *from == request.prompt.len() => {
+        Task::Score { from, .. } if *from == request.prompt.len() => {
             reply.send(Event::Scored { logprobs: vec![], usage });
             true
         }

@@ -50,9 +50,9 @@ impl Limits {
                 }
             }
             .map_err(|e| e.param("adapter")),
-            Task::Score { from } => {
-                let length = request.prompt.len();
-                within("from", *from, 1, length)
+            Task::Score { from, top } => {
+                within("logprobs", *top, 0, MAX_LOGPROBS)?;
+                within("from", *from, 1, request.prompt.len())
             }
         }
     }
@@ -120,6 +120,7 @@ fn check_sampling(s: &Sampling, vocab_size: usize) -> Result<()> {
     let t = s.temperature;
     range("temperature", t, finite(t) && t >= 0.0, "a finite number, at least 0")?;
     range("top_p", s.top_p, (0.0..=1.0).contains(&s.top_p), "0 to 1")?;
+    range("typical_p", s.typical_p, (0.0..=1.0).contains(&s.typical_p), "0 to 1")?;
     range("min_p", s.min_p, (0.0..=1.0).contains(&s.min_p), "0 to 1")?;
     let r = s.repetition_penalty;
     range("repetition_penalty", r, (0.01..=100.0).contains(&r), "0.01 to 100")?;
@@ -173,7 +174,7 @@ mod tests {
         let request = |task| Request { client: Client::default(), adapter: None, prompt: vec![1], task };
         let limits = Limits { classifies: true, predicts: false, ..LIMITS };
         assert!(limits.check(&request(Task::Classify)).is_ok());
-        for task in [Task::Generate(generate()), Task::Score { from: 1 }] {
+        for task in [Task::Generate(generate()), Task::Score { from: 1, top: 0 }] {
             assert!(limits.check(&request(task)).unwrap_err().message.contains("classifies only"));
         }
         assert!(LIMITS.check(&request(Task::Classify)).unwrap_err().message.contains("no classification head"));
@@ -225,14 +226,14 @@ mod tests {
         assert_eq!(message(wide, 7, Task::Generate(generate())), None);
         let e = message(wide, 8, Task::Generate(generate())).unwrap();
         assert!(e.contains("8 tokens") && e.contains("context holds 8"), "{e}");
-        assert_eq!(message(wide, 8, Task::Score { from: 1 }), None);
-        assert!(message(wide, 9, Task::Score { from: 1 }).is_some());
+        assert_eq!(message(wide, 8, Task::Score { from: 1, top: 0 }), None);
+        assert!(message(wide, 9, Task::Score { from: 1, top: 0 }).is_some());
         let e = message(LIMITS, 6, Task::Generate(generate())).unwrap();
         assert!(e.contains("KV cache holds 6"), "{e}");
-        assert!(message(LIMITS, 0, Task::Score { from: 1 }).is_some());
-        assert!(message(LIMITS, 3, Task::Score { from: 0 }).is_some());
-        assert!(message(LIMITS, 3, Task::Score { from: 4 }).is_some());
-        assert!(check(&[1, 10], Task::Score { from: 1 }).unwrap_err().message.contains("token 10"));
+        assert!(message(LIMITS, 0, Task::Score { from: 1, top: 0 }).is_some());
+        assert!(message(LIMITS, 3, Task::Score { from: 0, top: 0 }).is_some());
+        assert!(message(LIMITS, 3, Task::Score { from: 4, top: 0 }).is_some());
+        assert!(check(&[1, 10], Task::Score { from: 1, top: 0 }).unwrap_err().message.contains("token 10"));
         assert!(check(&[1], Task::Classify).unwrap_err().message.contains("no classification head"));
     }
 }

@@ -8,7 +8,7 @@ use crate::engine::Grammar;
 use crate::lora::PackedAdapter;
 
 /// How the next token is drawn. The order of the steps is that of vLLM's sampler: the grammar's mask, bias, penalties,
-/// temperature, then min-p, top-k, top-p.
+/// temperature, then min-p, top-k, top-p; and last, TGI's typical-p.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// 0 is greedy.
@@ -17,6 +17,9 @@ pub struct Sampling {
     pub top_k: usize,
     /// 1 keeps all tokens.
     pub top_p: f32,
+    /// Keeps the tokens whose surprise is nearest to what is expected of one, up to this probability together (typical
+    /// sampling, arXiv 2202.00666); 1 keeps all.
+    pub typical_p: f32,
     /// Drops tokens less likely than `min_p` times the likeliest; 0 keeps all.
     pub min_p: f32,
     /// Over 1 discourages tokens of the prompt and the text so far (CTRL, arXiv 1909.05858); 1 is off.
@@ -37,6 +40,7 @@ impl Default for Sampling {
             temperature: 1.0,
             top_k: 0,
             top_p: 1.0,
+            typical_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.0,
             frequency_penalty: 0.0,
@@ -74,9 +78,11 @@ pub enum Task {
     Generate(Generate),
     /// The adapter's classification head at the last prompt token.
     Classify,
-    /// Log-probability of each prompt token from index `from` (at least 1) on, given those before it.
+    /// Log-probability of each prompt token from index `from` (at least 1) on, given those before it, and of the `top` likeliest
+    /// in its place.
     Score {
         from: usize,
+        top: usize,
     },
 }
 
@@ -160,7 +166,7 @@ pub enum Event {
         usage: Usage,
     },
     Scored {
-        logprobs: Vec<f32>,
+        logprobs: Vec<TokenLogprob>,
         usage: Usage,
     },
     Failed(Error),

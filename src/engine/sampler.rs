@@ -3,7 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 
-use crate::engine::Sampling;
+use crate::engine::{Sampling, TokenLogprob};
 use crate::{Error, Result};
 
 /// SplitMix64 (Steele, Lea and Flood 2014) as a counter: draw `i` is a function of the seed and `i` alone.
@@ -86,9 +86,9 @@ impl Sampler {
         }
     }
 
-    /// Temperature, min-p, top-k, top-p, then a token by its probability among those left. `max` is the largest logit.
-    /// Where tokens are equally likely at the edge of top-k or top-p, the lower ones stay, so that the same logits always
-    /// leave the same tokens; vLLM keeps all that tie with the k-th.
+    /// Temperature, min-p, top-k, top-p, typical-p, then a token by its probability among those left. `max` is the largest
+    /// logit. Where tokens are equally likely at the edge of top-k, top-p or typical-p, the lower ones stay, so that the same
+    /// logits always leave the same tokens; vLLM keeps all that tie with the k-th.
     fn draw(&mut self, logits: &mut [f32], max: f32) -> u32 {
         let s = &self.sampling;
         for logit in logits.iter_mut() {
@@ -97,7 +97,7 @@ impl Sampler {
         // A probability is `exp(logit)` over a common sum, and the likeliest token's logit is now 0.
         let floor = if s.min_p > 0.0 { s.min_p.ln() } else { f32::NEG_INFINITY };
         let all_k = s.top_k == 0 || s.top_k >= logits.len();
-        if all_k && s.top_p >= 1.0 {
+        if all_k && s.top_p >= 1.0 && s.typical_p >= 1.0 {
             let mut sum = 0.0;
             for logit in logits.iter_mut() {
                 *logit = if *logit >= floor { logit.exp() } else { 0.0 };
@@ -114,6 +114,9 @@ impl Sampler {
         }
         if s.top_p < 1.0 {
             keep_top_p(&mut candidates, s.top_p);
+        }
+        if s.typical_p < 1.0 {
+            keep_typical(&mut candidates, s.typical_p);
         }
         let mut sum = 0.0;
         for (logit, _) in &mut candidates {
@@ -158,6 +161,23 @@ fn keep_top_p(candidates: &mut Vec<(f32, u32)>, top_p: f32) {
     }
 }
 
+/// Keeps the most typical tokens up to the one with which their probabilities reach `mass`, at least one.
+fn keep_typical(candidates: &mut Vec<(f32, u32)>, mass: f32) {
+    let weight = |logit: f32| f64::from(logit.exp());
+    let sum: f64 = candidates.iter().map(|(logit, _)| weight(*logit)).sum();
+    let surprise = |logit: f32| sum.ln() - f64::from(logit);
+    // What is masked has no probability, and an infinite surprise.
+    let entropy: f64 = candidates.iter().filter(|c| c.0.is_finite()).map(|c| weight(c.0) / sum * surprise(c.0)).sum();
+    let distance = |c: &(f32, u32)| (surprise(c.0) - entropy).abs();
+    candidates.sort_unstable_by(|a, b| distance(a).total_cmp(&distance(b)).then(a.1.cmp(&b.1)));
+    let (wanted, mut reached) = (f64::from(mass) * sum, 0.0);
+    let last = candidates.iter().position(|(logit, _)| {
+        reached += weight(*logit);
+        reached >= wanted
+    });
+    candidates.truncate(last.map_or(candidates.len(), |last| last + 1));
+}
+
 /// The first token at which the weights add up to more than `at`.
 fn pick(at: f64, weights: impl Iterator<Item = (f32, u32)>) -> u32 {
     let (mut reached, mut last) = (0.0, 0);
@@ -194,14 +214,23 @@ fn argmax(logits: &[f32]) -> Result<u32> {
 /// Logarithm of the sum of exponentials: subtracted from a logit it gives the log-probability.
 ///
 /// Errors: `Internal` if a logit is NaN or the largest is not finite.
-pub fn log_sum_exp(logits: &[f32]) -> Result<f32> {
+fn log_sum_exp(logits: &[f32]) -> Result<f32> {
     let max = logits[argmax(logits)? as usize];
     let sum: f64 = logits.iter().map(|l| f64::from((l - max).exp())).sum();
     Ok((f64::from(max) + sum.ln()) as f32)
 }
 
+/// The log-probability of a token by the logits of its place, and those of the `top` likeliest.
+///
+/// Errors: as [`log_sum_exp`].
+pub fn logprob(token: u32, logits: &[f32], top: usize) -> Result<TokenLogprob> {
+    let lse = log_sum_exp(logits)?;
+    let top = likeliest(logits, top).into_iter().map(|(token, logit)| (token, logit - lse)).collect();
+    Ok(TokenLogprob { token, logprob: logits[token as usize] - lse, top })
+}
+
 /// The `count` likeliest tokens and their logits, likeliest first, the lower token first among equals.
-pub fn likeliest(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+fn likeliest(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
     let mut top: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
     for (&logit, token) in logits.iter().zip(0..) {
         if top.len() < count || top.last().is_some_and(|last| logit > last.1) {
@@ -270,6 +299,20 @@ mod tests {
             }
             before += p[i];
         }
+        if s.typical_p < 1.0 {
+            let p = softmax(&l);
+            let entropy: f64 = p.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum();
+            let distances: Vec<f64> = p.iter().map(|p| (-p.ln() - entropy).abs()).collect();
+            let mut order: Vec<usize> = (0..l.len()).collect();
+            order.sort_by(|&a, &b| distances[a].total_cmp(&distances[b]));
+            let mut before = 0.0;
+            for (rank, &i) in order.iter().enumerate() {
+                if rank > 0 && before >= f64::from(s.typical_p) {
+                    l[i] = f64::NEG_INFINITY;
+                }
+                before += p[i];
+            }
+        }
         softmax(&l)
     }
 
@@ -283,18 +326,22 @@ mod tests {
             -2.0f32..2.0,
             -2.0f32..2.0,
             prop::collection::hash_map(0u32..200, -5.0f32..5.0, 0..3),
+            prop_oneof![Just(1.0f32), 0.0f32..1.0],
         )
             .prop_map(
-                |(temperature, top_k, top_p, min_p, repetition_penalty, frequency, presence, logit_bias)| Sampling {
-                    temperature,
-                    top_k,
-                    top_p,
-                    min_p,
-                    repetition_penalty,
-                    frequency_penalty: frequency,
-                    presence_penalty: presence,
-                    logit_bias,
-                    seed: None,
+                |(temperature, top_k, top_p, min_p, repetition_penalty, frequency, presence, logit_bias, typical_p)| {
+                    Sampling {
+                        temperature,
+                        top_k,
+                        top_p,
+                        typical_p,
+                        min_p,
+                        repetition_penalty,
+                        frequency_penalty: frequency,
+                        presence_penalty: presence,
+                        logit_bias,
+                        seed: None,
+                    }
                 },
             )
     }
@@ -344,6 +391,8 @@ mod tests {
             Sampling { top_p: 0.3, ..plain.clone() },
             Sampling { top_p: 0.95, ..plain.clone() },
             Sampling { min_p: 0.5, ..plain.clone() },
+            Sampling { typical_p: 0.6, ..plain.clone() },
+            Sampling { typical_p: 0.95, top_p: 0.9, top_k: 50, temperature: 0.8, ..plain.clone() },
             Sampling { min_p: 0.1, top_k: 40, top_p: 0.8, temperature: 1.3, ..plain },
         ] {
             let p = reference(&s, &[], &[], &logits);
@@ -395,6 +444,15 @@ mod tests {
             let drawn: HashSet<u32> = (0..500).map(|_| sampler.sample(&mut [0.0; 5]).unwrap()).collect();
             assert!(drawn.iter().all(|&token| token < 3), "{drawn:?}");
         }
+    }
+
+    /// The likeliest token is not drawn where it surprises too little.
+    #[test]
+    fn what_is_typical_is_not_the_likeliest() {
+        // Of 0.4, 0.3, 0.2 and 0.1 the expected surprise is 1.28, and their own 0.92, 1.20, 1.61 and 2.30.
+        let mut sampler = Sampler::new(Sampling { typical_p: 0.25, ..Sampling::default() }, &[], 5);
+        let mut logits = [0.4f32, 0.3, 0.2, 0.1, 0.0].map(f32::ln);
+        assert_eq!(sampler.sample(&mut logits).unwrap(), 1);
     }
 
     #[test]

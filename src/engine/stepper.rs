@@ -11,9 +11,11 @@ use crate::base::parallel;
 use crate::engine::continuation::Continuation;
 use crate::engine::engine::{InFlight, QueueSlot, Shared};
 use crate::engine::reply::Reply;
-use crate::engine::sampler::log_sum_exp;
+use crate::engine::sampler::logprob;
 use crate::engine::scheduler::{Order, Part, Rows, Scheduler, SchedulerOptions, Sequence};
-use crate::engine::{Choice, EngineOptions, Event, Generate, Model, Output, Request, Task, Usage, Vocabulary, Work};
+use crate::engine::{
+    Choice, EngineOptions, Event, Generate, Model, Output, Request, Task, TokenLogprob, Usage, Vocabulary, Work,
+};
 use crate::metrics::Metrics;
 use crate::{Error, Result};
 
@@ -58,8 +60,8 @@ enum Job {
         last_token: Option<Instant>,
     },
     Classify,
-    /// Log-probabilities so far.
-    Score(Vec<f32>),
+    /// Log-probabilities so far, each with so many likeliest tokens.
+    Score(Vec<TokenLogprob>, usize),
 }
 
 /// What a step did to a sequence.
@@ -71,7 +73,7 @@ enum Outcome {
         elapsed: Option<Duration>,
     },
     Classified(Vec<f32>),
-    Scored(Vec<f32>),
+    Scored(Vec<TokenLogprob>),
     Failed(Error),
 }
 
@@ -148,16 +150,14 @@ impl Stepper {
                     Ok(submitted) => self.accept(submitted),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => {
-                        let all = self.active.keys().copied().collect();
-                        self.fail(&all, &Error::unavailable("the engine was stopped"));
+                        self.fail_all(&Error::unavailable("the engine was stopped"));
                         self.report();
                         return;
                     }
                 }
             }
             if self.shared.is_given_up() {
-                let all = self.active.keys().copied().collect();
-                self.fail(&all, &Error::unavailable("the server stops and waits no longer; the request was given up"));
+                self.fail_all(&Error::unavailable("the server stops and waits no longer; the request was given up"));
             }
             self.drop_cancelled();
             self.step();
@@ -180,7 +180,7 @@ impl Stepper {
             }
             Task::Classify => (if self.model.is_encoder() { Rows::Whole } else { Rows::Head }, Job::Classify),
             // The row before a token has its logits.
-            Task::Score { from } => (Rows::From(from - 1), Job::Score(vec![])),
+            Task::Score { from, top } => (Rows::From(from - 1), Job::Score(vec![], top)),
         };
         let active = Active {
             reply,
@@ -207,6 +207,10 @@ impl Stepper {
         }
     }
 
+    fn fail_all(&mut self, error: &Error) {
+        self.fail(&self.active.keys().copied().collect(), error);
+    }
+
     fn fail(&mut self, requests: &HashSet<u64>, error: &Error) {
         for number in requests {
             if let Some(mut active) = self.active.remove(number) {
@@ -223,8 +227,7 @@ impl Stepper {
             if !self.active.is_empty() {
                 // The scheduler promises that this cannot be; a request that waits forever would be worse than a failed one.
                 tracing::error!("no step for {} requests", self.active.len());
-                let all = self.active.keys().copied().collect();
-                self.fail(&all, &Error::internal("the scheduler found no way to run the request"));
+                self.fail_all(&Error::internal("the scheduler found no way to run the request"));
             }
             return;
         }
@@ -483,12 +486,12 @@ impl Sequence<Job> {
                     Err(Error::internal(format!("the head's logit of label {label} is {}, not finite", result[label])))
                 }
             },
-            Job::Score(logprobs) => {
+            Job::Score(logprobs, top) => {
                 let Rows::From(first) = self.rows else { return Ok(Outcome::Nothing) };
                 let rows = result.chunks_exact(vocab_size);
                 let next = first + rows.len();
                 for (row, token) in rows.zip(&self.tokens[first + 1..]) {
-                    logprobs.push(row[*token as usize] - log_sum_exp(row)?);
+                    logprobs.push(logprob(*token, row, *top)?);
                 }
                 self.rows = Rows::From(next);
                 if next < self.tokens.len() - 1 {

@@ -295,7 +295,7 @@ fn request(adapter: Option<(&str, Arc<PackedAdapter>)>, prompt: Vec<u32>, task: 
 enum Answer {
     Choices(Vec<Choice>, Usage),
     Classified(Vec<f32>),
-    Scored(Vec<f32>),
+    Scored(Vec<TokenLogprob>),
     Failed(ErrorKind, String),
 }
 
@@ -352,12 +352,9 @@ fn expected(request: &Request, max_tokens: usize) -> Answer {
             Answer::Choices(choices, usage)
         }
         Task::Classify => Answer::Classified(row(&request.prompt, packed.unwrap().labels.as_ref().unwrap().len())),
-        Task::Score { from } => Answer::Scored(
+        Task::Score { from, top } => Answer::Scored(
             (*from..request.prompt.len())
-                .map(|p| {
-                    let row = row(&request.prompt[..p], VOCAB);
-                    row[request.prompt[p] as usize] - sampler::log_sum_exp(&row).unwrap()
-                })
+                .map(|p| sampler::logprob(request.prompt[p], &row(&request.prompt[..p], VOCAB), *top).unwrap())
                 .collect(),
         ),
     }
@@ -385,7 +382,7 @@ fn any_request() -> impl Strategy<Value = Request> {
                 .collect();
             let task = match task {
                 0 if which > 0 => Task::Classify,
-                1 if length > 1 => Task::Score { from: 1 + fork % (length - 1) },
+                1 if length > 1 => Task::Score { from: 1 + fork % (length - 1), top: logprobs.unwrap_or(0) },
                 _ => {
                     let mut generate = generate(max);
                     let penalty = if penalties { 0.7 } else { 0.0 };
@@ -673,7 +670,7 @@ fn what_needs_no_computing_is_answered_at_once() {
     );
     assert_eq!((usage.prompt_tokens, usage.completion_tokens), (256, 0));
     assert_eq!(
-        collect(bench.engine.submit(request(None, vec![1; 3], Task::Score { from: 3 })).unwrap()),
+        collect(bench.engine.submit(request(None, vec![1; 3], Task::Score { from: 3, top: 0 })).unwrap()),
         Answer::Scored(vec![])
     );
     assert_eq!(bench.control.steps.load(Ordering::SeqCst), 0);

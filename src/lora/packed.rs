@@ -301,8 +301,8 @@ impl PackedAdapter {
                         parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
                         ranks += pair.rank;
                     }
-                    if let (Some(own), Some(served)) =
-                        (adapter.biases.get(&(layer, projection)), base.bias(layer, projection)?)
+                    if let Some(own) = adapter.biases.get(&(layer, projection))
+                        && let Some(served) = base.bias(layer, projection)?
                     {
                         let shift = shift.get_or_insert_with(|| vec![0.0; n]);
                         shift.iter_mut().zip(own.iter().zip(served)).for_each(|(s, (own, base))| *s += own - base);

@@ -229,8 +229,7 @@ pub(super) fn embed(simd: Simd, changes: &[(&Range<usize>, &Embedding)], tokens:
             pair.a.packed().row(tokens[row] as usize, &mut h[row * rank..][..pair.rank()]);
         }
     }
-    let list: Vec<_> = pairs.iter().map(|(rows, pair)| (pair.b.packed(), (*rows).clone(), pair.scale)).collect();
-    matmul::multiply(simd, &h, rank, &mut [Batch { products: &products(&list), y: x, y_stride: width, add: true }]);
+    add(simd, (&h, rank), (x, width), pairs.iter().map(|&(rows, pair)| (rows, &pair.b, pair.scale)));
     for (rows, pair) in pairs {
         pair.finish(&mut x[rows.start * width..rows.end * width], width);
     }
@@ -271,18 +270,11 @@ pub(super) fn logits(simd: Simd, changes: &[(&Range<usize>, &LmHead)], x: &[f32]
     let (k, width) = (x.len() / rows, y.len() / rows);
     let own: Vec<_> = changes.iter().filter_map(|(rows, change)| Some((*rows, change.rows.as_ref()?))).collect();
     let (part, whole): (Vec<_>, Vec<_>) = own.into_iter().partition(|(_, own)| own.tokens.is_some());
-    let list: Vec<_> = whole.iter().map(|(rows, own)| (own.matrix.packed(), (*rows).clone(), 1.0)).collect();
-    matmul::multiply(simd, x, k, &mut [Batch { products: &products(&list), y, y_stride: width, add: true }]);
+    add(simd, (x, k), (y, width), whole.iter().map(|&(rows, own)| (rows, &*own.matrix, 1.0)));
 
     if let Some(most) = part.iter().map(|(_, own)| own.matrix.n()).max() {
         let mut some = vec![0.0; rows * most];
-        let list: Vec<_> = part.iter().map(|(rows, own)| (own.matrix.packed(), (*rows).clone(), 1.0)).collect();
-        matmul::multiply(
-            simd,
-            x,
-            k,
-            &mut [Batch { products: &products(&list), y: &mut some, y_stride: most, add: true }],
-        );
+        add(simd, (x, k), (&mut some, most), part.iter().map(|&(rows, own)| (rows, &*own.matrix, 1.0)));
         for (rows, own) in part {
             for row in rows.clone() {
                 for (i, &token) in own.tokens.iter().flat_map(|tokens| tokens.iter().enumerate()) {
@@ -295,10 +287,8 @@ pub(super) fn logits(simd: Simd, changes: &[(&Range<usize>, &LmHead)], x: &[f32]
     let pairs: Vec<_> = changes.iter().filter_map(|(rows, change)| Some((*rows, change.pair.as_ref()?))).collect();
     let Some(rank) = pairs.iter().map(|(_, pair)| pair.rank()).max() else { return };
     let mut h = vec![0.0; rows * rank];
-    let list: Vec<_> = pairs.iter().map(|(rows, pair)| (pair.a.packed(), (*rows).clone(), 1.0)).collect();
-    matmul::multiply(simd, x, k, &mut [Batch { products: &products(&list), y: &mut h, y_stride: rank, add: true }]);
-    let list: Vec<_> = pairs.iter().map(|(rows, pair)| (pair.b.packed(), (*rows).clone(), pair.scale)).collect();
-    matmul::multiply(simd, &h, rank, &mut [Batch { products: &products(&list), y, y_stride: width, add: true }]);
+    add(simd, (x, k), (&mut h, rank), pairs.iter().map(|&(rows, pair)| (rows, &pair.a, 1.0)));
+    add(simd, (&h, rank), (y, width), pairs.iter().map(|&(rows, pair)| (rows, &pair.b, pair.scale)));
     for (rows, pair) in pairs {
         pair.finish(&mut y[rows.start * width..rows.end * width], width);
     }
@@ -331,16 +321,22 @@ pub(super) fn logits_tensor(changes: &[(&Range<usize>, &LmHead)], x: &Tensor, mu
     Ok(y)
 }
 
-/// One product a segment, all from the first column to the first column.
-fn products<'a>(list: &[(&'a matmul::PackedMatrix, Range<usize>, f32)]) -> Vec<Product<'a>> {
-    let product = |(matrix, rows, scale): &(&'a matmul::PackedMatrix, Range<usize>, f32)| Product {
-        matrix,
+/// `y += scale * x Wᵀ` for the rows of each matrix; `x` and `y` with the width of their rows.
+fn add<'a>(
+    simd: Simd,
+    (x, width): (&[f32], usize),
+    (y, y_stride): (&mut [f32], usize),
+    list: impl Iterator<Item = (&'a Range<usize>, &'a Factor, f32)>,
+) {
+    let product = |(rows, factor, scale): (&Range<usize>, &'a Factor, f32)| Product {
+        matrix: factor.packed(),
         rows: rows.clone(),
         x_column: 0,
         y_column: 0,
-        scale: *scale,
+        scale,
     };
-    list.iter().map(product).collect()
+    let products: Vec<_> = list.map(product).collect();
+    matmul::multiply(simd, x, width, &mut [Batch { products: &products, y, y_stride, add: true }]);
 }
 
 #[cfg(test)]

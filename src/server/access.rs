@@ -9,11 +9,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use actix_web::dev::{Payload, ServiceRequest};
 use actix_web::http::Method;
-use actix_web::http::header::{AUTHORIZATION, HeaderMap, HeaderName};
+use actix_web::http::header::{AUTHORIZATION, HOST, HeaderMap, HeaderName, ORIGIN};
 use actix_web::{FromRequest, HttpMessage, HttpRequest};
 
 use super::error::ApiError;
 use super::keys::{Key, Keys, Permit, Scope};
+use super::origins::Origins;
 use super::stamp::Stamp;
 use super::trace::Marks;
 use crate::engine::Client;
@@ -127,6 +128,7 @@ pub struct Access {
     keys: Option<File>,
     /// Most time that a request may take.
     timeout: Option<Duration>,
+    origins: Origins,
 }
 
 /// Keys, and the file that they were read from.
@@ -145,7 +147,16 @@ impl Access {
             tracing::info!("{} API keys", keys.len());
             Ok(File { path, stamp: RwLock::new(stamp), keys: RwLock::new(Arc::new(keys)) })
         };
-        Ok(Access { keys: keys.map(open).transpose()?, timeout })
+        Ok(Access { keys: keys.map(open).transpose()?, timeout, origins: Origins::default() })
+    }
+
+    /// Lets pages of these other sites in.
+    pub fn allowing(self, origins: Origins) -> Self {
+        Access { origins, ..self }
+    }
+
+    pub fn origins(&self) -> &Origins {
+        &self.origins
     }
 
     /// Errors: others than this machine could come in, and nothing would ask them for a key.
@@ -193,7 +204,9 @@ impl Access {
             _permit: None,
         };
         let Some(file) = &self.keys else {
-            return match is_foreign(request) {
+            let origin = headers.get(ORIGIN).and_then(|origin| origin.to_str().ok());
+            let is_allowed = origin.is_some_and(|origin| self.origins.allow(origin));
+            return match is_foreign(request) && !is_allowed {
                 // Any page that a browser shows could ask this machine's servers; with keys it would not have one.
                 true => Err(Error::new(ErrorKind::Forbidden, "a page of another site asks; this server has no keys")),
                 false => Ok(caller),
@@ -248,10 +261,25 @@ fn secret(headers: &HeaderMap) -> Option<&str> {
     bearer.or_else(|| headers.get(API_KEY)?.to_str().ok().map(str::trim)).filter(|secret| !secret.is_empty())
 }
 
+/// A host without its port, which proxies leave out and sites do not differ by.
+fn name_of(host: &str) -> &str {
+    host.trim_end_matches(|c: char| c.is_ascii_digit()).strip_suffix(':').unwrap_or(host)
+}
+
 /// Whether a browser says that another site's page is behind a request that could change or cost something.
 fn is_foreign(request: &ServiceRequest) -> bool {
     let reads = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
-    !reads && request.headers().get(SITE).is_some_and(|site| site.as_bytes() == b"cross-site")
+    let header = |name: HeaderName| request.headers().get(name).map(|value| value.to_str().unwrap_or_default());
+    !reads
+        && match (header(SITE), header(ORIGIN)) {
+            (Some(site), _) => site == "cross-site",
+            // Of a server that is not on this machine and has no TLS browsers do not say that, but where the page is from.
+            (None, Some(origin)) => {
+                let from = origin.split_once("://").map(|(_, from)| from);
+                !from.zip(header(HOST)).is_some_and(|(from, host)| name_of(from).eq_ignore_ascii_case(name_of(host)))
+            }
+            (None, None) => false,
+        }
 }
 
 #[cfg(test)]
@@ -330,6 +358,24 @@ mod tests {
             open.admit(&request, Need::Infer, "id").is_err()
         };
         assert!(foreign(TestRequest::post()) && foreign(TestRequest::delete()) && !foreign(TestRequest::get()));
+        let from = |origin: &str, site: Option<&str>| {
+            let request = TestRequest::post().insert_header(("Host", "10.0.0.7:8080"));
+            let request = request.insert_header(("Origin", origin));
+            let request = site.into_iter().fold(request, |request, s| request.insert_header(("Sec-Fetch-Site", s)));
+            open.admit(&request.to_srv_request(), Need::Admin, "id").is_ok()
+        };
+        let allowing = access(None).allowing(Origins::new(vec!["http://app.example".into()]).unwrap());
+        let page = |origin: &str| {
+            let request =
+                TestRequest::post().insert_header(("Origin", origin)).insert_header(("Sec-Fetch-Site", "cross-site"));
+            allowing.admit(&request.to_srv_request(), Need::Admin, "id").is_ok()
+        };
+        assert!(page("http://app.example") && !page("http://evil.example"));
+        assert!(from("http://10.0.0.7:8080", None) && !from("http://evil.example", None) && !from("null", None));
+        let names = ["10.0.0.7", "10.0.0.7:80", "[::1]", "[::1]:80", "a.example:443"].map(name_of);
+        assert_eq!(names, ["10.0.0.7", "10.0.0.7", "[::1]", "[::1]", "a.example"]);
+        // Behind a proxy that has another name.
+        assert!(from("https://llm.example", Some("same-origin")) && !from("https://llm.example", Some("cross-site")));
         assert!(open.admit(&TestRequest::post().to_srv_request(), Need::Admin, "id").is_ok());
     }
 }

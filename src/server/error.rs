@@ -89,6 +89,10 @@ impl ResponseError for ApiError {
             ErrorKind::Unauthorized => {
                 response.insert_header(("WWW-Authenticate", "Bearer"));
             }
+            // OpenAI's clients would ask for the same twice more.
+            ErrorKind::Timeout => {
+                response.insert_header(("x-should-retry", "false"));
+            }
             _ => {}
         }
         response.json(self.body())

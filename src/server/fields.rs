@@ -45,6 +45,10 @@ impl Fields {
         self.map.is_empty()
     }
 
+    pub fn into_map(self) -> Map<String, Value> {
+        self.map
+    }
+
     /// A field's name from the body's root on.
     pub fn path(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)

@@ -65,6 +65,8 @@ fn response_format(f: &Fields) -> Result<Found> {
     let kind = f.text("type")?.ok_or_else(|| f.wrong("type", "is needed"))?;
     match kind.as_str() {
         "text" => Ok(None),
+        // TGI's form; its client makes it of a `json_schema` too.
+        "json" | "json_object" | "json_schema" | "regex" if f.get("value").is_some() => grammar(f),
         "json_object" => Ok(constraint(f, "schema", "json")?.or_else(|| Some((f.path("type"), json_object())))),
         "json_schema" => schema_in(&f.object("json_schema")?),
         "regex" | "choice" | "grammar" => {
@@ -82,9 +84,11 @@ fn grammar(f: &Fields) -> Result<Found> {
     if f.is_empty() {
         return Ok(None);
     }
+    let needed = || f.wrong("value", "is needed");
     let kind = f.text("type")?.ok_or_else(|| f.wrong("type", "is needed"))?;
     match kind.as_str() {
-        "json" | "regex" => constraint(f, "value", &kind)?.ok_or_else(|| f.wrong("value", "is needed")).map(Some),
+        "json" | "json_object" => constraint(f, "value", "json")?.ok_or_else(needed).map(Some),
+        "regex" => constraint(f, "value", "regex")?.ok_or_else(needed).map(Some),
         "json_schema" => schema_in(&f.object("value")?),
         _ => Err(f.wrong("type", format!("is {kind:?}; supported: json, json_schema and regex"))),
     }
@@ -148,7 +152,14 @@ mod tests {
             (json!({ "guided_json": text }), "guided_json"),
             (json!({ "structured_outputs": { "json": text, "json_object": false } }), "structured_outputs.json"),
             (json!({ "grammar": { "type": "json", "value": schema } }), "grammar.value"),
+            (json!({ "grammar": { "type": "json_object", "value": schema } }), "grammar.value"),
             (json!({ "grammar": { "type": "json_schema", "value": { "schema": schema } } }), "grammar.value.schema"),
+            (json!({ "response_format": { "type": "json_object", "value": schema } }), "response_format.value"),
+            (json!({ "response_format": { "type": "json", "value": text } }), "response_format.value"),
+            (
+                json!({ "response_format": { "type": "json_schema", "value": { "schema": schema } } }),
+                "response_format.value.schema",
+            ),
         ] {
             let (at, constraint) = found(body.clone()).unwrap().unwrap();
             assert!(is_schema(&constraint) && at == field, "{body}: {constraint:?} at {at}");
@@ -175,8 +186,10 @@ mod tests {
                 assert_eq!(found(body.clone()).unwrap().unwrap().1, constraint, "{body}");
             }
         }
-        let body = json!({ "grammar": { "type": "regex", "value": "a+" } });
-        assert_eq!(found(body).unwrap().unwrap().1, Constraint::Regex("a+".into()));
+        for field in ["grammar", "response_format"] {
+            let body = json!({ field: { "type": "regex", "value": "a+" } });
+            assert_eq!(found(body).unwrap().unwrap().1, Constraint::Regex("a+".into()));
+        }
         for body in [
             json!({}),
             json!({ "response_format": null, "guided_json": null, "structured_outputs": null, "grammar": null }),

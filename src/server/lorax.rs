@@ -14,10 +14,7 @@ use crate::Result;
 use crate::base::Tokenizer;
 use crate::engine::{Detokenizer, Event, FinishReason, Generate, Task, TokenLogprob};
 
-/// New tokens where the request does not say; LoRAX's number.
-const MAX_NEW_TOKENS: usize = 20;
-const REFUSED: [&str; 6] =
-    ["typical_p", "watermark", "schema", "return_k_alternatives", "apply_chat_template", "top_n_tokens"];
+const REFUSED: [&str; 5] = ["watermark", "schema", "return_k_alternatives", "apply_chat_template", "top_n_tokens"];
 /// What LoRAX calls the base in `adapter_id`, beside leaving it empty.
 const BASE_ADAPTER: &str = "__base_model__";
 
@@ -41,7 +38,7 @@ impl Asked {
 async fn read(state: &Shared, http: &HttpRequest, f: &Fields) -> Result<Asked> {
     let text = f.text("inputs")?.ok_or_else(|| f.wrong("inputs", "is needed"))?;
     let p = f.object("parameters")?;
-    p.refuse(&REFUSED, &[json!(1.0)])?;
+    p.refuse(&REFUSED, &[])?;
     if p.count("best_of")?.is_some_and(|n| n > 1) {
         return Err(p.wrong("best_of", "above 1 is not supported"));
     }
@@ -49,18 +46,15 @@ async fn read(state: &Shared, http: &HttpRequest, f: &Fields) -> Result<Asked> {
         return Err(p.wrong("adapter_source", format!("is {source:?}; supported: \"local\"")));
     }
     let mut sampling = run::sampling(&p, 1.0)?;
-    // As in the original, nothing is sampled unless do_sample or a parameter that has an effect asks for it. LoRAX's
-    // client sends `do_sample: false` whatever else it asks for.
-    let asks = sampling.temperature != 1.0 || sampling.top_k != 0 || sampling.top_p < 1.0;
-    if p.flag("do_sample")?.unwrap_or(false) || asks {
-        if sampling.temperature == 0.0 {
-            return Err(p.wrong("temperature", "is 0 where sampling is asked for; expected more than 0"));
-        }
-    } else {
+    // As in the original, nothing is sampled at temperature 0, nor unless do_sample or a parameter that has an effect asks for
+    // it. LoRAX's client sends `do_sample: false` whatever else it asks for.
+    let asks = sampling.temperature != 1.0 || sampling.top_k != 0 || sampling.top_p < 1.0 || sampling.typical_p < 1.0;
+    if !p.flag("do_sample")?.unwrap_or(false) && !asks {
         sampling.temperature = 0.0;
     }
     let mut task = Generate {
-        max_tokens: p.count("max_new_tokens")?.unwrap_or(MAX_NEW_TOKENS),
+        // As in LoRAX, up to the end of the context where the request does not say; TGI's client always says.
+        max_tokens: p.count("max_new_tokens")?.unwrap_or(state.context),
         sampling,
         stop: p.texts("stop")?.unwrap_or_default(),
         stop_tokens: vec![],

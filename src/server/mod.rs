@@ -15,6 +15,7 @@ mod native;
 mod observe;
 mod openai;
 mod openapi;
+mod origins;
 mod page;
 mod run;
 mod stamp;
@@ -34,6 +35,7 @@ use actix_web::dev::{Payload, ServiceFactory, ServiceRequest, ServiceResponse};
 use actix_web::guard::{self, Guard};
 use actix_web::http::header::{ALLOW, HeaderValue};
 use actix_web::http::{Method, StatusCode};
+use actix_web::middleware::Condition;
 use actix_web::web::{self, Data};
 use actix_web::{App, FromRequest, HttpRequest, HttpResponse, HttpServer, ResponseError};
 use serde_json::json;
@@ -52,6 +54,7 @@ use trace::Tracing;
 pub use access::Access;
 pub use audit::Audit;
 pub use keys::{Entry, Scope, create as create_key};
+pub use origins::Origins;
 pub use tls::Certificate;
 
 /// Uploads received at the same time; each has its files on the disk.
@@ -70,6 +73,8 @@ pub struct State {
     pub metrics: Arc<Metrics>,
     /// What clients call the base model.
     pub base_id: String,
+    /// What else they call it.
+    pub base_names: Vec<String>,
     /// Classes of the base's own head.
     pub labels: Option<Vec<String>>,
     /// Longest sequence in tokens.
@@ -91,6 +96,11 @@ pub struct State {
 }
 
 impl State {
+    /// Whether the base is meant by this name.
+    fn is_base(&self, name: &str) -> bool {
+        name == "base" || name == self.base_id || self.base_names.iter().any(|other| other == name)
+    }
+
     fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
     }
@@ -263,23 +273,27 @@ pub fn application(
         InitError = (),
     >,
 > {
-    app(Data::new(OnceLock::from(state)), Data::new(OnceLock::new()))
+    let origins = state.access.origins().clone();
+    app(Data::new(OnceLock::from(state)), Data::new(OnceLock::new()), origins)
 }
 
 fn app(
     door: Data<Door>,
     tracer: Data<Tracer>,
+    origins: Origins,
 ) -> App<
     impl ServiceFactory<
         ServiceRequest,
         Config = (),
-        Response = ServiceResponse<observe::Observed>,
+        Response = ServiceResponse<impl MessageBody>,
         Error = actix_web::Error,
         InitError = (),
     >,
 > {
     let observe = actix_web::middleware::from_fn(observe::observe);
-    App::new().app_data(door).app_data(tracer).wrap(observe).configure(routes)
+    // Before all else, as browsers ask for what pages may do without a key.
+    let cors = Condition::new(!origins.is_empty(), origins.middleware());
+    App::new().app_data(door).app_data(tracer).wrap(observe).wrap(cors).configure(routes)
 }
 
 /// Where and how the server is reached.
@@ -304,8 +318,8 @@ pub fn serve(
     let Entrance { listen, certificate, drain_timeout } = entrance;
     let door: Data<Door> = Data::new(OnceLock::new());
     let tracer: Data<Tracer> = Data::new(OnceLock::new());
-    let (shared, own) = (door.clone(), tracer.clone());
-    let server = HttpServer::new(move || app(shared.clone(), own.clone()))
+    let (shared, own, origins) = (door.clone(), tracer.clone(), access.origins().clone());
+    let server = HttpServer::new(move || app(shared.clone(), own.clone(), origins.clone()))
         .workers(2)
         // A client that closes its side has hung up: its handler is dropped, and with it the request.
         .h1_allow_half_closed(false)

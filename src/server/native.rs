@@ -10,6 +10,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::run::{self, Target, Window};
 use crate::base::Tokenizer;
+use crate::base::labels::softmax;
 use crate::engine::{Event, Task, Usage};
 use crate::{Error, Result};
 
@@ -98,13 +99,6 @@ pub async fn generate(
     Ok(HttpResponse::Ok().json(answer))
 }
 
-fn softmax(logits: &[f32]) -> Vec<f32> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weights: Vec<f32> = logits.iter().map(|l| (l - max).exp()).collect();
-    let sum: f32 = weights.iter().sum();
-    weights.iter().map(|w| w / sum).collect()
-}
-
 /// One input's answer: the likeliest label first, at most `top_k` in `scores`.
 fn verdict(labels: &[String], logits: &[f32], top_k: usize) -> Value {
     let scores = softmax(logits);
@@ -166,7 +160,7 @@ pub async fn classify(
             let ways = labels.len();
             let requests = (0..scores).map(move |i| {
                 let (prompt, ending) = (&prompts[i / ways], &endings[i % ways]);
-                target.request([&prompt[..], ending].concat(), Task::Score { from: prompt.len() })
+                target.request([&prompt[..], ending].concat(), Task::Score { from: prompt.len(), top: 0 })
             });
             let answers = run::numbers(Window::new(&state.engine, &named, requests)?, scores).await?;
             answers.iter().for_each(|(_, used)| run::add(&mut usage, used));

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use actix_web::{HttpRequest, HttpResponse, web};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::access::Caller;
 use super::error::ApiError;
@@ -12,7 +12,7 @@ use super::fields::{Fields, token_ids};
 use super::run::{self, Target, Window};
 use super::{Shared, State};
 use crate::base::Tokenizer;
-use crate::engine::{Choice, Detokenizer, Event, Request, Task, TokenLogprob, Usage};
+use crate::engine::{Choice, Detokenizer, Event, Generate, Request, Task, TokenLogprob, Usage};
 use crate::{Error, ErrorKind, Result};
 
 /// Tokens of a completion where the request does not say; OpenAI's number.
@@ -20,7 +20,7 @@ const MAX_TOKENS: usize = 16;
 /// Prompts of one request.
 const MAX_PROMPTS: usize = 1024;
 /// Fields that would change the answer and are not supported.
-const REFUSED: [&str; 14] = [
+const REFUSED: [&str; 15] = [
     "allowed_token_ids",
     "bad_words",
     "suffix",
@@ -32,9 +32,10 @@ const REFUSED: [&str; 14] = [
     "prompt_logprobs",
     "continue_final_message",
     "chat_template",
-    "chat_template_kwargs",
     "documents",
     "truncate_prompt_tokens",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
 ];
 
 fn refuse(f: &Fields) -> Result<()> {
@@ -56,21 +57,26 @@ fn new_id(kind: &str) -> String {
 }
 
 fn model_json(state: &State, id: &str, created: u64) -> Value {
-    let parent = (id != state.base_id).then_some(&state.base_id);
-    json!({ "id": id, "object": "model", "created": created, "owned_by": "loramux", "root": id, "parent": parent,
+    let (root, parent) = match state.is_base(id) {
+        true => (&*state.base_id, None),
+        false => (id, Some(&state.base_id)),
+    };
+    json!({ "id": id, "object": "model", "created": created, "owned_by": "loramux", "root": root, "parent": parent,
         "max_model_len": state.context })
 }
 
 pub async fn models(state: Shared, caller: Caller) -> HttpResponse {
-    let mut data = vec![model_json(&state, &state.base_id, 0)];
+    let names = std::iter::once(&state.base_id).chain(&state.base_names);
+    let mut data: Vec<Value> = names.map(|name| model_json(&state, name, 0)).collect();
     let seen = state.seen(&caller);
     data.extend(seen.iter().filter_map(|a| Some(model_json(&state, caller.called(&a.name)?, a.created))));
     HttpResponse::Ok().json(json!({ "object": "list", "data": data }))
 }
 
 pub async fn model(state: Shared, caller: Caller, id: web::Path<String>) -> Result<HttpResponse, ApiError> {
-    if *id == state.base_id || *id == "base" {
-        return Ok(HttpResponse::Ok().json(model_json(&state, &state.base_id, 0)));
+    if state.is_base(&id) {
+        let id = if *id == "base" { &state.base_id } else { &*id };
+        return Ok(HttpResponse::Ok().json(model_json(&state, id, 0)));
     }
     let info = state.meant(&caller, &id).and_then(|whole| state.registry.get(&whole)).map_err(unknown_model)?;
     Ok(HttpResponse::Ok().json(model_json(&state, &id, info.created)))
@@ -85,9 +91,10 @@ fn unknown_model(e: Error) -> ApiError {
     }
 }
 
-/// The model's name in the answer, and what it stands for; the base where the request names none.
+/// The model's name in the answer, and what it stands for; the base where the request names none, or the empty one, as in vLLM
+/// and LoRAX.
 async fn target(state: &State, http: &HttpRequest, f: &Fields) -> Result<(String, Target), ApiError> {
-    let name = f.text("model")?.unwrap_or_else(|| state.base_id.clone());
+    let name = f.text("model")?.filter(|name| !name.is_empty()).unwrap_or_else(|| state.base_id.clone());
     let target = state.target(http, f, Some(&name)).await.map_err(unknown_model)?;
     Ok((name, target))
 }
@@ -125,8 +132,25 @@ async fn prompts(
     Ok(requests)
 }
 
+/// The `i`th prompt as it came, where it is a text: its tokens may spell it otherwise, and special ones are left out.
+fn prompt_text(f: &Fields, i: usize) -> Option<String> {
+    let prompt = match f.get("prompt")? {
+        Value::Array(list) => list.get(i)?,
+        one => one,
+    };
+    prompt.as_str().map(str::to_string)
+}
+
 fn include_usage(f: &Fields) -> Result<bool> {
     Ok(f.object("stream_options")?.flag("include_usage")?.unwrap_or(false))
+}
+
+/// vLLM's `stop_reason`: the stop string that ended a choice, or the number of the stop token.
+fn stop_reason(choice: &Choice, stop: &[String]) -> Value {
+    match &choice.matched_stop {
+        Some(token) if !stop.contains(token) => json!(token.parse::<u32>().ok()),
+        other => json!(other),
+    }
 }
 
 /// How far the text of a choice has come.
@@ -136,25 +160,38 @@ struct Place {
     characters: usize,
 }
 
-/// Completions' form of log-probabilities.
-fn logprobs_json(tokenizer: &Tokenizer, entries: &[TokenLogprob], top: usize, place: &mut Place) -> Value {
+/// Completions' form of log-probabilities; of a prompt's `first` token there is none. A token is among the likeliest in its place
+/// also where it is not one of the `top`.
+fn logprobs_json(
+    tokenizer: &Tokenizer,
+    first: Option<u32>,
+    entries: &[TokenLogprob],
+    top: usize,
+    place: &mut Place,
+) -> Value {
     let text = |token| spelling(tokenizer.token_bytes(token));
-    let mut offsets = Vec::with_capacity(entries.len());
-    for entry in entries {
+    let tokens: Vec<u32> = first.into_iter().chain(entries.iter().map(|entry| entry.token)).collect();
+    let mut offsets = Vec::with_capacity(tokens.len());
+    for &token in &tokens {
         offsets.push(place.characters);
-        if !tokenizer.is_special(entry.token) {
+        if !tokenizer.is_special(token) {
             let mut piece = String::new();
-            place.detokenizer.push(tokenizer.token_bytes(entry.token), &mut piece);
+            place.detokenizer.push(tokenizer.token_bytes(token), &mut piece);
             place.characters += piece.chars().count();
         }
     }
-    let tops = entries
-        .iter()
-        .map(|e| e.top.iter().take(top).map(|&(t, l)| (text(t), json!(l))).collect::<Map<String, Value>>());
+    let likeliest = |entry: &TokenLogprob| {
+        let own = (entry.token, entry.logprob);
+        let top = entry.top.iter().take(top).copied().chain([own]);
+        Value::Object(top.map(|(token, logprob)| (text(token), json!(logprob))).collect())
+    };
+    let with_first = |of: &dyn Fn(&TokenLogprob) -> Value| -> Vec<Value> {
+        first.map(|_| Value::Null).into_iter().chain(entries.iter().map(of)).collect()
+    };
     json!({
-        "tokens": entries.iter().map(|e| text(e.token)).collect::<Vec<_>>(),
-        "token_logprobs": entries.iter().map(|e| e.logprob).collect::<Vec<_>>(),
-        "top_logprobs": tops.collect::<Vec<_>>(),
+        "tokens": tokens.iter().map(|&token| text(token)).collect::<Vec<_>>(),
+        "token_logprobs": with_first(&|entry| json!(entry.logprob)),
+        "top_logprobs": with_first(&likeliest),
         "text_offset": offsets,
     })
 }
@@ -177,27 +214,41 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
         return Err(f.wrong("best_of", "is not supported but where it equals n").into());
     }
     let echo = f.flag("echo")?.unwrap_or(false);
-    if echo && task.logprobs.is_some() {
-        return Err(f.wrong("echo", "together with logprobs is not supported").into());
-    }
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
+    if echo && stream && task.logprobs.is_some() {
+        return Err(f.wrong("echo", "together with logprobs is not supported in a stream").into());
+    }
     let (model, target) = target(&state, &http, &f).await?;
     task.grammar = state.grammar(&target, &f).await?;
-    let logprobs = task.logprobs;
+    let (logprobs, stop) = (task.logprobs, task.stop.clone());
     let requests = prompts(&state, &target, &f, |prompt| target.request(prompt, Task::Generate(task.clone()))).await?;
-    state.check_size(requests.len(), &task)?;
     let count = requests.len();
+    // An echo has log-probabilities too.
+    let longest = requests.iter().map(|r| r.prompt.len()).max().filter(|_| echo && logprobs.is_some());
+    let max_tokens = task.max_tokens.saturating_add(longest.unwrap_or(0));
+    state.check_size(count, &Generate { max_tokens, ..task })?;
     let echoed: Vec<String> = match echo {
-        true => requests.iter().map(|r| target.language.tokenizer.decode(&r.prompt, true)).collect(),
+        true => {
+            let decoded = |r: &Request| target.language.tokenizer.decode(&r.prompt, true);
+            requests.iter().enumerate().map(|(i, r)| prompt_text(&f, i).unwrap_or_else(|| decoded(r))).collect()
+        }
         false => vec![String::new(); count],
     };
+    // First by itself: the generation finds in the cache what that computes.
+    let (mut firsts, mut echoed_logprobs) = (vec![None; count], vec![vec![]; count]);
+    if let (true, Some(top)) = (echo, logprobs) {
+        let score = |r: &Request| target.request(r.prompt.clone(), Task::Score { from: 1, top });
+        let scores: Vec<Request> = requests.iter().map(score).collect();
+        firsts = requests.iter().map(|r| r.prompt.first().copied()).collect();
+        echoed_logprobs = run::scores(Window::new(&state.engine, &target, scores)?, count).await?;
+    }
     let window = Window::new(&state.engine, &target, requests)?;
     let (id, created) = (new_id("cmpl"), now());
     let tokenizer = target.language.tokenizer.clone();
     let choice_json = move |index: usize, text: String, c: &Choice, place: &mut Place| {
-        let logprobs = logprobs.map(|top| logprobs_json(&tokenizer, &c.logprobs, top, place));
+        let logprobs = logprobs.map(|top| logprobs_json(&tokenizer, firsts[index / n], &c.logprobs, top, place));
         json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": run::finish_text(c.finish),
-            "stop_reason": c.matched_stop })
+            "stop_reason": stop_reason(c, &stop) })
     };
     if stream {
         let whole = move |choices: Value| json!({ "id": id, "object": "text_completion", "created": created, "model": model, "choices": choices });
@@ -242,7 +293,8 @@ pub async fn completions(state: Shared, http: HttpRequest, payload: web::Payload
         run::add(&mut usage, &all.usage);
         for c in &all.choices {
             let text = format!("{}{}", echoed[i], c.text);
-            choices.push(choice_json(i * n + c.index, text, c, &mut Place::default()));
+            let whole = Choice { logprobs: [&echoed_logprobs[i][..], &c.logprobs].concat(), ..c.clone() };
+            choices.push(choice_json(i * n + c.index, text, &whole, &mut Place::default()));
         }
     }
     Ok(HttpResponse::Ok().json(json!({ "id": id, "object": "text_completion", "created": created, "model": model,
@@ -265,7 +317,7 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
     }
     task.logprobs = with_logprobs.then(|| top.unwrap_or(0));
     task.grammar = state.grammar(&target, &f).await?;
-    let n = task.n;
+    let (n, stop) = (task.n, task.stop.clone());
     let (stream, with_usage) = (f.flag("stream")?.unwrap_or(false), include_usage(&f)?);
     state.check_size(1, &task)?;
     let window = Window::new(&state.engine, &target, [target.request(prompt, Task::Generate(task))])?;
@@ -289,9 +341,8 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
             Event::Progress(c) => {
                 let delta = if c.text.is_empty() { json!({}) } else { json!({ "content": c.text }) };
                 let (logprobs, finish) = (logprobs_of(&c), run::finish_text(c.finish));
-                run::sse(&whole(
-                    json!([{ "index": c.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish }]),
-                ))
+                run::sse(&whole(json!([{ "index": c.index, "delta": delta, "logprobs": logprobs,
+                    "finish_reason": finish, "stop_reason": stop_reason(&c, &stop) }])))
             }
             Event::Done(usage) if with_usage => {
                 let mut chunk = whole(json!([]));
@@ -308,7 +359,8 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
         .iter()
         .map(|c| {
             json!({ "index": c.index, "message": { "role": "assistant", "content": c.text, "refusal": null },
-                "logprobs": logprobs_of(c), "finish_reason": run::finish_text(c.finish) })
+                "logprobs": logprobs_of(c), "finish_reason": run::finish_text(c.finish),
+                "stop_reason": stop_reason(c, &stop) })
         })
         .collect();
     Ok(HttpResponse::Ok().json(json!({ "id": id, "object": "chat.completion", "created": created, "model": model,
@@ -318,6 +370,16 @@ pub async fn chat(state: Shared, http: HttpRequest, payload: web::Payload) -> Re
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stop_token_is_told_by_its_number() {
+        let reason = |matched: Option<&str>| {
+            let choice = Choice { matched_stop: matched.map(str::to_string), ..Choice::default() };
+            stop_reason(&choice, &["5".into(), "x".into()])
+        };
+        assert_eq!((reason(None), reason(Some("x")), reason(Some("7"))), (Value::Null, json!("x"), json!(7)));
+        assert_eq!(reason(Some("5")), json!("5"));
+    }
 
     #[test]
     fn halves_of_characters_keep_apart() {

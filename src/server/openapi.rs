@@ -22,11 +22,14 @@ pub fn document() -> Value {
         (json!({ "type": "number" }), json!({ "type": "integer" }), json!({ "type": "boolean" }));
     let one_or_more = json!({ "oneOf": [text(), { "type": "array", "items": text() }] });
     let messages = json!({ "type": "array", "items": object(&[("role", text()), ("content", json!({}))], &["role"]) });
+    let variables =
+        ("chat_template_kwargs", json!({ "type": "object", "description": "Variables of the chat template" }));
     let sampling = [
         ("max_tokens", whole.clone()),
         ("temperature", number.clone()),
         ("top_p", number.clone()),
         ("top_k", whole.clone()),
+        ("typical_p", number.clone()),
         ("min_p", number.clone()),
         ("repetition_penalty", number.clone()),
         ("frequency_penalty", number.clone()),
@@ -41,7 +44,7 @@ pub fn document() -> Value {
     ];
     let any_schema = json!({ "type": ["object", "boolean", "string"], "description": "A JSON schema, or its text" });
     let texts = json!({ "type": "array", "items": text() });
-    let format_types = ["text", "json_object", "json_schema", "regex", "choice", "grammar"];
+    let format_types = ["text", "json_object", "json_schema", "regex", "choice", "grammar", "json"];
     let named = object(&[("name", text()), ("schema", any_schema.clone()), ("strict", flag.clone())], &["schema"]);
     let constraints = [
         (
@@ -54,6 +57,7 @@ pub fn document() -> Value {
                     ("regex", text()),
                     ("choice", texts.clone()),
                     ("grammar", text()),
+                    ("value", json!({ "description": "TGI's: the schema or the regular expression" })),
                 ],
                 &["type"],
             ),
@@ -78,7 +82,7 @@ pub fn document() -> Value {
         (
             "grammar",
             object(
-                &[("type", json!({ "enum": ["json", "json_schema", "regex"] })), ("value", json!({}))],
+                &[("type", json!({ "enum": ["json", "json_object", "json_schema", "regex"] })), ("value", json!({}))],
                 &["type", "value"],
             ),
         ),
@@ -103,7 +107,13 @@ pub fn document() -> Value {
     let generate = object(
         &with(
             &with(&with(&sampling, &blend), &constraints),
-            &[adapter.clone(), ("prompt", text()), ("messages", messages.clone()), ("logprobs", whole.clone())],
+            &[
+                adapter.clone(),
+                ("prompt", text()),
+                ("messages", messages.clone()),
+                variables.clone(),
+                ("logprobs", whole.clone()),
+            ],
         ),
         &[],
     );
@@ -134,6 +144,7 @@ pub fn document() -> Value {
                 ("logprobs", flag.clone()),
                 ("top_logprobs", whole.clone()),
                 ("max_completion_tokens", whole.clone()),
+                variables.clone(),
                 ("add_generation_prompt", flag.clone()),
             ],
         ),
@@ -148,6 +159,7 @@ pub fn document() -> Value {
                 ("do_sample", flag.clone()),
                 ("temperature", number.clone()),
                 ("top_p", number.clone()),
+                ("typical_p", number.clone()),
                 ("top_k", whole.clone()),
                 ("repetition_penalty", number.clone()),
                 ("frequency_penalty", number.clone()),
@@ -185,6 +197,7 @@ pub fn document() -> Value {
             ("model", text()),
             ("prompt", text()),
             ("messages", messages),
+            variables,
             ("add_special_tokens", flag.clone()),
             ("add_generation_prompt", flag.clone()),
             ("return_token_strs", flag),

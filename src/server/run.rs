@@ -81,10 +81,10 @@ impl State {
     }
 
     /// What the request runs on: the blend that its `adapters` or `merged_adapters` name, else the adapter called `name`, or
-    /// the base for none, `base` or the base's own id. Adapters are pinned.
+    /// the base for none or one of its names. Adapters are pinned.
     pub async fn target(&self, http: &HttpRequest, f: &Fields, name: Option<&str>) -> Result<Target> {
         let caller = Caller::of(http)?;
-        let name = name.filter(|n| *n != "base" && *n != self.base_id);
+        let name = name.filter(|name| !self.is_base(name));
         let count = |name| http.extensions().get::<Counted>().map(|counted| counted.set(name));
         let (called, name, (packed, place)): (String, String, _) = match (blend::read(f)?, name) {
             (None, None) => {
@@ -176,6 +176,7 @@ impl Shared {
         if messages.is_empty() {
             return Err(f.wrong("messages", "is empty; expected one message or more"));
         }
+        let variables = f.object("chat_template_kwargs")?.into_map();
         for (i, message) in messages.iter().enumerate() {
             if let Some(role) = message["role"].as_str().filter(|role| !ROLES.contains(role)) {
                 let what = format!("messages[{i}].role is {role:?}; expected one of {}", ROLES.join(", "));
@@ -189,7 +190,8 @@ impl Shared {
             };
             Error::bad_request(what).param("messages")
         })?;
-        let text = beside(f.bytes > LONG_TEXT, move || chat.render(&messages, add_generation_prompt)).await?;
+        let render = move || chat.render_with(&messages, add_generation_prompt, variables);
+        let text = beside(f.bytes > LONG_TEXT, render).await?;
         self.encode(target, text, plain).await
     }
 }
@@ -234,6 +236,7 @@ pub fn sampling(f: &Fields, temperature: f32) -> Result<Sampling> {
         temperature: f.real("temperature")?.unwrap_or(temperature),
         top_k,
         top_p: f.real("top_p")?.unwrap_or(default.top_p),
+        typical_p: f.real("typical_p")?.unwrap_or(default.typical_p),
         min_p: f.real("min_p")?.unwrap_or(default.min_p),
         repetition_penalty: f.real("repetition_penalty")?.unwrap_or(default.repetition_penalty),
         frequency_penalty: f.real("frequency_penalty")?.unwrap_or(default.frequency_penalty),
@@ -371,19 +374,41 @@ pub async fn collect(mut window: Window, count: usize, n: usize) -> Result<Vec<G
     Ok(all)
 }
 
-/// Waits for the numbers that answer `count` classifications or scores.
-pub async fn numbers(mut window: Window, count: usize) -> Result<Vec<(Vec<f32>, Usage)>> {
-    let mut all = vec![(vec![], Usage::default()); count];
+/// Waits for the answers to `count` requests that have one each. `read` gives nothing for what is no such answer.
+async fn answers<T: Clone + Default>(
+    mut window: Window,
+    count: usize,
+    read: impl Fn(Event) -> Option<T>,
+) -> Result<Vec<T>> {
+    let mut all = vec![T::default(); count];
     for _ in 0..count {
-        let (i, answer) = match window.next().await.ok_or_else(ended)? {
-            (i, Event::Classified { logits, usage }) => (i, (logits, usage)),
-            (i, Event::Scored { logprobs, usage }) => (i, (logprobs, usage)),
-            (_, Event::Failed(e)) => return Err(e),
-            (_, other) => return Err(Error::internal(format!("numbers were asked for, the answer is {other:?}"))),
+        let (i, event) = window.next().await.ok_or_else(ended)?;
+        let answer = match event {
+            Event::Failed(e) => return Err(e),
+            event => read(event),
         };
-        all[i] = answer;
+        all[i] = answer.ok_or_else(|| Error::internal("a request was answered with an event of another one's kind"))?;
     }
     Ok(all)
+}
+
+/// Waits for the numbers that answer `count` classifications or scores.
+pub async fn numbers(window: Window, count: usize) -> Result<Vec<(Vec<f32>, Usage)>> {
+    let read = |event| match event {
+        Event::Classified { logits, usage } => Some((logits, usage)),
+        Event::Scored { logprobs, usage } => Some((logprobs.iter().map(|entry| entry.logprob).collect(), usage)),
+        _ => None,
+    };
+    answers(window, count, read).await
+}
+
+/// Waits for the log-probabilities that answer `count` scores.
+pub async fn scores(window: Window, count: usize) -> Result<Vec<Vec<TokenLogprob>>> {
+    let read = |event| match event {
+        Event::Scored { logprobs, .. } => Some(logprobs),
+        _ => None,
+    };
+    answers(window, count, read).await
 }
 
 /// One server-sent event.

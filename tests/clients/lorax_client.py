@@ -18,6 +18,9 @@ adapted = client.generate(prompt, adapter_id=ADAPTER, max_new_tokens=12)
 assert adapted.generated_text != base.generated_text, "the adapter changes nothing"
 for name in ["", "__base_model__"]:
     assert client.generate(prompt, adapter_id=name, max_new_tokens=12).generated_text == base.generated_text, name
+# Nor is anything sampled at temperature 0, whatever else is asked for.
+cold = client.generate(prompt, do_sample=True, temperature=0, top_k=5, seed=3, max_new_tokens=12)
+assert cold.generated_text == base.generated_text, cold
 # What has no effect does not turn sampling on.
 assert client.generate(prompt, temperature=1.0, max_new_tokens=12).generated_text == base.generated_text
 

@@ -66,6 +66,8 @@ assert "".join(parts) == emoji.text, parts
 base = client.completions.create(model="base", prompt=prompt, max_tokens=12, temperature=0)
 assert base.choices[0].text == client.completions.create(
     model=BASE, prompt=prompt, max_tokens=12, temperature=0).choices[0].text
+nameless = client.completions.create(model="", prompt=prompt, max_tokens=12, temperature=0)
+assert (nameless.model, nameless.choices[0].text) == (BASE, base.choices[0].text), nameless
 assert base.choices[0].text != choice.text, "the adapter changes nothing"
 
 several = client.completions.create(model=ADAPTER, prompt=[prompt, "Once upon a time"], n=2, max_tokens=8, seed=7)
@@ -83,6 +85,25 @@ assert [streams[i] for i in range(4)] == [c.text for c in several.choices], stre
 
 echo = client.completions.create(model=ADAPTER, prompt=prompt, max_tokens=2, temperature=0, echo=True)
 assert echo.choices[0].text.startswith(prompt)
+turn = "<|im_start|>user\nHi<|im_end|>\n"
+turns = client.completions.create(model=ADAPTER, prompt=[prompt, turn], max_tokens=2, temperature=0, echo=True)
+assert [c.text.startswith(p) for c, p in zip(turns.choices, [prompt, turn])] == [True, True], turns
+# As evaluation harnesses read it: the log-probability of what follows, and whether the model would have said it.
+said = client.completions.create(model=ADAPTER, prompt=prompt, max_tokens=12, temperature=0, logprobs=3).choices[0]
+ask = [prompt + said.text, prompt + " zebra"]
+echoes = client.completions.create(model=ADAPTER, prompt=ask, max_tokens=1, temperature=0, echo=True, logprobs=1)
+for c, text in zip(echoes.choices, ask):
+    found = c.logprobs
+    assert c.text.startswith(text) and "".join(found.tokens[:-1]) == text, c
+    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None, found
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset)
+    assert [c.text[o:o + len(t)] for o, t in zip(found.text_offset, found.tokens)] == found.tokens, found
+    assert all(top[t] == l for t, l, top in zip(found.tokens[1:], found.token_logprobs[1:], found.top_logprobs[1:]))
+continued = [c.logprobs.token_logprobs[-len(said.logprobs.tokens) - 1:-1] for c in echoes.choices]
+assert all(abs(a - b) < 1e-3 for a, b in zip(continued[0], said.logprobs.token_logprobs)), (continued, said)
+likeliest = [[l == max(top.values()) for l, top in zip(c.logprobs.token_logprobs[1:-1], c.logprobs.top_logprobs[1:-1])]
+             for c in echoes.choices]
+assert all(likeliest[0][-len(said.logprobs.tokens):]) and not all(likeliest[1]), likeliest
 as_ids = client.completions.create(model=ADAPTER, prompt=[504, 3575, 282, 4649, 314], max_tokens=12, temperature=0)
 as_text = client.completions.create(model=ADAPTER, prompt="The capital of France is", max_tokens=12, temperature=0)
 assert as_ids.choices[0].text == as_text.choices[0].text
@@ -91,6 +112,11 @@ stop = choice.text[3:6]
 stopped = client.completions.create(model=ADAPTER, prompt=prompt, max_tokens=12, temperature=0, stop=stop)
 assert stopped.choices[0].text == choice.text[: choice.text.index(stop)] and stopped.choices[0].finish_reason == "stop"
 
+assert stopped.choices[0].stop_reason == stop, stopped
+end = client.completions.create(
+    model="base", prompt="x", logit_bias={"504": 100}, max_tokens=4, temperature=0, extra_body={"stop_token_ids": [504]})
+assert end.choices[0].stop_reason == 504 and end.choices[0].text == "", end
+
 messages = [{"role": "user", "content": "Write one sentence about autumn."}]
 chat = client.chat.completions.create(
     model="base", messages=messages, max_tokens=16, temperature=0, logprobs=True, top_logprobs=2)
@@ -98,6 +124,7 @@ message = chat.choices[0].message
 assert message.role == "assistant" and message.content, chat
 for entry in chat.choices[0].logprobs.content:
     assert bytes(entry.bytes).decode("utf8", "replace") == entry.token and len(entry.top_logprobs) == 2
+assert chat.choices[0].stop_reason is None, chat
 deltas, role = [], None
 for chunk in client.chat.completions.create(
     model="base", messages=messages, max_completion_tokens=16, temperature=0, stream=True

@@ -24,6 +24,9 @@ neutral = client.generate(prompt, max_new_tokens=12, temperature=1.0)
 assert neutral.generated_text == whole.generated_text and neutral.details.seed is None
 seeded = client.generate(prompt, max_new_tokens=8, do_sample=True, temperature=0.9, seed=5)
 assert seeded.details.seed == 5, seeded.details
+# As LangChain's HuggingFaceEndpoint asks unless it is told otherwise.
+typical = [client.generate(prompt, max_new_tokens=8, top_p=0.95, typical_p=0.95, temperature=0.8, seed=5) for _ in range(2)]
+assert typical[0].generated_text == typical[1].generated_text, typical
 year = Grammar(type=GrammarType.Regex, value="(18|19)[0-9]{2}")
 written = client.generate(prompt, max_new_tokens=20, grammar=year).generated_text
 assert len(written) == 4 and written[:2] in ["18", "19"] and written.isdigit(), written

@@ -353,6 +353,7 @@ async fn requests_that_make_no_sense() {
         ("top_p", json!(1.5)),
         ("top_p", json!(-1)),
         ("top_k", json!(-7)),
+        ("typical_p", json!(-0.1)),
         ("min_p", json!(2)),
         ("repetition_penalty", json!(0)),
         ("n", json!(0)),
@@ -399,8 +400,8 @@ async fn requests_that_make_no_sense() {
         ("/v1/chat/completions", json!({ "messages": chat("user"), "chat_template": "x" }), ["chat_template", "not"]),
         (
             "/v1/chat/completions",
-            json!({ "messages": chat("user"), "chat_template_kwargs": { "a": 1 } }),
-            ["kwargs", "not"],
+            json!({ "messages": chat("user"), "chat_template_kwargs": "a" }),
+            ["chat_template_kwargs", "an object"],
         ),
         (
             "/v1/chat/completions",

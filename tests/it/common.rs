@@ -182,8 +182,10 @@ pub async fn answers(engine: &Engine, requests: Vec<(Vec<u32>, Option<Arc<Packed
                     choice.logprobs.extend(c.logprobs);
                     choice.finish = c.finish;
                 }
-                Event::Classified { logits, usage } | Event::Scored { logprobs: logits, usage } => {
-                    (answer.logits, answer.cached) = (logits, usage.cached_tokens);
+                Event::Classified { logits, usage } => (answer.logits, answer.cached) = (logits, usage.cached_tokens),
+                Event::Scored { logprobs, usage } => {
+                    answer.logits = logprobs.iter().map(|entry| entry.logprob).collect();
+                    answer.cached = usage.cached_tokens;
                 }
                 Event::Done(usage) => answer.cached = usage.cached_tokens,
                 Event::Failed(e) => panic!("{e}"),

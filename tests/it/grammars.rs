@@ -83,6 +83,7 @@ fn ways() -> Vec<(Value, Check)> {
         (json!({ "structured_outputs": { "grammar": PAIR } }), is_pair),
         (json!({ "grammar": { "type": "json", "value": schema() } }), is_person),
         (json!({ "grammar": { "type": "regex", "value": year } }), is_year),
+        (json!({ "response_format": { "type": "json_object", "value": schema() } }), is_person),
     ]
 }
 

@@ -189,6 +189,35 @@ async fn an_end_token_is_told() {
     assert_eq!((&event["token"], &event["index"], &event["details"]["seed"]), (token, &json!(1), &json!(7)));
 }
 
+/// In LoRAX's dialect an answer that has no limit goes on to an end token, or to the end of the context.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_without_a_limit_ends_with_the_context() {
+    let server = Server::start(&tiny(), &[]).await;
+    let body = json!({ "inputs": "t5 t6", "parameters": { "ignore_eos_token": true, "details": true } });
+    let (status, answer) = server.post("/generate", body).await;
+    assert_eq!((status, &answer["details"]["finish_reason"]), (200, &json!("length")), "{answer}");
+    assert!(answer["details"]["generated_tokens"].as_u64().unwrap() > 250, "{answer}");
+}
+
+/// Clients of other servers have the base's name there in their code.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_base_may_have_other_names() {
+    let server = Server::start(&tiny(), &["--served-model-name", "tgi,org/small", "--served-model-name", "gpt"]).await;
+    for name in ["tgi", "org/small", "gpt", "base"] {
+        let body = json!({ "model": name, "prompt": "t5", "max_tokens": 1 });
+        let (status, answer) = server.post("/v1/completions", body).await;
+        assert_eq!((status, &answer["model"]), (200, &json!(name)), "{answer}");
+        let (status, model) = server.get(&format!("/v1/models/{name}")).await.unwrap();
+        assert_eq!((status, &model["parent"]), (200, &Value::Null), "{model}");
+    }
+    let (_, models) = server.get("/v1/models").await.unwrap();
+    let ids: Vec<&str> = models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
+    assert_eq!(ids[1..], ["tgi", "org/small", "gpt"], "{models}");
+    assert!(models["data"].as_array().unwrap().iter().all(|m| m["root"] == ids[0]), "{models}");
+    let body = json!({ "model": "llama", "prompt": "t5" });
+    assert_eq!(server.post("/v1/completions", body).await.0, 404);
+}
+
 /// Clients that hang up while they wait are counted too.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_hangs_up_is_counted() {
