@@ -489,6 +489,8 @@ mod tests {
         assert_eq!(found, [CONFIG, names[0], names[1], index]);
         let gguf = unpacked(&zip(&[("lora/mine-f16.gguf", b"g"), ("lora/README.md", b"x")]), 100).unwrap();
         assert_eq!(gguf, [(GGUF.to_string(), b"g".to_vec())]);
+        let beside = [file("./._a.gguf", b"x"), file("./a.gguf", b"g")];
+        assert_eq!(unpacked(&tar(&beside), 100).unwrap(), gguf);
         // Beside a configuration they are exports.
         let files = [file("a.gguf", b"a"), file(CONFIG, b"{}"), file("b.gguf", b"b"), file(WEIGHTS, b"w")];
         assert_eq!(unpacked(&tar(&files), 100).unwrap().len(), 2);

@@ -267,6 +267,14 @@ impl<T> Flight<T> {
         true
     }
 
+    /// Whether waiting could make room for so many bytes: not where what is pinned leaves less.
+    pub fn may_fit(&self, bytes: usize) -> bool {
+        let state = self.cache.state();
+        let pinned = state.ready.iter().filter(|(generation, _)| state.pinned.contains(*generation));
+        let pinned: usize = pinned.map(|(_, ready)| ready.bytes).sum();
+        pinned == 0 || pinned.saturating_add(bytes) <= self.cache.limit
+    }
+
     /// Ends the load: keeps the value under `generation` (which may differ from the one asked for, if the files
     /// changed) if `keep` says so. `keep` is asked under the lock. The waiters hear of it by [`Settled::announce`].
     pub fn settle(
@@ -410,7 +418,9 @@ mod tests {
         assert!(!cache.offer(&generation(4), Arc::new(4), 11));
         let Lookup::Load(mut flight, _) = look_up(&cache, 5) else { panic!("nobody loads it") };
         assert!(!flight.reserve(11));
+        assert!(flight.may_fit(10) && !flight.may_fit(11));
         cache.pin(HashSet::new());
+        assert!(flight.may_fit(11));
         assert!(flight.reserve(11));
         assert_eq!(cache.totals(), (0, 0));
     }

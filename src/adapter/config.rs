@@ -3,6 +3,7 @@
 //! Follows `LoraConfig` of peft 0.21, whose defaults also cover older files with fewer fields. A field that would
 //! change the result in a way that is not computed here is refused by its name, never ignored.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::time::{Duration, Instant};
 
@@ -58,8 +59,8 @@ const IGNORED: [&str; 17] = [
     "merge_weights",
 ];
 
-/// Fields that change the result, and what they stand for. Off is only null or false: to PEFT an empty object is a
-/// feature with its defaults.
+/// Fields that change the result, and what they stand for. Off is only null or false, for a list of [`LISTS`] also an
+/// empty one: to PEFT an empty object is a feature with its defaults.
 const UNSUPPORTED: [(&str, &str); 10] = [
     ("layer_replication", "a stack of replicated layers"),
     ("alora_invocation_tokens", "activated LoRA"),
@@ -72,6 +73,9 @@ const UNSUPPORTED: [(&str, &str); 10] = [
     ("monteclora_config", "Monteclora"),
     ("megatron_config", "Megatron's parallel layers"),
 ];
+
+/// Of these PEFT asks whether something is in them. axolotl always writes the second.
+const LISTS: [&str; 2] = ["layer_replication", "target_parameters"];
 
 /// Initialisations that leave the base as it is. The others move a part of the base's weights into A and B, so that
 /// the saved A and B only fit the changed base; PEFT writes `true` here when it has converted such an adapter.
@@ -430,6 +434,11 @@ impl LoraConfig {
                 *chosen &= !excluded;
             }
         }
+        // PEFT adds no pair to a module that is saved whole, nor in one.
+        let saved: HashSet<&str> = self.modules_to_save.iter().map(String::as_str).collect();
+        for (chosen, name) in chosen.iter_mut().zip(names) {
+            *chosen &= !paths_in(name).any(|path| saved.contains(path));
+        }
         Ok(chosen)
     }
 
@@ -453,6 +462,15 @@ impl LoraConfig {
         }
         Ok(found)
     }
+}
+
+/// All that a name has between two dots, or a dot and an end: of `a.b.c` also `a`, `b`, `c`, `a.b` and `b.c`.
+fn paths_in(name: &str) -> impl Iterator<Item = &str> {
+    let starts = std::iter::once(0).chain(name.match_indices('.').map(|(at, _)| at + 1));
+    starts.flat_map(move |start| {
+        let ends = name[start..].match_indices('.').map(move |(at, _)| start + at).chain([name.len()]);
+        ends.map(move |end| &name[start..end])
+    })
 }
 
 /// The names by which PEFT knows the tables that a model may tie (`EMBEDDING_LAYER_NAMES`).
@@ -629,7 +647,8 @@ impl Fields {
 
     fn refuse_unsupported(&mut self) -> Result<()> {
         for (name, meaning) in UNSUPPORTED {
-            if let Some(value) = self.take(name).filter(|value| *value != Value::Bool(false)) {
+            let off = |value: &Value| LISTS.contains(&name) && *value == Value::Array(vec![]);
+            if let Some(value) = self.take(name).filter(|value| *value != Value::Bool(false) && !off(value)) {
                 return Err(bad(format!("{name} is {}: {meaning} is not supported", describe(&value))));
             }
         }
@@ -794,6 +813,11 @@ mod tests {
         assert_eq!(tied(json!(["model.embed_tokens"])), [embedding, head]);
         assert_eq!(tied(json!("(.*\\.)?embed_tokens")), [embedding, head]);
         assert_eq!(tied(json!(["q_proj"])).len(), 2);
+        // What is saved as a whole has no pair.
+        let saved = json!({"target_modules": ["q_proj", "embed_tokens", "lm_head"], "modules_to_save": ["lm_head"]});
+        assert_eq!(targets(saved).unwrap(), ["0.self_attn.q_proj", "1.self_attn.q_proj", embedding]);
+        let saved = json!({"target_modules": "all-linear", "modules_to_save": ["mlp"]});
+        assert_eq!(targets(saved).unwrap().len(), 8);
         for (config, word) in [
             (json!({"use_dora": true, "lora_bias": true}), "lora_bias"),
             (json!({"target_modules": ["embed_tokens"], "lora_bias": true}), "model.embed_tokens"),
@@ -871,7 +895,7 @@ mod tests {
             ("arrow_config", json!({})),
             ("use_bdlora", json!({})),
             ("kasa_config", json!({})),
-            ("layer_replication", json!([])),
+            ("alora_invocation_tokens", json!([])),
             ("some_new_config", json!({})),
             ("init_lora_weights", json!("pissa_niter_16")),
             ("init_lora_weights", json!("OLoRA")),
@@ -899,6 +923,7 @@ mod tests {
             "megatron_core": "megatron.core", "ensure_weight_tying": true, "runtime_config": {"x": 1},
             "modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS", "label2id": {"bad": 0},
             "id2label": {"0": "bad", "1": "good"}, "rank_pattern": null, "alpha_pattern": {},
+            "layer_replication": [], "target_parameters": [],
         }))
         .unwrap();
         let q = ["0.self_attn.q_proj", "1.self_attn.q_proj"];

@@ -31,7 +31,8 @@ pub(super) const FILES: [&str; 8] =
 pub fn kept_name(name: &str) -> Option<&str> {
     match FILES.contains(&name) || is_shard(name) {
         true => Some(name),
-        false => name.ends_with(".gguf").then_some(GGUF),
+        // What macOS puts beside a file, under its name with `._` in front, is none.
+        false => (name.ends_with(".gguf") && !name.starts_with("._")).then_some(GGUF),
     }
 }
 

@@ -11,7 +11,7 @@ mod sources;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rayon::prelude::*;
@@ -236,13 +236,14 @@ impl Registry {
     /// fit is logged, and left out if it comes from a folder. The weights themselves are checked when they are loaded.
     pub fn open(mut options: RegistryOptions, metrics: Arc<Metrics>) -> Result<Arc<Self>> {
         let (store, unreadable) = Store::open(&options.store)?;
-        if store.records().contains_key(&options.base) || unreadable.contains_key(&options.base) {
+        // A tenant would get the base by it too.
+        let is_base = |name: &&String| name.split(OWNER).next() == Some(&options.base);
+        if let Some(name) = store.records().keys().chain(unreadable.keys()).find(is_base) {
             return Err(Error::conflict(format!(
-                "the store holds an adapter named {0:?}, which is the base's id too, so that requests for the adapter \
-                 would be answered by the base; give the base's directory or file another name, or delete {1}, which \
-                 removes the adapter",
-                options.base,
-                options.store.join("names").join(&options.base).display()
+                "the store holds an adapter named {name:?}, which is the base's id too, so that requests for the \
+                 adapter would be answered by the base; give the base's directory or file another name, or delete {}, \
+                 which removes the adapter",
+                options.store.join("names").join(name).display()
             )));
         }
         let mut names = scan_directories(&options)?;
@@ -293,7 +294,7 @@ impl Registry {
 
     /// In the order of names, without adapters that cannot be used.
     pub fn list(&self) -> Vec<AdapterInfo> {
-        let slots = self.inner.names.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let slots = self.inner.names().clone();
         slots.iter().filter_map(|(name, slot)| self.inner.tell(name, slot)?.ok()).collect()
     }
 
@@ -464,7 +465,7 @@ impl Registry {
     pub fn update_metrics(&self) {
         let (mut adapters, mut bytes, mut remote) = (HashSet::new(), 0, (0, 0));
         {
-            let names = self.inner.names.read().unwrap_or_else(PoisonError::into_inner);
+            let names = self.inner.names();
             for slot in names.values() {
                 match (slot.current(), &slot.offer) {
                     (Some(Ok(entry)), _) if adapters.insert(entry.generation.clone()) => bytes += entry.summary.bytes,
@@ -484,6 +485,19 @@ impl Registry {
 }
 
 impl Inner {
+    fn names(&self) -> RwLockReadGuard<'_, Names> {
+        self.names.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn names_mut(&self) -> RwLockWriteGuard<'_, Names> {
+        self.names.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A change of names, until it is dropped.
+    fn change(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until there is memory to read and pack weights of this many bytes. Larger ones than there ever is run alone.
     async fn room(&self, weights: u64) -> Option<OwnedSemaphorePermit> {
         let needed = (weights >> 10).saturating_mul(LOAD_FACTOR).clamp(LOAD_MEMORY / PARALLEL_LOADS, LOAD_MEMORY);
@@ -493,7 +507,7 @@ impl Inner {
 
     /// What the name stands for, if its files are here.
     fn entry(&self, name: &str) -> Option<Result<Arc<Entry>>> {
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let names = self.names();
         Some(names.get(name)?.current()?.cloned())
     }
 
@@ -538,7 +552,7 @@ impl Inner {
     }
 
     fn count_use<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
-        let slots = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.names();
         for slot in names.into_iter().filter_map(|name| slots.get(name)) {
             slot.usage.requests.fetch_add(1, Ordering::Relaxed);
             // Not the greatest so far: a clock that was set back counts on from there.
@@ -549,7 +563,7 @@ impl Inner {
 
     /// What pinned names stand for.
     fn pinned(&self) -> HashSet<Generation> {
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let names = self.names();
         let pinned = names.values().filter(|slot| slot.pinned);
         pinned.filter_map(|slot| Some(slot.current()?.ok()?.generation.clone())).collect()
     }
@@ -559,13 +573,22 @@ impl Inner {
         self.cache.pin(self.pinned());
     }
 
+    /// Bytes that pinned adapters take beside `generation`, which `name` is to stand for, and those that all may take.
+    fn pinned_beside(&self, name: &str, generation: &Generation) -> (usize, usize) {
+        let others: HashSet<Generation> = {
+            let names = self.names();
+            let pinned = names.iter().filter(|(other, slot)| slot.pinned && *other != name);
+            pinned.filter_map(|(_, slot)| Some(slot.current()?.ok()?.generation.clone())).collect()
+        };
+        let others = others.iter().filter(|other| *other != generation);
+        let others = others.filter_map(|generation| Some(self.cache.presence(generation)?.bytes)).sum();
+        (others, self.cache.limit() / PINNED_SHARE)
+    }
+
     /// Whether there is room to pin `adapter`, which `name` stands for.
     fn check_pin(&self, name: &str, adapter: &PackedAdapter) -> Result<()> {
-        let mut pinned = self.pinned();
-        pinned.remove(&adapter.generation);
-        let others: usize = pinned.iter().filter_map(|generation| Some(self.cache.presence(generation)?.bytes)).sum();
-        let (bytes, most) = (others.saturating_add(adapter.bytes), self.cache.limit() / PINNED_SHARE);
-        match bytes <= most {
+        let (others, most) = self.pinned_beside(name, &adapter.generation);
+        match others.saturating_add(adapter.bytes) <= most {
             true => Ok(()),
             false => Err(Error::conflict(format!(
                 "adapter {name:?} takes {} bytes and others that are pinned {others}; of the {} bytes that adapters may \
@@ -578,10 +601,10 @@ impl Inner {
 
     /// Pins `name`, which stands for `adapter`, or unpins it where there is none.
     fn set_pinned(&self, name: &str, adapter: Option<&PackedAdapter>) -> Result<()> {
-        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let _change = self.change();
         adapter.map_or(Ok(()), |adapter| self.check_pin(name, adapter))?;
         {
-            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+            let mut names = self.names_mut();
             names.get_mut(name).ok_or_else(|| not_found(name))?.pinned = adapter.is_some();
         }
         self.update_pins();
@@ -590,7 +613,7 @@ impl Inner {
 
     /// Whether some name stands for the generation.
     fn is_named(&self, generation: &Generation) -> bool {
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let names = self.names();
         names.values().filter_map(Slot::current).any(|entry| entry.is_ok_and(|e| e.generation == *generation))
     }
 
@@ -599,7 +622,8 @@ impl Inner {
     async fn top_tier_room(&self, flight: &mut Flight<PackedAdapter>, bytes: u64) {
         let _turn = self.turn.lock().await;
         let start = Instant::now();
-        while !flight.reserve(bytes as usize) && start.elapsed() < WAIT_FOR_ROOM {
+        let bytes = bytes as usize;
+        while !flight.reserve(bytes) && flight.may_fit(bytes) && start.elapsed() < WAIT_FOR_ROOM {
             tokio::time::sleep(LOOK_FOR_ROOM).await;
         }
     }
@@ -763,9 +787,9 @@ impl Inner {
         }
         tracing::info!("the files in {} have changed from generation {expected} to {found}", entry.path.display());
         let fresh = directory_entry(entry.path.clone(), found.clone(), summary);
-        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let _change = self.change();
         {
-            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+            let mut names = self.names_mut();
             let same = |slot: &&mut Slot| slot.directory.as_ref().is_some_and(|e| e.path == entry.path);
             names.values_mut().filter(same).for_each(|slot| slot.directory = Some(fresh.clone()));
         }
@@ -805,7 +829,7 @@ impl Inner {
         if packed.is_placed() {
             self.cache.offer(&generation, packed, bytes);
         }
-        let published = self.swap_in(name, entry, &lease, when);
+        let published = self.swap_in(name, entry, bytes, &lease, when);
         self.forget_unnamed(&generation);
         published.map(|(entry, published)| (self.info(name, &self.slot(name), &entry), published))
     }
@@ -823,15 +847,17 @@ impl Inner {
         Ok(())
     }
 
-    /// The instant of publishing: checks the condition, makes the change durable, then visible.
+    /// The instant of publishing: checks the condition, makes the change durable, then visible. `bytes` are
+    /// those that it takes in memory.
     fn swap_in(
         &self,
         name: &str,
         entry: Arc<Entry>,
+        bytes: usize,
         lease: &Lease,
         when: &Condition,
     ) -> Result<(Arc<Entry>, Published)> {
-        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let _change = self.change();
         let slot = self.slot(name);
         check(name, &slot, when)?;
         let published = match slot.current() {
@@ -842,11 +868,19 @@ impl Inner {
             }
             _ => Published::Replaced,
         };
+        let (others, most) = self.pinned_beside(name, &entry.generation);
+        if slot.pinned && others.saturating_add(bytes) > most {
+            // How much others have pinned is not a tenant's to know.
+            return Err(Error::conflict(format!(
+                "adapter {name:?} is pinned, and what is to replace it takes {bytes} bytes, more than can be pinned; \
+                 unpin it first"
+            )));
+        }
         // The old files stay until no reader can find the entry that leads to them.
         let _old = self.lease_stored(&slot);
         self.store.set_name(name, lease, entry.created)?;
         {
-            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+            let mut names = self.names_mut();
             names.entry(name.to_string()).or_default().stored = Some(Ok(entry.clone()));
         }
         self.update_pins();
@@ -858,7 +892,7 @@ impl Inner {
 
     fn remove(&self, name: &str, when: &Condition) -> Result<AdapterInfo> {
         let removed = {
-            let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+            let _change = self.change();
             let slot = self.slot(name);
             if slot.is_empty() {
                 return Err(not_found(name));
@@ -882,7 +916,7 @@ impl Inner {
             let _old = self.lease_stored(&slot);
             self.store.remove_name(name)?;
             {
-                let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+                let mut names = self.names_mut();
                 if let Some(slot) = names.get_mut(name) {
                     slot.stored = None;
                     if slot.is_empty() {
@@ -910,7 +944,7 @@ impl Inner {
     }
 
     fn slot(&self, name: &str) -> Slot {
-        self.names.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned().unwrap_or_default()
+        self.names().get(name).cloned().unwrap_or_default()
     }
 
     /// Frees the tier of a generation that no request can ask for any more.
@@ -967,7 +1001,7 @@ fn scan_directories(options: &RegistryOptions) -> Result<Names> {
             let name = folder.file_name().to_string_lossy().into_owned();
             if let Err(e) = check_whole_name(&name) {
                 tracing::error!("{} is left out: {e}", folder.path().display());
-            } else if name == options.base {
+            } else if name.split(OWNER).next() == Some(&options.base) {
                 tracing::error!("{} is left out: {name:?} is the base model's id", folder.path().display());
             } else if let Some(first) = folders.get(&name) {
                 tracing::warn!("{} is left out: {} has the same name", folder.path().display(), first.display());
@@ -1318,6 +1352,11 @@ mod tests {
         // The pin is the name's: it goes over to what is uploaded in the place of the folder's adapter, and back.
         let (uploaded, _) = publish(&registry, "a0", 7).await;
         assert!(uploaded.pinned && uploaded.tier == Tier::Device, "{uploaded:?}");
+        let large = upload(&registry, &adapter_of_rank(9, 192));
+        let error = registry.publish("a0", large, Condition::Always).await.unwrap_err();
+        assert!(error.kind == ErrorKind::Conflict && error.message.contains("is pinned"), "{error}");
+        assert_eq!(registry.get("a0").unwrap().generation, uploaded.generation);
+        assert_eq!(std::fs::read_dir(world.root.path().join("store/objects")).unwrap().count(), 1);
         for name in ["a1", "a2"] {
             drop(registry.acquire(name).await.unwrap());
         }
@@ -1633,6 +1672,9 @@ mod tests {
     #[tokio::test]
     async fn a_base_called_like_a_stored_adapter_is_not_served() {
         let world = World::new();
+        publish(&world.open(), "theirs@tenant", 1).await;
+        let error = world.open_with("theirs").map(|_| ()).unwrap_err();
+        assert!(error.kind == ErrorKind::Conflict && error.message.contains("theirs@tenant"), "{error}");
         let (info, _) = publish(&world.open(), "other", 1).await;
         let error = world.open_with("other").map(|_| ()).unwrap_err();
         let file = world.root.path().join("store/names/other").display().to_string();

@@ -172,9 +172,9 @@ impl Store {
                 Some(record) => state.names.insert(name.to_string(), record),
                 None => state.names.remove(name),
             };
-            if let (Some(old), Err(e)) = (&old, &confirmed) {
-                tracing::error!("{e}");
-                state.unsettled.insert(old.generation.clone());
+            if let Err(e) = &confirmed {
+                tracing::error!("{name:?} may be undone by a power cut: {e}");
+                state.unsettled.extend(old.iter().map(|old| old.generation.clone()));
             }
             old
         };

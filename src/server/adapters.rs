@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use actix_multipart::Multipart;
 use actix_web::http::StatusCode;
@@ -15,7 +16,7 @@ use super::access::Caller;
 use super::body::{PAUSE, Pace};
 use super::error::ApiError;
 use super::{Shared, UPLOADS};
-use crate::adapter::{AdapterInfo, Condition, Generation, Published, Upload};
+use crate::adapter::{AdapterInfo, Condition, Generation, Published, Registry, Upload};
 use crate::{Error, ErrorKind, Result};
 
 /// Longest value of the form's text field.
@@ -186,6 +187,12 @@ async fn unpacked(upload: Upload, archive: PathBuf) -> Result<Upload> {
     unpack.await.map_err(|e| Error::unavailable(e.to_string()))?
 }
 
+/// Notes where what was to be published under `name` did not get so far.
+pub fn noted<T>(state: &Shared, caller: &Caller, name: &str, received: Result<T, ApiError>) -> Result<T, ApiError> {
+    let whole = || caller.own(name).unwrap_or_else(|_| name.to_string());
+    received.inspect_err(|e| state.audit.note(caller, "publish", &whole(), Err(e)))
+}
+
 /// Publishes under the whole name, and notes it.
 pub async fn publish(
     state: &Shared,
@@ -194,43 +201,60 @@ pub async fn publish(
     upload: Upload,
     when: Condition,
 ) -> Result<(AdapterInfo, Published), ApiError> {
-    let outcome = state.registry.publish(whole, upload, when).await.map_err(ApiError::from);
-    let noted = outcome.as_ref().map(|(info, _)| info.generation.as_str());
-    state.audit.note(caller, "publish", whole, noted);
-    outcome
+    let (state, caller, whole) = (state.clone(), caller.clone(), whole.to_string());
+    to_its_end(async move {
+        let outcome = state.registry.publish(&whole, upload, when).await.map_err(ApiError::from);
+        let noted = outcome.as_ref().map(|(info, _)| info.generation.as_str());
+        state.audit.note(&caller, "publish", &whole, noted);
+        outcome
+    })
+    .await
+}
+
+/// What a change does and what is noted of it belong together, also where the client has hung up.
+async fn to_its_end<T: Send + 'static>(
+    change: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::spawn(change).await.unwrap_or_else(|e| Err(Error::internal(e).into()))
 }
 
 /// Makes a change of what the caller calls `name`, and notes it.
-async fn change<F: Future<Output = Result<AdapterInfo>>>(
+async fn change<F: Future<Output = Result<AdapterInfo>> + Send + 'static>(
     state: &Shared,
     caller: &Caller,
-    action: &str,
+    action: &'static str,
     name: &str,
-    change: impl FnOnce(String) -> F,
+    change: impl FnOnce(Arc<Registry>, String) -> F,
 ) -> Result<AdapterInfo, ApiError> {
     let whole = state.changed(caller, name);
     let noted = whole.clone().unwrap_or_else(|_| name.to_string());
-    let outcome = match whole {
-        Ok(whole) => change(whole).await,
-        Err(e) => Err(e),
-    };
-    let outcome = outcome.map_err(ApiError::from);
-    state.audit.note(caller, action, &noted, outcome.as_ref().map(|info| info.generation.as_str()));
-    outcome
+    let work = whole.map(|whole| change(state.registry.clone(), whole));
+    let (state, caller) = (state.clone(), caller.clone());
+    to_its_end(async move {
+        let outcome = match work {
+            Ok(work) => work.await,
+            Err(e) => Err(e),
+        };
+        let outcome = outcome.map_err(ApiError::from);
+        state.audit.note(&caller, action, &noted, outcome.as_ref().map(|info| info.generation.as_str()));
+        outcome
+    })
+    .await
 }
 
 pub async fn remove(state: &Shared, caller: &Caller, name: &str, when: Condition) -> Result<AdapterInfo, ApiError> {
-    change(state, caller, "delete", name, |whole| async move { state.registry.remove(&whole, when).await }).await
+    let work = |registry: Arc<Registry>, whole: String| async move { registry.remove(&whole, when).await };
+    change(state, caller, "delete", name, work).await
 }
 
 async fn published(
     state: &Shared,
     caller: &Caller,
-    name: &str,
+    whole: &str,
     upload: Upload,
     when: Condition,
 ) -> Result<HttpResponse, ApiError> {
-    let (info, published) = publish(state, caller, &caller.own(name)?, upload, when).await?;
+    let (info, published) = publish(state, caller, whole, upload, when).await?;
     let status = if published == Published::Created { StatusCode::CREATED } else { StatusCode::OK };
     Ok(info_response(status, caller, info))
 }
@@ -242,10 +266,14 @@ pub async fn post(
     http: HttpRequest,
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
-    let when = condition(http.headers())?;
-    let (upload, name) = receive(&state, &caller, &http, payload, None).await?;
-    let name = name.ok_or_else(|| Error::bad_request("the form has no field name").param("name"))?;
-    published(&state, &caller, &name, upload, when.unwrap_or(Condition::Absent)).await
+    let received = async {
+        let when = condition(http.headers())?.unwrap_or(Condition::Absent);
+        let (upload, name) = receive(&state, &caller, &http, payload, None).await?;
+        let name = name.ok_or_else(|| Error::bad_request("the form has no field name").param("name"))?;
+        Ok::<_, ApiError>((caller.own(&name)?, upload, when))
+    };
+    let (whole, upload, when) = noted(&state, &caller, "", received.await)?;
+    published(&state, &caller, &whole, upload, when).await
 }
 
 /// `PUT /v1/adapters/{name}`: new or replaced.
@@ -256,10 +284,14 @@ pub async fn put(
     name: web::Path<String>,
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
-    let when = condition(http.headers())?;
-    caller.own(&name)?;
-    let (upload, _) = receive(&state, &caller, &http, payload, Some(&name)).await?;
-    published(&state, &caller, &name, upload, when.unwrap_or(Condition::Always)).await
+    let received = async {
+        let when = condition(http.headers())?.unwrap_or(Condition::Always);
+        let whole = caller.own(&name)?;
+        let (upload, _) = receive(&state, &caller, &http, payload, Some(&name)).await?;
+        Ok::<_, ApiError>((whole, upload, when))
+    };
+    let (whole, upload, when) = noted(&state, &caller, &name, received.await)?;
+    published(&state, &caller, &whole, upload, when).await
 }
 
 pub async fn delete(
@@ -287,22 +319,22 @@ fn check_pinning(caller: &Caller) -> Result<()> {
 /// `PUT /v1/adapters/{name}/pin`.
 pub async fn pin(state: Shared, caller: Caller, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
     check_pinning(&caller)?;
-    let registry = &state.registry;
-    let info = change(&state, &caller, "pin", &name, |whole| async move { registry.pin(&whole).await }).await?;
+    let work = |registry: Arc<Registry>, whole: String| async move { registry.pin(&whole).await };
+    let info = change(&state, &caller, "pin", &name, work).await?;
     Ok(info_response(StatusCode::OK, &caller, info))
 }
 
 /// `DELETE /v1/adapters/{name}/pin`.
 pub async fn unpin(state: Shared, caller: Caller, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
     check_pinning(&caller)?;
-    let registry = &state.registry;
-    let info = change(&state, &caller, "unpin", &name, |whole| async move { registry.unpin(&whole).await }).await?;
+    let work = |registry: Arc<Registry>, whole: String| async move { registry.unpin(&whole).await };
+    let info = change(&state, &caller, "unpin", &name, work).await?;
     Ok(info_response(StatusCode::OK, &caller, info))
 }
 
 /// `POST /v1/adapters/{name}/unload`.
 pub async fn unload(state: Shared, caller: Caller, name: web::Path<String>) -> Result<HttpResponse, ApiError> {
-    let registry = &state.registry;
-    let info = change(&state, &caller, "unload", &name, |whole| async move { registry.unload(&whole) }).await?;
+    let work = |registry: Arc<Registry>, whole: String| async move { registry.unload(&whole) };
+    let info = change(&state, &caller, "unload", &name, work).await?;
     Ok(info_response(StatusCode::OK, &caller, info))
 }

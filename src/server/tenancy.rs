@@ -59,11 +59,16 @@ impl State {
     pub fn changed(&self, caller: &Caller, name: &str) -> Result<String> {
         let whole = self.meant(caller, name)?;
         match caller.tenant() {
-            Some(tenant) if self.registry.has(&whole) && !whole.contains(OWNER) => {
-                let what =
-                    format!("adapter {name:?} is everybody's; a key of tenant {tenant} can change the tenant's alone");
-                Err(Error::new(ErrorKind::Forbidden, what))
-            }
+            // Also where there is none: by the time of the change it may be everybody's.
+            Some(tenant) if !whole.contains(OWNER) => match self.registry.get(&whole) {
+                Err(e) if e.kind == ErrorKind::NotFound => Err(e),
+                _ => {
+                    let what = format!(
+                        "adapter {name:?} is everybody's; a key of tenant {tenant} can change the tenant's alone"
+                    );
+                    Err(Error::new(ErrorKind::Forbidden, what))
+                }
+            },
             _ => Ok(whole),
         }
     }

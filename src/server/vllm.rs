@@ -33,13 +33,18 @@ fn check_allowed(state: &State, caller: &Caller) -> Result<()> {
 /// `POST /v1/load_lora_adapter`: publishes a copy of a directory.
 pub async fn load(state: Shared, caller: Caller, payload: web::Payload) -> Result<HttpResponse, ApiError> {
     let f = Fields::read(payload).await?;
-    check_allowed(&state, &caller)?;
-    let (name, path) = (needed(&f, "lora_name")?, needed(&f, "lora_path")?);
-    let when = if f.flag("load_inplace")?.unwrap_or(false) { Condition::Always } else { Condition::Absent };
-    let registry = state.registry.clone();
-    let upload = web::block(move || registry.upload_from(Path::new(&path)));
-    let upload = upload.await.map_err(|e| Error::unavailable(e.to_string()))??;
-    adapters::publish(&state, &caller, &caller.own(&name)?, upload, when).await?;
+    let name = f.text("lora_name")?.unwrap_or_default();
+    let received = async {
+        check_allowed(&state, &caller)?;
+        let (whole, path) = (caller.own(&needed(&f, "lora_name")?)?, needed(&f, "lora_path")?);
+        let when = if f.flag("load_inplace")?.unwrap_or(false) { Condition::Always } else { Condition::Absent };
+        let registry = state.registry.clone();
+        let upload = web::block(move || registry.upload_from(Path::new(&path)));
+        let upload = upload.await.map_err(|e| Error::unavailable(e.to_string()))??;
+        Ok::<_, ApiError>((whole, upload, when))
+    };
+    let (whole, upload, when) = adapters::noted(&state, &caller, &name, received.await)?;
+    adapters::publish(&state, &caller, &whole, upload, when).await?;
     Ok(HttpResponse::Ok().body(format!("Success: LoRA adapter '{name}' added successfully.")))
 }
 

@@ -1,5 +1,6 @@
 //! Keys, tenants, limits, deadlines, HTTPS and the audit log, over HTTP.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -236,6 +237,31 @@ async fn tenants_see_and_use_their_own_and_what_is_everybodys() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_becomes_everybodys_meanwhile_is_no_tenants_to_delete() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys.toml");
+    let root = key(&file, "root", &["--scopes", "admin"]);
+    let tenant = key(&file, "tenant", &["--scopes", "admin", "--tenant", "a"]);
+    let server = Server::start(&base(), &["--keys", &file.display().to_string()]).await;
+    let [root, tenant] = [root, tenant].map(|key| Holder { server: &server, key });
+    for round in 0..20 {
+        let mut uploading = std::pin::pin!(root.put("late", "adapter_qv_r4"));
+        loop {
+            tokio::select! {
+                (status, body) = &mut uploading => {
+                    assert_eq!(status, 201, "{round}: {body}");
+                    break;
+                }
+                (status, body) = tenant.ask("delete", "/v1/adapters/late") => {
+                    assert!(matches!(status, 403 | 404), "{round}: {status} {body}");
+                }
+            }
+        }
+        assert_eq!(root.ask("delete", "/v1/adapters/late").await.0, 200, "{round}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_tenant_finds_what_another_left_in_the_cache() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("keys.toml");
@@ -345,6 +371,7 @@ async fn a_request_has_until_its_deadline() {
     let start = Instant::now();
     let (status, answered) = answer(ask(&body, "0.5")).await.unwrap();
     assert_eq!((status, answered["error"]["type"].as_str()), (504, Some("timeout_error")), "{answered}");
+    assert_eq!(ask(&body, "0.1").send().await.unwrap().headers()["x-should-retry"], "false");
     assert!(start.elapsed() < Duration::from_secs(30));
     let mut streamed = body.clone();
     streamed["stream"] = json!(true);
@@ -382,6 +409,10 @@ async fn changes_are_noted_with_who_made_them() {
     let request = holder(&admin).request("delete", "/v1/adapters/mine").header("x-request-id", "number-7");
     assert_eq!(answer(request).await.unwrap().0, 200);
     assert_eq!(holder(&admin).ask("delete", "/v1/adapters/mine").await.0, 404);
+    let damaged = holder(&admin).request("put", "/v1/adapters/mine").body("no archive");
+    assert_eq!(answer(damaged).await.unwrap().0, 422);
+    let path = json!({ "lora_name": "theirs", "lora_path": "/etc" });
+    assert_eq!(holder(&admin).post("/v1/load_lora_adapter", path).await.0, 403);
     let text = std::fs::read_to_string(&log).unwrap();
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let told: Vec<Value> = lines
@@ -395,11 +426,85 @@ async fn changes_are_noted_with_who_made_them() {
         json!(["refused", null, null, null, null, 401]),
         json!(["delete", "boss", "acme", "mine@acme", generation, 200]),
         json!(["delete", "boss", "acme", "mine", null, 404]),
+        json!(["publish", "boss", "acme", "mine@acme", null, 422]),
+        json!(["publish", "boss", "acme", "theirs@acme", null, 403]),
     ];
     assert_eq!(told, expected);
     assert_eq!(lines[3]["request_id"], "number-7");
     assert!(lines.iter().all(|line| line["peer"] == "127.0.0.1" && line["time"].as_str().unwrap().ends_with('Z')));
     assert!(!text.contains(&admin) && !text.contains(&infer));
+}
+
+/// As a browser asks on behalf of a page: first without a key whether it may, then with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_sites_that_are_named_may_ask() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys.toml");
+    let infer = key(&file, "asker", &["--scopes", "infer"]);
+    let options = ["--keys", &file.display().to_string(), "--allow-origin", "https://app.example,https://b.example"];
+    let server = Server::start(&base(), &options).await;
+    let header = |response: &reqwest::Response, name: &str| {
+        response.headers().get(name).map(|value| value.to_str().unwrap().to_lowercase())
+    };
+    for (origin, is_let_in) in [("https://b.example", true), ("https://evil.example", false)] {
+        let expected = is_let_in.then(|| origin.to_string());
+        let request = server.http.request(reqwest::Method::OPTIONS, server.at("/v1/generate"));
+        let request = request.header("origin", origin).header("access-control-request-method", "POST");
+        let asked =
+            request.header("access-control-request-headers", "authorization,content-type").send().await.unwrap();
+        assert_eq!(
+            (asked.status().is_success(), header(&asked, "access-control-allow-origin")),
+            (is_let_in, expected.clone())
+        );
+        assert_eq!(
+            header(&asked, "access-control-allow-headers").is_some_and(|h| h.contains("authorization")),
+            is_let_in
+        );
+        let request = server.http.post(server.at("/v1/generate")).header("origin", origin).bearer_auth(&infer);
+        let answered = request.json(&json!({ "prompt": "t5", "max_tokens": 1 })).send().await.unwrap();
+        assert_eq!(
+            (answered.status().as_u16(), header(&answered, "access-control-allow-origin")),
+            (200, expected.clone())
+        );
+        let exposed = header(&answered, "access-control-expose-headers");
+        assert!(!is_let_in || exposed.is_some_and(|names| names.contains("x-request-id")));
+        // Why it is refused a page may read too.
+        let refused = server.http.get(server.at("/v1/adapters")).header("origin", origin).send().await.unwrap();
+        assert_eq!((refused.status().as_u16(), header(&refused, "access-control-allow-origin")), (401, expected));
+    }
+    // Without such sites a browser is told nothing.
+    let plain = Server::start(&base(), &[]).await;
+    let answered = plain.http.get(plain.at("/v1/models")).header("origin", "https://app.example").send().await.unwrap();
+    assert_eq!((answered.status().as_u16(), header(&answered, "access-control-allow-origin")), (200, None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_done_is_noted_though_the_client_has_hung_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, log) = (folder.path().join("keys.toml"), folder.path().join("audit.jsonl"));
+    let admin = key(&file, "boss", &["--scopes", "admin"]);
+    let options = ["--keys", &file.display().to_string(), "--audit-log", &log.display().to_string()];
+    let server = Server::start(&base(), &options).await;
+    let holder = Holder { server: &server, key: admin.clone() };
+    let names: Vec<String> = (0..20).map(|i| format!("a{i}")).collect();
+    for name in &names {
+        assert_eq!(holder.put(name, "adapter_qv_r4").await.0, 201);
+    }
+    let host = server.url.strip_prefix("http://").unwrap();
+    for (i, name) in names.iter().enumerate() {
+        let mut stream = std::net::TcpStream::connect(host).unwrap();
+        let head = format!("DELETE /v1/adapters/{name} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {admin}");
+        stream.write_all(format!("{head}\r\n\r\n").as_bytes()).unwrap();
+        tokio::time::sleep(Duration::from_micros(i as u64 * 200)).await;
+    }
+    // Whatever is to come has come.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let (left, text) = (holder.names().await, std::fs::read_to_string(&log).unwrap());
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for name in names {
+        let noted = lines.iter().any(|line| line["action"] == "delete" && line["adapter"] == *name);
+        assert_eq!(left.contains(&name), !noted, "{name}: {text}");
+    }
 }
 
 /// A certificate for localhost, signed by itself, and its key.
@@ -459,4 +564,11 @@ fn without_keys_only_this_machine_is_let_in() {
     assert!(refused.contains("0.0.0.0:0 lets in others") && refused.contains("--keys FILE"), "{refused}");
     assert!(serve(&["--listen", "127.0.0.1:0", "--keys", &wrong]).contains("none.toml"));
     assert!(serve(&["--listen", "127.0.0.1:0", "--tls-cert", &wrong, "--tls-key", &wrong]).contains("none.toml"));
+    // Half of HTTPS is no HTTP, wherever it stands.
+    let config = folder.path().join("loramux.toml");
+    std::fs::write(&config, format!("listen = \"127.0.0.1:0\"\ntls-cert = {wrong:?}\n")).unwrap();
+    let config = config.display().to_string();
+    assert!(serve(&["--config", &config]).contains("go together"));
+    assert!(serve(&["--listen", "127.0.0.1:0", "--tls-key", &wrong]).contains("go together"));
+    assert!(serve(&["--config", &config, "--tls-key", &wrong]).contains("none.toml"));
 }

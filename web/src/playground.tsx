@@ -115,6 +115,8 @@ export function Playground() {
   return (
     <form
       class="playground"
+      // The steps are for the arrows alone; what a number may be the server says.
+      noValidate
       onSubmit={(event) => {
         event.preventDefault();
         void run();

@@ -1,6 +1,6 @@
 // The form that uploads an adapter: a new one, or in the place of one.
 
-import { useId, useRef, useState } from "preact/hooks";
+import { useEffect, useId, useRef, useState } from "preact/hooks";
 
 import * as api from "./api";
 import { type Chosen, choose, dropped, form } from "./files";
@@ -29,6 +29,8 @@ export function Upload({ replaces, current, close }: Props) {
   const files = useRef<HTMLInputElement>(null);
   const folder = useRef<HTMLInputElement>(null);
   const id = useId();
+  // With its dialog, an upload that has not come to its end goes too.
+  useEffect(() => () => stop.current?.abort(), []);
 
   const take = (next: Chosen) => {
     setChosen(next);

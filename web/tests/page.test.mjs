@@ -171,6 +171,27 @@ test("a replacement is of the generation that was shown", async () => {
   );
 });
 
+test("a replacement that is cancelled while it is sent is given up", async () => {
+  await put(server.url, "cancelled", "llama/adapter_qv_r4");
+  const before = (await adapter("cancelled")).generation;
+  await visit("adapters", async (page) => {
+    // Held back, so that it is under way when it is cancelled.
+    let held;
+    await page.route("**/v1/adapters/cancelled", (route) => {
+      held = route;
+    });
+    await page.getByRole("button", { name: "Replace cancelled" }).click();
+    const dialog = page.getByRole("dialog");
+    await dialog.getByLabel("Files").setInputFiles(adapterFiles("llama/adapter_all_r8"));
+    const ended = page.waitForEvent("requestfailed", (request) => request.method() === "PUT");
+    await dialog.getByRole("button", { name: /^Replace \d/ }).click();
+    await until(() => held, "is it sent");
+    await dialog.getByRole("button", { name: "Cancel" }).click();
+    assert.match((await ended).failure().errorText, /ABORTED/);
+    assert.equal((await adapter("cancelled")).generation, before);
+  });
+});
+
 test("adapters are pinned, unloaded and deleted, the last two after a question", async () => {
   await put(server.url, "gone", "llama/adapter_all_r8", { revision: "gone" });
   await visit(
@@ -256,6 +277,23 @@ test("a generation comes piece by piece, and can be stopped", async () => {
     const command = await page.locator(".command").textContent();
     const shell = JSON.parse(execFileSync("sh", ["-c", `curl() { printf %s "$3"; }; ${command}`], { encoding: "utf8" }));
     assert.deepEqual(shell, { ...asked, adapter: "first" });
+  });
+});
+
+test("numbers between the steps of their fields are asked for as they are", async () => {
+  await visit("playground", async (page) => {
+    const sent = [];
+    page.on("request", (r) => r.url().endsWith("/v1/generate") && sent.push(r.postDataJSON()));
+    await fill(page);
+    await page.getByLabel("Temperature").fill("0.75");
+    const more = page.getByText("More of sampling");
+    await more.click();
+    await page.getByLabel("Top p").fill("0.92");
+    // A field that is not to be seen must not hold the request back either.
+    await more.click();
+    await page.getByRole("button", { name: "Generate" }).click();
+    await page.getByRole("status").filter({ hasText: "ended by" }).waitFor();
+    assert.deepEqual(sent.map((body) => [body.temperature, body.top_p]), [[0.75, 0.92]]);
   });
 });
 

@@ -247,7 +247,7 @@ impl Inner {
     pub(super) fn watch_sources(self: &Arc<Self>) {
         let Some(sources) = &self.sources else { return };
         {
-            let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+            let _change = self.change();
             self.evict_copies(sources);
         }
         for source in 0..sources.remotes.len() {
@@ -453,7 +453,7 @@ impl Inner {
         error: Error,
     ) -> Error {
         let refusal = Refusal { version: found.version.clone(), until: Instant::now() + pause, error: error.clone() };
-        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        let mut names = self.names_mut();
         if let Some(offer) = names.get_mut(name).and_then(|slot| slot.offer.as_mut()).filter(|o| o.source == source) {
             let before = offer.refused.replace(refusal);
             if before.is_none_or(|b| b.version != found.version || b.error.message != error.message) {
@@ -534,7 +534,7 @@ impl Inner {
         let entry = Entry { generation: generation.clone(), source: source_name, path, summary, created, copy };
         let entry = Arc::new(entry);
 
-        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let _change = self.change();
         let slot = self.slot(name);
         let is_hidden = slot.stored.is_some() || slot.directory.is_some();
         let is_warm = |old: &Arc<Entry>| self.cache.presence(&old.generation).is_some();
@@ -547,7 +547,7 @@ impl Inner {
             self.cache.offer(&generation, packed, bytes);
         }
         let old = {
-            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+            let mut names = self.names_mut();
             let slot = names.entry(name.to_string()).or_default();
             if slot.offer.as_ref().is_some_and(|offer| offer.source < source) {
                 drop(names);
@@ -566,12 +566,16 @@ impl Inner {
 
     /// Takes notice of what a look at a source found under a name.
     fn apply(self: &Arc<Self>, sources: &Sources, source: usize, name: &str, found: Option<Arc<Found>>) {
-        if !self.is_news(source, name, found.as_deref()) {
+        if !is_news(&self.names(), source, name, found.as_deref()) {
             return;
         }
         let is_new_version = {
-            let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+            let _change = self.change();
+            let mut names = self.names_mut();
+            // A look at another source may have made a change meanwhile.
+            if !is_news(&names, source, name, found.as_deref()) {
+                return;
+            }
             let slot = names.entry(name.to_string()).or_default();
             let offer = slot.offer.take().unwrap_or(Offer { source, found: None, entry: None, refused: None });
             let whole = found.as_ref().filter(|found| found.lack.is_none());
@@ -605,26 +609,11 @@ impl Inner {
         }
     }
 
-    /// Whether there is a change for [`Self::apply`] to make, for which it keeps others from reading names.
-    fn is_news(&self, source: usize, name: &str, found: Option<&Found>) -> bool {
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        match (names.get(name).and_then(|slot| slot.offer.as_ref()), found) {
-            (None, found) => found.is_some_and(|found| found.lack.is_none()),
-            (Some(offer), _) if offer.source < source => false,
-            (Some(offer), None) => offer.source == source,
-            (Some(offer), Some(found)) if offer.source > source => found.lack.is_none(),
-            (Some(offer), Some(found)) => {
-                let is_known = offer.found.as_ref().is_some_and(|before| before.version == found.version);
-                !is_known || (offer.entry.is_some() && !offer.has(&found.version))
-            }
-        }
-    }
-
     /// Looks at a source for what is new and what is gone.
     async fn refresh(self: &Arc<Self>, sources: &Sources, source: usize) {
         let remote = &sources.remotes[source];
         let offers = |keep: &dyn Fn(&Slot) -> bool| -> Vec<String> {
-            let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+            let names = self.names();
             let of_it = |slot: &Slot| slot.offer.as_ref().is_some_and(|offer| offer.source == source);
             names.iter().filter(|(_, slot)| of_it(slot) && keep(slot)).map(|(name, _)| name.clone()).collect()
         };
@@ -680,9 +669,9 @@ impl Inner {
         if entry.copy.is_none() {
             return;
         }
-        let _change = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        let _change = self.change();
         let damaged: Vec<Arc<Entry>> = {
-            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+            let mut names = self.names_mut();
             let offers = names.values_mut().filter_map(|slot| slot.offer.as_mut());
             offers.filter_map(|offer| offer.entry.take_if(|own| std::ptr::eq(&**own, entry))).collect()
         };
@@ -702,7 +691,7 @@ impl Inner {
     fn evict_copies(&self, sources: &Sources) {
         let mut evicted = vec![];
         {
-            let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+            let mut names = self.names_mut();
             let mut total: u64 = names.values().filter_map(|slot| Some(slot.offer.as_ref()?.copy()?.bytes)).sum();
             while total > sources.limit {
                 let free = names.values_mut().filter(|slot| !slot.pinned).filter_map(|slot| slot.offer.as_mut());
@@ -714,6 +703,20 @@ impl Inner {
             }
         }
         evicted.into_iter().for_each(|entry| self.retire(entry));
+    }
+}
+
+/// Whether there is a change for [`Inner::apply`] to make, for which it keeps others from reading names.
+fn is_news(names: &Names, source: usize, name: &str, found: Option<&Found>) -> bool {
+    match (names.get(name).and_then(|slot| slot.offer.as_ref()), found) {
+        (None, found) => found.is_some_and(|found| found.lack.is_none()),
+        (Some(offer), _) if offer.source < source => false,
+        (Some(offer), None) => offer.source == source,
+        (Some(offer), Some(found)) if offer.source > source => found.lack.is_none(),
+        (Some(offer), Some(found)) => {
+            let is_known = offer.found.as_ref().is_some_and(|before| before.version == found.version);
+            !is_known || (offer.entry.is_some() && !offer.has(&found.version))
+        }
     }
 }
 
