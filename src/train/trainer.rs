@@ -428,8 +428,14 @@ impl<'a> Trainer<'a> {
             }
         }
         let History { step, seconds, tokens, .. } = self.history;
-        Ok(Evaluation { step, loss, confusion, seconds, tokens })
+        Ok(Evaluation { step, loss: kept(loss), confusion, seconds, tokens })
     }
+}
+
+/// Of a loss as many digits as are read from a checkpoint as they were written, so that a resumed run ends with the same
+/// numbers: reading may miss the last of an f64's 17.
+fn kept(loss: f64) -> f64 {
+    (loss * 1e9).round() / 1e9
 }
 
 fn batch(part: &[usize], examples: &[Example]) -> Batch {
@@ -510,6 +516,14 @@ mod tests {
         };
         assert!(seconds(&Method::Head) > 0.0);
         assert_eq!(seconds(&Method::Full), 0.0);
+    }
+
+    #[test]
+    fn a_loss_is_read_from_a_checkpoint_as_it_was_written() {
+        let read = |loss: f64| serde_json::from_str::<f64>(&serde_json::to_string(&loss).unwrap()).unwrap();
+        let losses = [51.248178375505404, 97.45365320034685, 0.1 + 0.2, 11_000.0 / 7.0];
+        assert!(losses.into_iter().chain((1..2000).map(|i| 7.0 / i as f64)).all(|loss| read(kept(loss)) == kept(loss)));
+        assert!((kept(losses[0]) - losses[0]).abs() < 1e-9);
     }
 
     #[test]
