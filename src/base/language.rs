@@ -185,6 +185,9 @@ mod tests {
         other["model"]["type"] = json!("Unigram");
         assert!(error(&other).contains("Unigram"));
         assert!(error(&json!({ "model": {} })).contains("tokenizer.json"));
+        for none in [json!(113), json!([]), json!({}), json!({ "model": 5 }), json!({ "model": "BPE" })] {
+            assert!(error(&none).contains("expected an object"), "{none}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use tokenizers::{
 
 use super::gguf::{CONTROL, Gguf, NORMAL, UNKNOWN, USER_DEFINED};
 use super::language::token_text;
+use crate::error::shorten;
 use crate::{Error, Result};
 
 /// A tokenizer with the bytes of each token at hand.
@@ -142,6 +143,12 @@ impl Tokenizer {
     pub(super) fn with_vocabulary(&self, json: &[u8], most: usize) -> Result<Self> {
         let wrong = |what: String| Error::unprocessable(format!("tokenizer.json: {what}"));
         let mut theirs: Value = serde_json::from_slice(json).map_err(|e| wrong(e.to_string()))?;
+        if !theirs["model"].is_object() {
+            return Err(wrong(format!(
+                "its model is {}; expected an object",
+                shorten(&theirs["model"].to_string(), 100)
+            )));
+        }
         let mut ours: Value = serde_json::from_str(&self.to_json()?).map_err(Error::internal)?;
         let (found, expected) = (&theirs["model"]["type"], &ours["model"]["type"]);
         if !found.is_null() && found != expected {
