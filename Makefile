@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/loramux/target
 CLIENTS := $(abspath $(CARGO_TARGET_DIR))/clients
 DATA := $(abspath $(CARGO_TARGET_DIR))/data
 
-.PHONY: serve build model test deploy-check bench-train bench-methods adapters cuda-check lint deny page page-check page-test
+.PHONY: serve build model test deploy-check bench-train bench-methods adapters cuda-check lint deny audit page page-check page-test
 
 serve: build model
 	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
@@ -117,6 +117,11 @@ lint:
 # Licences and sources of all dependencies, with `cargo install cargo-deny`.
 deny:
 	$(CARGO) deny check licenses bans sources
+
+# Known faults of dependencies, with `cargo install cargo-audit`, which fetches the list of them unless `ARGS='--db DIRECTORY
+# --no-fetch'` says where it lies.
+audit:
+	$(CARGO) audit $(ARGS)
 
 # The web page (web/README.md). It takes Node; what it builds is in the repository, so nothing else does.
 page:

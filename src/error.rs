@@ -132,6 +132,15 @@ impl From<std::io::Error> for Error {
     }
 }
 
+/// The cause at the bottom: "connection refused" rather than "error sending request".
+pub(crate) fn innermost(error: &dyn std::error::Error) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    innermost.to_string()
+}
+
 /// Keeps messages readable whatever a file holds: at most `length` characters.
 pub(crate) fn shorten(text: &str, length: usize) -> String {
     match text.char_indices().nth(length) {

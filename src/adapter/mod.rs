@@ -10,6 +10,7 @@ mod archive;
 mod blend;
 mod cache;
 mod config;
+mod connector;
 mod files;
 mod generation;
 mod gguf;

@@ -28,10 +28,11 @@ use sha2::{Digest, Sha256};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use crate::adapter::connector::Connector;
 use crate::adapter::files::{CONFIG, FILES, GGUF, INDEX, WEIGHTS, choose, is_shard, kept_name};
 use crate::adapter::repositories::Repositories;
 use crate::base::hub::Hub;
-use crate::error::shorten;
+use crate::error::{innermost, shorten};
 use crate::{Error, Result};
 
 /// What `sha256sum` writes of an adapter's files, where their owner wants them checked.
@@ -140,19 +141,24 @@ impl Remote {
         let (bucket, retry) = (parsed.to_string(), retry());
         let store: Arc<dyn ObjectStore> = match scheme {
             ObjectStoreScheme::AmazonS3 => {
-                let builder = AmazonS3Builder::from_env().with_url(bucket).with_retry(retry);
+                let builder =
+                    AmazonS3Builder::from_env().with_url(bucket).with_retry(retry).with_http_connector(Connector);
                 let limits = limits().map(|(key, value)| (AmazonS3ConfigKey::Client(key), value));
                 let builder = limits.into_iter().fold(builder, |builder, (key, value)| builder.with_config(key, value));
                 Arc::new(builder.build().map_err(failed)?)
             }
             ObjectStoreScheme::GoogleCloudStorage => {
-                let builder = GoogleCloudStorageBuilder::from_env().with_url(bucket).with_retry(retry);
+                let builder = GoogleCloudStorageBuilder::from_env()
+                    .with_url(bucket)
+                    .with_retry(retry)
+                    .with_http_connector(Connector);
                 let limits = limits().map(|(key, value)| (GoogleConfigKey::Client(key), value));
                 let builder = limits.into_iter().fold(builder, |builder, (key, value)| builder.with_config(key, value));
                 Arc::new(builder.build().map_err(failed)?)
             }
             ObjectStoreScheme::MicrosoftAzure => {
-                let builder = MicrosoftAzureBuilder::from_env().with_url(bucket).with_retry(retry);
+                let builder =
+                    MicrosoftAzureBuilder::from_env().with_url(bucket).with_retry(retry).with_http_connector(Connector);
                 let limits = limits().map(|(key, value)| (AzureConfigKey::Client(key), value));
                 let builder = limits.into_iter().fold(builder, |builder, (key, value)| builder.with_config(key, value));
                 Arc::new(builder.build().map_err(failed)?)
@@ -165,8 +171,11 @@ impl Remote {
                 }
                 let options = limits().into_iter().fold(options, |o, (key, value)| o.with_config(key, value));
                 parsed.set_path("");
-                let builder =
-                    HttpBuilder::new().with_url(parsed.as_str()).with_client_options(options).with_retry(retry);
+                let builder = HttpBuilder::new()
+                    .with_url(parsed.as_str())
+                    .with_client_options(options)
+                    .with_retry(retry)
+                    .with_http_connector(Connector);
                 Arc::new(builder.build().map_err(failed)?)
             }
             _ => return Err(wrong(EXPECTED.into())),
@@ -503,11 +512,7 @@ fn basic_authorization(user: &str, password: Option<&str>) -> Option<HeaderValue
 
 /// Why a store failed: the cause at the bottom rather than the chain to it, as [`cleaned`].
 fn reason(error: &dyn std::error::Error) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    cleaned(&innermost.to_string())
+    cleaned(&innermost(error))
 }
 
 /// What an error says, on one line, without what may be secret: of an answer in XML its code and the first line of its

@@ -142,7 +142,7 @@ impl Repositories {
         let (location, last_modified) = (location.clone(), DateTime::default());
         let meta = ObjectMeta { location, last_modified, size, e_tag: None, version: None };
         let payload = GetResultPayload::Stream(answer.bytes_stream().map_err(failed).boxed());
-        Ok(GetResult { payload, meta, range: 0..size, attributes: Default::default() })
+        Ok(GetResult { payload, meta, range: 0..size, attributes: Default::default(), extensions: Default::default() })
     }
 
     /// All files of a repository.

@@ -264,12 +264,12 @@ impl ObjectStore for Net {
             bucket.memory.put(&at, content.into()).await?;
         }
         if network == Network::Cut {
-            let GetResult { meta, range, attributes, .. } = &got;
-            let (meta, range, attributes) = (meta.clone(), range.clone(), attributes.clone());
+            let (meta, range) = (got.meta.clone(), got.range.clone());
+            let (attributes, extensions) = (got.attributes.clone(), got.extensions.clone());
             let whole = got.bytes().await?;
             let half = whole.slice(..whole.len() / 2);
             let payload = GetResultPayload::Stream(futures::stream::once(async { Ok(half) }).boxed());
-            return Ok(GetResult { payload, meta, range, attributes });
+            return Ok(GetResult { payload, meta, range, attributes, extensions });
         }
         Ok(got)
     }

@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use crate::base::hub::{Hub, is_passing, is_plain};
+use crate::error::innermost;
 use crate::{Error, Result};
 
 /// `models/default.toml`.
@@ -359,15 +360,6 @@ fn verify(path: &Path) -> Result<()> {
         return Err(Error::unavailable(format!("SHA-256 {found}, expected {expected}; removed, try again")));
     }
     Ok(())
-}
-
-/// The cause at the bottom: "connection refused" rather than "error sending request".
-fn innermost(e: &dyn std::error::Error) -> String {
-    let mut e = e;
-    while let Some(source) = e.source() {
-        e = source;
-    }
-    e.to_string()
 }
 
 /// An environment variable that is set and not empty.
