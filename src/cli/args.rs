@@ -165,7 +165,7 @@ pub struct ServeArgs {
     /// machine may do everything
     #[arg(long, env = "LORAMUX_KEYS", value_name = "FILE")]
     pub keys: Option<PathBuf>,
-    /// Answer everybody who can reach a --listen that is not this machine's alone, without --keys
+    /// Answer everybody who can reach a --listen that is not this machine's alone, under every name, without --keys
     #[arg(long, env = "LORAMUX_ALLOW_ANONYMOUS")]
     pub allow_anonymous: bool,
     /// Site whose pages may use the server from a browser (CORS), e.g. https://app.example; * is any. Repeatable; `,` separates

@@ -84,8 +84,8 @@ pub(crate) async fn interruptible(work: impl Future<Output = Result<()>>) -> Res
 fn serve(args: ServeArgs) -> Result<()> {
     let store = args.store.map_or_else(host::default_store, Ok)?;
     let timeout = (args.request_timeout > 0).then(|| Duration::from_secs(args.request_timeout));
-    let access = Arc::new(Access::open(args.keys, timeout)?.allowing(Origins::new(args.allow_origin)?));
-    access.check_listen(&args.listen, args.allow_anonymous)?;
+    let access = Access::open(args.keys, timeout)?.allowing(Origins::new(args.allow_origin)?);
+    let access = Arc::new(access.listening(&args.listen, args.allow_anonymous)?);
     let audit = Audit::open(args.audit_log.as_deref())?;
     let certificate = match (args.tls_cert, args.tls_key) {
         (Some(chain), Some(key)) => Some(Certificate::open(chain, key)?),

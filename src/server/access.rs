@@ -129,6 +129,8 @@ pub struct Access {
     /// Most time that a request may take.
     timeout: Option<Duration>,
     origins: Origins,
+    /// Whether nothing but the address that it listens on keeps strangers out.
+    only_here: bool,
 }
 
 /// Keys, and the file that they were read from.
@@ -147,7 +149,7 @@ impl Access {
             tracing::info!("{} API keys", keys.len());
             Ok(File { path, stamp: RwLock::new(stamp), keys: RwLock::new(Arc::new(keys)) })
         };
-        Ok(Access { keys: keys.map(open).transpose()?, timeout, origins: Origins::default() })
+        Ok(Access { keys: keys.map(open).transpose()?, timeout, origins: Origins::default(), only_here: false })
     }
 
     /// Lets pages of these other sites in.
@@ -159,14 +161,14 @@ impl Access {
         &self.origins
     }
 
-    /// Errors: others than this machine could come in, and nothing would ask them for a key.
-    pub fn check_listen(&self, listen: &str, allow_anonymous: bool) -> Result<()> {
+    /// Where it listens. Errors: others than this machine could come in, and nothing would ask them for a key.
+    pub fn listening(self, listen: &str, allow_anonymous: bool) -> Result<Self> {
         if self.keys.is_some() || allow_anonymous {
-            return Ok(());
+            return Ok(self);
         }
         let wrong = |e| Error::bad_request(format!("--listen {listen}: {e}"));
         match listen.to_socket_addrs().map_err(wrong)?.all(|address| address.ip().is_loopback()) {
-            true => Ok(()),
+            true => Ok(Access { only_here: true, ..self }),
             false => Err(Error::bad_request(format!(
                 "--listen {listen} lets in others than this machine, and there are no API keys; give --keys FILE (`loramux keys \
                  new` makes keys), or --allow-anonymous where something else keeps strangers out"
@@ -206,6 +208,12 @@ impl Access {
         let Some(file) = &self.keys else {
             let origin = headers.get(ORIGIN).and_then(|origin| origin.to_str().ok());
             let is_allowed = origin.is_some_and(|origin| self.origins.allow(origin));
+            if self.only_here && need != Need::Open && !is_this_machine(headers) {
+                // A page whose site's name leads here by now (DNS rebinding) is of the same site, to a browser.
+                let what = "the header Host has a name that is not this machine's; a server without keys answers to localhost \
+                    and to addresses, or with --allow-anonymous to all names";
+                return Err(Error::new(ErrorKind::Forbidden, what));
+            }
             return match is_foreign(request) && !is_allowed {
                 // Any page that a browser shows could ask this machine's servers; with keys it would not have one.
                 true => Err(Error::new(ErrorKind::Forbidden, "a page of another site asks; this server has no keys")),
@@ -264,6 +272,17 @@ fn secret(headers: &HeaderMap) -> Option<&str> {
 /// A host without its port, which proxies leave out and sites do not differ by.
 fn name_of(host: &str) -> &str {
     host.trim_end_matches(|c: char| c.is_ascii_digit()).strip_suffix(':').unwrap_or(host)
+}
+
+/// Whether who asks has reached the server by an address, by `localhost`, or by a name that the internet has not (containers
+/// call the machine that they run on `host.docker.internal`). Without a host it was no browser.
+fn is_this_machine(headers: &HeaderMap) -> bool {
+    headers.get(HOST).is_none_or(|host| {
+        let name = name_of(host.to_str().unwrap_or_default()).trim_end_matches('.').to_ascii_lowercase();
+        let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(&name);
+        let is_own = name == "localhost" || [".localhost", ".internal"].iter().any(|end| name.ends_with(end));
+        is_own || address.parse::<IpAddr>().is_ok()
+    })
 }
 
 /// Whether a browser says that another site's page is behind a request that could change or cost something.
@@ -343,15 +362,15 @@ mod tests {
 
     #[test]
     fn without_keys_only_this_machine_comes_in_and_no_other_sites_page() {
-        let (open, closed) = (access(None), access(Some("")));
+        let open = access(None);
         for listen in ["127.0.0.1:0", "[::1]:80", "localhost:1"] {
-            open.check_listen(listen, false).unwrap();
+            access(None).listening(listen, false).unwrap();
         }
         for listen in ["0.0.0.0:80", "[::]:80"] {
-            let refused = open.check_listen(listen, false).unwrap_err();
+            let refused = access(None).listening(listen, false).err().unwrap();
             assert!(refused.message.contains("--keys FILE"), "{refused}");
-            open.check_listen(listen, true).unwrap();
-            closed.check_listen(listen, false).unwrap();
+            access(None).listening(listen, true).unwrap();
+            access(Some("")).listening(listen, false).unwrap();
         }
         let foreign = |request: TestRequest| {
             let request = request.insert_header(("Sec-Fetch-Site", "cross-site")).to_srv_request();
@@ -377,5 +396,39 @@ mod tests {
         // Behind a proxy that has another name.
         assert!(from("https://llm.example", Some("same-origin")) && !from("https://llm.example", Some("cross-site")));
         assert!(open.admit(&TestRequest::post().to_srv_request(), Need::Admin, "id").is_ok());
+    }
+
+    #[test]
+    fn without_keys_the_name_of_another_site_does_not_lead_here() {
+        let asked = |access: &Access, host: &str, need| {
+            let request = TestRequest::get().insert_header(("Host", host)).to_srv_request();
+            access.admit(&request, need, "id").is_ok()
+        };
+        let here = access(None).listening("127.0.0.1:0", false).unwrap();
+        for host in [
+            "127.0.0.1:8080",
+            "[::1]:80",
+            "[::1]",
+            "10.0.0.7",
+            "localhost",
+            "LOCALHOST:8080",
+            "a.localhost:1",
+            "host.docker.internal",
+        ] {
+            assert!(asked(&here, host, Need::Infer), "{host}");
+        }
+        let anyone = access(None).listening("127.0.0.1:0", true).unwrap();
+        for host in [
+            "evil.example",
+            "evil.example:8080",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "notlocalhost",
+            "",
+        ] {
+            assert!(!asked(&here, host, Need::Infer) && !asked(&here, host, Need::Any), "{host}");
+            assert!(asked(&here, host, Need::Open) && asked(&anyone, host, Need::Infer), "{host}");
+        }
+        assert!(here.admit(&TestRequest::get().to_srv_request(), Need::Infer, "id").is_ok());
     }
 }
