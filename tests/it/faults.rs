@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::common::fixtures;
 use crate::host::{Server, answer};
+use crate::sources::until;
 
 /// Something mounted on a folder, until dropped.
 struct Mount(PathBuf);
@@ -182,9 +183,10 @@ async fn files_that_may_not_be_read_fail_their_adapter_alone() {
     // In memory it is there.
     assert_eq!(says(&server, "lost").await.1["text"], text);
     // What the engine still holds for an instant after its answer would be found again.
-    while server.get("/v1/adapters/lost").await.unwrap().1["in_flight"] != 0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    until("an answered request is still in flight", async || {
+        server.get("/v1/adapters/lost").await.unwrap().1["in_flight"] == 0
+    })
+    .await;
     assert_eq!(server.post("/v1/adapters/lost/unload", json!({})).await.0, 200);
     let (status, body) = says(&server, "lost").await;
     let message = body["error"]["message"].as_str().unwrap_or_default();
