@@ -7,6 +7,7 @@ use futures::StreamExt;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde_json::Value;
 
+use crate::error::innermost;
 use crate::{Error, ErrorKind, Result};
 
 pub struct Client {
@@ -42,7 +43,7 @@ impl Client {
     }
 
     pub async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response> {
-        request.send().await.map_err(|e| Error::unavailable(format!("no answer from {}: {e}", self.url)))
+        request.send().await.map_err(|e| Error::unavailable(format!("no answer from {}: {}", self.url, innermost(&e))))
     }
 
     /// The JSON that answers `request`; an error status becomes an error with the server's message.

@@ -81,6 +81,9 @@ async fn receive(
     if announced.is_some_and(|n| n > limit.saturating_add(1 << 16)) {
         return Err(too_large().into());
     }
+    if state.is_draining() {
+        return Err(Error::unavailable("the server is stopping").into());
+    }
     let full = || Error::unavailable(format!("{UPLOADS} uploads are being received already; try again later"));
     // The semaphore is never closed, so an error can only be that nobody made room.
     let Ok(Ok(_place)) = tokio::time::timeout(PAUSE, state.uploads.acquire()).await else { return Err(full().into()) };

@@ -59,7 +59,7 @@ pub use tls::Certificate;
 
 /// Uploads received at the same time; each has its files on the disk.
 pub const UPLOADS: usize = 16;
-/// Time for the last bytes of answers to go out, and of uploads to come in, once the engine has nothing more to do.
+/// Time for the last bytes of answers to go out, once the engine has nothing more to do and no upload is coming in.
 const LAST_BYTES: u64 = 5;
 /// How often the files of keys and certificates are looked at.
 const REFRESH: Duration = Duration::from_secs(2);
@@ -307,7 +307,8 @@ pub struct Entrance {
 }
 
 /// Listens, then loads the state, then serves until SIGTERM or SIGINT and finishes what is in flight, for
-/// the entrance's `drain_timeout` at most. Before the state is there only `/health/live` is answered, all else is 503.
+/// the entrance's `drain_timeout` at most. Before the state is there only `/health/live` is answered, all else is 503, and a
+/// signal ends it at once.
 ///
 /// Errors: that the address is taken; what `load` fails with.
 pub fn serve(
@@ -357,14 +358,14 @@ pub fn serve(
             let _ = sender.send(load());
         })?;
         let state = tokio::select! {
-            loaded = loaded => loaded.unwrap_or_else(|_| Err(Error::internal("loading panicked"))),
-            () = signals.next() => Err(Error::unavailable("stopped before the model was loaded")),
+            loaded = loaded => loaded.unwrap_or_else(|_| Err(Error::internal("loading panicked"))).map(Some),
+            () = signals.next() => Ok(None),
         };
         let state = match state {
-            Ok(state) => door.get_or_init(|| Arc::new(state)).clone(),
-            Err(e) => {
+            Ok(Some(state)) => door.get_or_init(|| Arc::new(state)).clone(),
+            unloaded => {
                 handle.stop(false).await;
-                return Err(e);
+                return unloaded.map(|_| tracing::info!("stopped before the model was loaded"));
             }
         };
         tracing::info!("ready");
@@ -372,7 +373,7 @@ pub fn serve(
         tracing::info!("stopping: requests in flight are finished first");
         state.draining.store(true, Ordering::Relaxed);
         tokio::select! {
-            () = drain(&state.engine, drain_timeout) => {}
+            () = drain(&state, drain_timeout) => {}
             () = signals.next() => {
                 tracing::warn!("a second signal: stopping at once");
                 // Whatever runs, also what could not be told to stop.
@@ -390,9 +391,11 @@ pub fn serve(
     })
 }
 
-/// Waits for the engine to finish what it has. What is not done in time fails.
-async fn drain(engine: &Engine, limit: Duration) {
-    if tokio::time::timeout(limit, engine.drain()).await.is_ok() {
+/// Waits for the engine to finish what it has, and for uploads to be received. What is not done in time fails.
+async fn drain(state: &State, limit: Duration) {
+    let engine = &state.engine;
+    let received = state.uploads.acquire_many(UPLOADS as u32);
+    if tokio::time::timeout(limit, async { tokio::join!(engine.drain(), received) }).await.is_ok() {
         return;
     }
     tracing::warn!("requests still run after {} s; they are given up", limit.as_secs());

@@ -58,6 +58,30 @@ async fn one_shot_commands_answer_as_the_server_does() {
     assert!(error.contains("none"), "{error}");
 }
 
+/// Options that are wrong stay wrong: who starts programs again need not do so after them.
+#[test]
+fn wrong_options_have_a_status_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("loramux.toml");
+    std::fs::write(&config, "drain-time = 3\n").unwrap();
+    let (config, model) = (config.display().to_string(), fixtures().join("tiny/llama/base").display().to_string());
+    let status = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_loramux")).args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let wrong: [&[&str]; 3] = [
+        &["serve", "--drain-timeout", "x"],
+        &["serve", "--config", &config],
+        &["serve", "--model", &model, "--listen", "0.0.0.0:0"],
+    ];
+    for arguments in wrong {
+        let (code, error) = status(arguments);
+        assert_eq!(code, Some(2), "{arguments:?}: {error}");
+    }
+    let (code, error) = status(&["adapters", "list", "--url", "http://127.0.0.1:1"]);
+    assert!(code == Some(1) && error.contains("onnection refused"), "{code:?} {error}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn adapters_from_the_shell() {
     let tiny = fixtures().join("tiny/llama");

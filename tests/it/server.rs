@@ -3,10 +3,13 @@
 use std::time::{Duration, Instant};
 
 use loramux::base::DEFAULT_MODEL;
+use reqwest::Body;
+use reqwest::multipart::{Form, Part};
 use serde_json::{Value, json};
 
 use crate::common::fixtures;
 use crate::host::{Server, answer};
+use crate::sources::until;
 
 fn tiny() -> String {
     fixtures().join("tiny/llama/base").display().to_string()
@@ -122,6 +125,47 @@ async fn a_drain_has_an_end() {
     let (status, body) = asked.await.unwrap().unwrap();
     assert_eq!((status, body["error"]["type"].as_str()), (503, Some("unavailable_error")), "{body}");
     assert!(start.elapsed() > Duration::from_millis(1500), "given up after {:?}", start.elapsed());
+    assert!(server.ended(Duration::from_secs(15)).await.success());
+}
+
+/// An upload has the time that requests have, and not that of the last bytes alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_told_to_stop_receives_what_is_coming_in() {
+    let adapter = fixtures().join("tiny/llama/adapter_qv_r4");
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Server::start_on(&tiny(), folder.path(), &[]).await;
+    let read = |file: &str| std::fs::read(adapter.join(file)).unwrap();
+    let (first, last) = {
+        let weights = read("adapter_model.safetensors");
+        (weights[..500].to_vec(), weights[500..].to_vec())
+    };
+    let (sender, mut pieces) = tokio::sync::mpsc::channel::<std::io::Result<Vec<u8>>>(2);
+    sender.send(Ok(first)).await.unwrap();
+    let weights = Part::stream(Body::wrap_stream(futures::stream::poll_fn(move |context| pieces.poll_recv(context))));
+    let config = Part::bytes(read("adapter_config.json")).file_name("f");
+    let form = Form::new().part("config", config).part("weights", weights.file_name("f"));
+    let sent = tokio::spawn(answer(server.http.put(server.at("/v1/adapters/late")).multipart(form)));
+    let incoming = folder.path().join("incoming");
+    until("the upload does not begin", async || std::fs::read_dir(&incoming).unwrap().next().is_some()).await;
+    server.signal("TERM");
+    until("the server goes on", async || server.get("/health/ready").await.unwrap().0 == 503).await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    let (status, body) = server.put_directory("other", &adapter).await;
+    assert_eq!(status, 503, "{body}");
+    sender.send(Ok(last)).await.unwrap();
+    drop(sender);
+    let (status, body) = sent.await.unwrap().unwrap();
+    assert_eq!(status, 201, "{body}");
+    assert!(server.ended(Duration::from_secs(15)).await.success());
+    let server = Server::start_on(&tiny(), folder.path(), &[]).await;
+    assert_eq!(server.get("/v1/adapters/late").await.unwrap().1["generation"], body["generation"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_ends_a_server_that_loads() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Server::listening(DEFAULT_MODEL, folder.path(), &[]);
+    server.signal("TERM");
     assert!(server.ended(Duration::from_secs(15)).await.success());
 }
 
