@@ -535,6 +535,7 @@ mod tests {
         let trained = network.trained();
         let expected = reference.keys().filter(|k| k.starts_with(&format!("{case}."))).count();
         assert_eq!(trained.len(), expected, "{case}");
+        let mut worst = 0.0f32;
         for ((name, _), gradient) in trained.into_iter().zip(gradients) {
             let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let want = flat(&reference[&format!("{case}.{name}")]);
@@ -542,8 +543,10 @@ mod tests {
             let largest = want.iter().fold(0.0f32, |m, w| m.max(w.abs()));
             for (g, w) in got.iter().zip(&want) {
                 assert!((g - w).abs() < 1e-3 * largest + 1e-7, "{case}: {name}: {g}, not {w}");
+                worst = worst.max((g - w).abs() / largest.max(f32::MIN_POSITIVE));
             }
         }
+        println!("{case}: loss {got} for {want}, gradients off by {worst:.1e} of their largest");
     }
 
     #[test]

@@ -86,6 +86,7 @@ def check(case, base_directory):
     if case["logits"]:
         served = [torch.tensor(numbers).reshape(row.shape) for numbers, row in zip(case["logits"], found)]
         off = distance(found, served)
+        print(f"{name}: the logits are at most {off:.1e} from those served", file=sys.stderr)
         assert off < TOLERANCE, f"{name}: the logits are {off} from those served"
     if not case["labels"]:
         check_trained(case, found, open_model(base_directory, "LlamaForCausalLM"))

@@ -99,6 +99,7 @@ fn peft_and_transformers_give_the_same_numbers() {
     }
     let output = python.arg(&script).arg(&file).output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr);
+    eprintln!("{told}");
     assert!(output.status.success(), "{} (`make test` installs what it imports): {told}", script.display());
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), format!("ok {}", cases.len()));
 }
