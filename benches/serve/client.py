@@ -26,7 +26,7 @@ class Answer(NamedTuple):
 
 def message(method, path, body=b"", headers=(), length=None):
     """A request's bytes. `length` is what it says of its body, where that is not true."""
-    lines = [f"{method} {path} HTTP/1.1", "host: loramux", f"content-length: {len(body) if length is None else length}"]
+    lines = [f"{method} {path} HTTP/1.1", "host: localhost", f"content-length: {len(body) if length is None else length}"]
     lines += [f"{name}: {value}" for name, value in dict(headers).items()]
     return "\r\n".join([*lines, "\r\n"]).encode() + body
 

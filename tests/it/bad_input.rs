@@ -230,7 +230,7 @@ fn chunked<'a>(server: &Server, head: &str, chunks: impl Iterator<Item = &'a [u8
 #[tokio::test(flavor = "multi_thread")]
 async fn uploads_that_never_fit() {
     let server = tiny().await;
-    let put = "PUT /v1/adapters/big HTTP/1.1\r\nhost: x\r\n";
+    let put = "PUT /v1/adapters/big HTTP/1.1\r\nhost: localhost\r\n";
     let head = format!("{put}content-type: multipart/form-data; boundary=b\r\n");
     let part = "--b\r\ncontent-disposition: form-data; name=\"weights\"; filename=\"w\"\r\n\r\n";
     let zeros = vec![0; 1 << 16];
@@ -275,7 +275,7 @@ async fn forms_that_contradict_themselves() {
         for (path, name) in [("POST /v1/adapters", "a/b"), ("PUT /v1/adapters/x", "y")] {
             let start = field("name", name) + &field("config", "{}").replace("{}\r\n", "");
             let mut stream = connect(&server);
-            let text = format!("{path} HTTP/1.1\r\nhost: x\r\n{head}content-length: 100000\r\n\r\n{start}");
+            let text = format!("{path} HTTP/1.1\r\nhost: localhost\r\n{head}content-length: 100000\r\n\r\n{start}");
             stream.write_all(text.as_bytes()).unwrap();
             let answer = answer_to(stream, Duration::from_secs(10));
             assert!(answer.starts_with("HTTP/1.1 400"), "{path} {name}: {answer}");
@@ -458,7 +458,7 @@ async fn clients_that_hang_up() {
     for stream in [true, false] {
         let body =
             json!({ "prompt": "A long story:", "max_tokens": 8000, "ignore_eos": true, "stream": stream }).to_string();
-        let head = format!("POST /v1/generate HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head = format!("POST /v1/generate HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n", body.len());
         let mut sockets = Vec::new();
         for _ in 0..4 {
             let mut socket = TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
@@ -495,7 +495,7 @@ async fn clients_that_hang_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_never_ends() {
     let server = tiny().await;
-    let head = "POST /v1/generate HTTP/1.1\r\nhost: x\r\n";
+    let head = "POST /v1/generate HTTP/1.1\r\nhost: localhost\r\n";
     let stops = || {
         let mut stream = connect(&server);
         stream.write_all(format!("{head}content-length: 1000\r\n\r\n{{\"prompt\": ").as_bytes()).unwrap();
