@@ -26,7 +26,7 @@ pub(super) async fn start(
     let store = tempfile::tempdir()?;
     let limits = Limits {
         store: store.path().join("store"),
-        max_sequences: 32,
+        max_sequences: 64,
         max_batch_tokens: 512,
         max_queue: 1 << 20,
         tenant_slowdown: f64::INFINITY,

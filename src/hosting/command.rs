@@ -1,6 +1,7 @@
 //! `loramux bench hosting`: both fleets, one after the other, under the same traffic.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -9,9 +10,11 @@ use serde_json::{Value, json};
 
 use super::findings::Findings;
 use super::fleet::{Fleet, Kind, Setup};
+use super::methods::sha256;
 use super::prices::Prices;
 use super::process::{self, Memory};
 use super::record::{self, Record};
+use super::report::Block;
 use super::sender::{self, Sender};
 use super::statistics::Line;
 use super::traffic::{self, Lengths, Load, Popularity, Source};
@@ -66,12 +69,44 @@ pub struct Cell {
     pub weights: Option<u64>,
     /// After all loads.
     pub loaded: Memory,
+    /// What then was free of its KV caches, in bytes; not known of what earlier versions measured.
+    #[serde(default)]
+    pub kv_free: Option<u64>,
+    /// By what it was measured; not known of what earlier versions measured.
+    #[serde(default)]
+    pub origin: Option<Origin>,
     /// Of its processes on GPUs, in bytes.
     pub gpu_memory: Option<u64>,
     pub saturated: Load,
     pub open: Vec<Open>,
     /// Seconds until one more task had answered a request.
     pub add: f64,
+}
+
+/// What a folder that was measured in parts may have several of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// SHA-256 of the program, and of the adapters' weights by their folders' names.
+    pub program: String,
+    pub adapters: BTreeMap<String, String>,
+    /// The processor's model.
+    pub cpu: Option<String>,
+}
+
+impl Origin {
+    fn now(adapters: &Path) -> Result<Self> {
+        let mut sums = BTreeMap::new();
+        for folder in std::fs::read_dir(adapters)? {
+            let folder = folder?;
+            for file in ["adapter_model.safetensors", "adapter_model.bin", "adapter_model.gguf"] {
+                if let Ok(bytes) = std::fs::read(folder.path().join(file)) {
+                    sums.insert(folder.file_name().to_string_lossy().into_owned(), sha256(&bytes));
+                }
+            }
+        }
+        let program = sha256(&std::fs::read(std::env::current_exe()?)?);
+        Ok(Origin { program, adapters: sums, cpu: machine()["cpu"].as_str().map(str::to_string) })
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -129,9 +164,14 @@ pub async fn run(options: Options) -> Result<()> {
     });
     let record = Record::open(&options.out.join("measured"), &settings)?;
     // Sizes and repetitions are not among the settings: a folder of fewer may grow.
-    let cells: Vec<(usize, usize, Kind)> = (0..options.repetitions)
-        .flat_map(|r| options.tasks.iter().flat_map(move |&n| Kind::ALL.map(|kind| (r, n, kind))))
-        .collect();
+    let cells = (0..options.repetitions).flat_map(|r| options.tasks.iter().enumerate().map(move |(i, &n)| (r, i, n)));
+    // Each kind goes first as often as the other: what else the machine does may change with time.
+    let turns = |(r, i, n): (usize, usize, usize)| {
+        let [shared, copies] = Kind::ALL;
+        let kinds = if (r + i) % 2 == 0 { [shared, copies] } else { [copies, shared] };
+        kinds.map(|kind| (r, n, kind))
+    };
+    let cells: Vec<(usize, usize, Kind)> = cells.flat_map(turns).collect();
     let bar = ProgressBar::new(cells.len() as u64 + 4);
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed_precise}, {eta} left: {msg}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -154,6 +194,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
     };
     bar.inc(1);
+    let origin = Origin::now(&options.adapters)?;
     let mut measured = vec![];
     for (repetition, tasks, kind) in cells {
         bar.set_message(format!("{}, {tasks} tasks, repetition {}", kind.name(), repetition + 1));
@@ -161,7 +202,8 @@ pub async fn run(options: Options) -> Result<()> {
         let cell = match record.find::<Cell>(&name)? {
             Some(cell) => cell,
             None => {
-                let cell = cell(&options, &setup, kind, tasks, repetition, &rates).await?;
+                let mut cell = cell(&options, &setup, kind, tasks, repetition, &rates).await?;
+                cell.origin = Some(origin.clone());
                 record.put(&name, &cell)?;
                 cell
             }
@@ -169,6 +211,7 @@ pub async fn run(options: Options) -> Result<()> {
         measured.push(cell);
         bar.inc(1);
     }
+    measured.sort_by_key(|cell| (cell.repetition, cell.tasks, cell.fleet == Kind::Copies));
     let mut budgets = vec![];
     for kind in Kind::ALL {
         bar.set_message(format!("{}: how many fit", kind.name()));
@@ -193,7 +236,11 @@ pub async fn run(options: Options) -> Result<()> {
         "machine": machine(), "settings": settings, "rates": rates, "prices": prices, "findings": findings,
         "sender": sender, "budgets": budgets, "cells": measured,
     });
-    let pages = pages::report(&report["machine"], &report["settings"], &sender, &budgets, &findings, &prices);
+    let mut pages = pages::report(&report["machine"], &report["settings"], &sender, &budgets, &findings, &prices);
+    if measured.iter().any(|cell| cell.origin != measured[0].origin) {
+        let what = "Measured in parts, by programs, with adapters or on processors that differ: see \"origin\" in report.json.";
+        pages.blocks.insert(0, Block::Notice(what.into()));
+    }
     record::write(&options.out.join("report.json"), &report.to_string())?;
     record::write(&options.out.join("report.md"), &pages.markdown())?;
     record::write(&options.out.join("report.html"), &pages.html()?)?;
@@ -284,7 +331,7 @@ async fn cell(
             open.push(Open { rate, popularity, load });
         }
     }
-    let loaded = fleet.memory()?;
+    let (loaded, kv_free) = (fleet.memory()?, Some(fleet.kv_free().await?));
     let (processes, gpu_memory) = (fleet.processes(), process::gpu_memory(&fleet.process_ids()));
     let add = fleet.add().await?;
     let disk = setup.disk(kind, tasks)?;
@@ -298,6 +345,8 @@ async fn cell(
         idle,
         weights,
         loaded,
+        kv_free,
+        origin: None,
         gpu_memory,
         saturated,
         open,

@@ -8,8 +8,8 @@ use super::command::{Budget, Cell};
 use super::extrapolation::{Assumptions, Room, SHAPES};
 use super::fleet::{Kind, Work};
 use super::prices::Prices;
-use super::statistics::{Line, Spread, quantile};
-use super::traffic::{Load, Popularity};
+use super::statistics::{Line, Spread, quantile, tail};
+use super::traffic::{Load, Popularity, Sample};
 
 /// Bytes that a process on a GPU takes for the driver's sake, by assumption.
 const CUDA_CONTEXT: f64 = 0.5e9;
@@ -19,6 +19,7 @@ const CUDA_CONTEXT: f64 = 0.5e9;
 pub struct Row {
     pub fleet: Kind,
     pub tasks: usize,
+    pub repetitions: usize,
     pub processes: usize,
     pub disk_bytes: u64,
     pub ready_seconds: Spread,
@@ -26,6 +27,9 @@ pub struct Row {
     /// PSS before the first request, and after all loads.
     pub idle_bytes: Spread,
     pub loaded_bytes: Spread,
+    /// The latter with all memory of the KV caches in use, which a server fills in time whatever is asked of it; where the
+    /// servers told what was free.
+    pub full_bytes: Option<Spread>,
     /// Of these the weights of the bases, where the servers told.
     pub weights_bytes: Option<Spread>,
     pub gpu_bytes: Option<Spread>,
@@ -49,15 +53,16 @@ pub struct Latency {
     pub work: Work,
     pub requests: usize,
     pub errors: usize,
-    /// Until the whole answer: of each repetition the quantile, and of these median and range.
+    /// Until the whole answer: of each repetition the median, and of these median and range. One that failed has had no
+    /// answer: a number that falls on one is none.
     pub p50: Option<Spread>,
-    pub p95: Option<Spread>,
-    /// Of all repetitions' requests together.
+    /// Of all repetitions' requests together, where there are enough of them.
+    pub p95: Option<f64>,
     pub p99: Option<f64>,
     /// Until the first token, of a generation.
     pub first_p50: Option<Spread>,
-    /// By how much later than they arrived requests were sent, the 99th percentile.
-    pub late_p99: Option<f64>,
+    /// By how much later than it arrived a request was sent, at most.
+    pub late: Option<f64>,
 }
 
 /// Copies beside the shared base, of the same size: a ratio above 1 is what copies take more.
@@ -145,22 +150,24 @@ impl Findings {
 fn row(cells: &[&Cell], prices: &Prices) -> Option<Row> {
     let first = cells.first()?;
     let spread = |f: &dyn Fn(&Cell) -> f64| Spread::of(cells.iter().map(|c| f(c)));
-    let tokens = spread(&|c| c.saturated.tokens() as f64 / c.saturated.seconds)?;
+    let tokens = spread(&|c| c.saturated.tokens() / c.saturated.seconds)?;
     let loaded = spread(&|c| c.loaded.pss as f64)?;
     let loads = cells.iter().flat_map(|c| c.open.iter().map(|o| &o.load).chain([&c.saturated]));
     Some(Row {
         fleet: first.fleet,
         tasks: first.tasks,
+        repetitions: cells.len(),
         processes: first.processes,
         disk_bytes: first.disk,
         ready_seconds: spread(&|c| c.ready)?,
         add_seconds: spread(&|c| c.add)?,
         idle_bytes: spread(&|c| c.idle.pss as f64)?,
         loaded_bytes: loaded,
+        full_bytes: Spread::of(cells.iter().filter_map(|c| Some((c.loaded.pss + c.kv_free?) as f64))),
         weights_bytes: Spread::of(cells.iter().filter_map(|c| c.weights).map(|b| b as f64)),
         gpu_bytes: Spread::of(cells.iter().filter_map(|c| c.gpu_memory).map(|b| b as f64)),
         tokens_per_second: tokens,
-        requests_per_second: spread(&|c| c.saturated.answered() as f64 / c.saturated.seconds)?,
+        requests_per_second: spread(&|c| c.saturated.answered() / c.saturated.seconds)?,
         million_tokens: prices.million_tokens(tokens.median),
         task_month: prices.task_month(loaded.median, first.disk as f64, first.tasks),
         errors: loads.flat_map(|l| &l.samples).filter(|s| s.error.is_some()).count(),
@@ -174,17 +181,23 @@ fn latencies(cells: &[&Cell]) -> Vec<Latency> {
     for (i, open) in first.open.iter().enumerate() {
         let loads: Vec<&Load> = cells.iter().filter_map(|c| Some(&c.open.get(i)?.load)).collect();
         for work in [Work::Classify, Work::Generate] {
-            let of = |f: &dyn Fn(&super::traffic::Sample) -> f64| -> Vec<Vec<f64>> {
+            let of = |f: &dyn Fn(&Sample) -> f64| -> Vec<Vec<f64>> {
                 let samples = loads.iter().map(|l| l.samples.iter().filter(|s| s.work == work));
                 samples.map(|samples| samples.map(f).collect()).collect()
             };
-            // One that was given up counts with all the time that it had: leaving it out would make the fleet look quick.
-            let (whole, first_token, late) = (of(&|s| s.whole), of(&|s| s.first), of(&|s| s.late));
+            // Leaving out what failed would make the fleet look quick, and so would the time until that was told.
+            let waited = |s: &Sample, time: f64| if s.error.is_some() { f64::INFINITY } else { time };
+            let (whole, first_token) = (of(&|s| waited(s, s.whole)), of(&|s| waited(s, s.first)));
+            let late = of(&|s| s.late).concat();
             let requests = whole.iter().map(Vec::len).sum();
             if requests == 0 {
                 continue;
             }
-            let spread = |times: &[Vec<f64>], q| Spread::of(times.iter().filter_map(|t| quantile(t, q)));
+            let medians = |times: &[Vec<f64>]| {
+                let each: Vec<f64> = times.iter().filter_map(|t| quantile(t, 0.5)).collect();
+                Spread::of(each.iter().copied()).filter(|_| each.iter().all(|t| t.is_finite()))
+            };
+            let all_of = |q| tail(&whole.concat(), q).filter(|time| time.is_finite());
             let samples = loads.iter().flat_map(|l| &l.samples);
             all.push(Latency {
                 fleet: first.fleet,
@@ -194,11 +207,11 @@ fn latencies(cells: &[&Cell]) -> Vec<Latency> {
                 work,
                 requests,
                 errors: samples.filter(|s| s.work == work && s.error.is_some()).count(),
-                p50: spread(&whole, 0.5),
-                p95: spread(&whole, 0.95),
-                p99: quantile(&whole.concat(), 0.99),
-                first_p50: if work == Work::Generate { spread(&first_token, 0.5) } else { None },
-                late_p99: quantile(&late.concat(), 0.99),
+                p50: medians(&whole),
+                p95: all_of(0.95),
+                p99: all_of(0.99),
+                first_p50: if work == Work::Generate { medians(&first_token) } else { None },
+                late: late.iter().copied().reduce(f64::max),
             });
         }
     }

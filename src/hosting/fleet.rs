@@ -260,6 +260,11 @@ impl<'a> Fleet<'a> {
         Ok(try_join_all(self.processes.iter().map(Process::weights)).await?.into_iter().sum())
     }
 
+    /// Bytes of the KV caches of all servers that hold nothing yet, as these tell.
+    pub async fn kv_free(&self) -> Result<u64> {
+        Ok(try_join_all(self.processes.iter().map(Process::kv_free)).await?.into_iter().sum())
+    }
+
     /// Asks every task once, so that what is made at the first request is there.
     pub async fn touch(&self) -> Result<()> {
         for task in 0..self.tasks {

@@ -4,12 +4,12 @@ use serde_json::Value;
 
 use super::command::{Budget, End};
 use super::extrapolation::FORMULA;
-use super::findings::{Findings, Row};
+use super::findings::{Findings, Latency, Row};
 use super::fleet::{Kind, Work};
 use super::prices::Prices;
 use super::report::{Axis, Block, Plot, Point, Report, Series, Table, digits};
 use super::sender::Sender;
-use super::statistics::Spread;
+use super::statistics::{Spread, chance};
 
 const MIB: f64 = (1u64 << 20) as f64;
 
@@ -68,11 +68,15 @@ pub fn report(
     Report { title: "The cost of hosting many tasks: one base with adapters, or a full model each".into(), blocks }
 }
 
-/// What differs by more than the repetitions do, in words.
+/// What differs by more than the repetitions do, in words, and how often chance alone would have it so.
 fn verdicts(findings: &Findings) -> Vec<String> {
     let mut all = vec![];
+    let repetitions = findings.rows.iter().map(|r| r.repetitions).min().unwrap_or(0);
     // Numbers of one repetition have no range.
-    let repeated = findings.rows.iter().any(|r| r.tokens_per_second.min < r.tokens_per_second.max);
+    let repeated = repetitions > 1;
+    let by_chance = digits(chance(repetitions));
+    let apart =
+        format!("the ranges of {repetitions} repetitions are apart, as by chance alone in one case of {by_chance}");
     for tasks in findings.sizes() {
         let (Some(shared), Some(copies)) = (findings.row(Kind::Shared, tasks), findings.row(Kind::Copies, tasks))
         else {
@@ -85,9 +89,9 @@ fn verdicts(findings: &Findings) -> Vec<String> {
         } else if s.overlaps(&c) {
             "no difference in throughput is seen: the ranges of the repetitions overlap".to_string()
         } else if s.median > c.median {
-            format!("one base with adapters has {} times the throughput", digits(s.median / c.median))
+            format!("one base with adapters has {} times the throughput ({apart})", digits(s.median / c.median))
         } else {
-            format!("full models have {} times the throughput", digits(c.median / s.median))
+            format!("full models have {} times the throughput ({apart})", digits(c.median / s.median))
         };
         let memory = copies.loaded_bytes.median / shared.loaded_bytes.median;
         let takes = if memory >= 1.0 {
@@ -101,29 +105,35 @@ fn verdicts(findings: &Findings) -> Vec<String> {
     if !repeated {
         return all;
     }
-    let quicker: Vec<String> = findings
-        .latencies
-        .iter()
-        .filter(|l| l.fleet == Kind::Copies)
-        .filter_map(|copies| {
-            let same = |l: &&super::findings::Latency| {
-                (l.fleet, l.tasks, l.popularity, l.work) == (Kind::Shared, copies.tasks, copies.popularity, copies.work)
-                    && l.rate == copies.rate
-            };
-            let shared = findings.latencies.iter().find(same)?;
-            let (s, c) = (shared.p50?, copies.p50?);
-            let is_quicker = c.median < s.median && !s.overlaps(&c);
-            is_quicker.then(|| {
-                let (work, rate, popularity) = (working(copies.work), digits(copies.rate), copies.popularity.name());
-                let times = digits(s.median / c.median);
-                format!("{work}, {} tasks, {rate} requests a second, {popularity}: {times} times", copies.tasks)
-            })
-        })
-        .collect();
-    all.push(match quicker.is_empty() {
-        true => "At no rate was the median latency of full models lower by more than the repetitions differ.".into(),
-        false => format!("Full models answered quicker (median latency) here: {}.", quicker.join("; ")),
-    });
+    let (mut compared, mut slower, mut quicker) = (0, 0, vec![]);
+    for copies in findings.latencies.iter().filter(|l| l.fleet == Kind::Copies) {
+        let same = |l: &&Latency| {
+            (l.fleet, l.tasks, l.popularity, l.work) == (Kind::Shared, copies.tasks, copies.popularity, copies.work)
+                && l.rate == copies.rate
+        };
+        let Some((s, c)) = findings.latencies.iter().find(same).and_then(|shared| shared.p50.zip(copies.p50)) else {
+            continue;
+        };
+        compared += 1;
+        if s.overlaps(&c) {
+            continue;
+        }
+        if s.median < c.median {
+            slower += 1;
+            continue;
+        }
+        let (work, rate, popularity) = (working(copies.work), digits(copies.rate), copies.popularity.name());
+        let times = digits(s.median / c.median);
+        quicker.push(format!("{work}, {} tasks, {rate} requests a second, {popularity}: {times} times", copies.tasks));
+    }
+    let list = if quicker.is_empty() { String::new() } else { format!(" ({})", quicker.join("; ")) };
+    let expected = digits(compared as f64 / chance(repetitions));
+    all.push(format!(
+        "Of {compared} median latencies of both, the ranges are apart in {}, where chance alone would have it in {expected}: full \
+         models answered quicker in {}{list}, one base with adapters in {slower}.",
+        slower + quicker.len(),
+        quicker.len()
+    ));
     all
 }
 
@@ -206,6 +216,7 @@ fn details(findings: &Findings) -> Vec<Block> {
         "disk, MiB",
         "memory at start, MiB",
         "after the loads, MiB",
+        "with full KV caches, at most, MiB",
         "tokens/s",
         "requests/s",
         "a million tokens",
@@ -220,6 +231,7 @@ fn details(findings: &Findings) -> Vec<Block> {
             digits(r.disk_bytes as f64 / MIB),
             told(scaled(r.idle_bytes, MIB)),
             told(scaled(r.loaded_bytes, MIB)),
+            r.full_bytes.map_or("-".into(), |bytes| told(scaled(bytes, MIB))),
             told(r.tokens_per_second),
             told(r.requests_per_second),
             digits(r.million_tokens),
@@ -235,7 +247,9 @@ fn details(findings: &Findings) -> Vec<Block> {
         Block::Heading("Each fleet".into()),
         Block::Text(
             "Medians of the repetitions, their range in brackets. Throughput is of a closed load over all tasks alike: tokens \
-             read and generated by requests whose answer came within the window."
+             read and generated by requests within the window; one that its end cuts counts by the share of its time before it. \
+             Memory after the loads is what these have touched: a server's KV cache fills with all that it is asked in time, and \
+             then it takes what the next column says at most."
                 .into(),
         ),
         table(&columns, rows.collect()),
@@ -261,7 +275,7 @@ fn latencies(findings: &Findings) -> Vec<Block> {
         "p95, ms",
         "p99, ms",
         "first token p50, ms",
-        "sent late p99, ms",
+        "sent late at most, ms",
         "errors",
     ];
     let maybe = |spread: Option<Spread>| spread.map_or("-".into(), told);
@@ -272,10 +286,10 @@ fn latencies(findings: &Findings) -> Vec<Block> {
             digits(l.rate),
             l.requests.to_string(),
             maybe(l.p50),
-            maybe(l.p95),
+            l.p95.map_or("-".into(), digits),
             l.p99.map_or("-".into(), digits),
             maybe(l.first_p50),
-            l.late_p99.map_or("-".into(), digits),
+            l.late.map_or("-".into(), digits),
             l.errors.to_string(),
         ]
     });
@@ -283,9 +297,9 @@ fn latencies(findings: &Findings) -> Vec<Block> {
         Block::Heading("Latency when requests arrive by themselves".into()),
         Block::Text(
             "An open load: requests arrive as a Poisson process does and are sent then, whatever became of those before. Times \
-             run from the arrival, so that a sender that is late counts as a wait. A request that was not answered a minute after \
-             the last arrival is an error, and counts with the time that it had. p50 and p95 are medians of the repetitions', p99 \
-             is of all their requests."
+             run from the arrival, so that a sender that is late counts as a wait. A request that failed, or was not answered a minute \
+             after the last arrival, has had no answer: a number that falls on one is \"-\". p50 is the median of the repetitions', \
+             p95 and p99 are of all their requests, where there are 20 and 100 or more."
                 .into(),
         ),
         table(&columns, rows.collect()),
@@ -300,14 +314,14 @@ fn latencies(findings: &Findings) -> Vec<Block> {
                     (l.fleet, l.tasks, l.work) == (kind, *tasks, work)
                         && l.popularity == super::traffic::Popularity::Uniform
                 });
-                let points: Vec<Point> = same.filter_map(|l| Some(point(l.rate, l.p95?))).collect();
+                let points: Vec<Point> = same.filter_map(|l| Some(point(l.rate, l.p50?))).collect();
                 if !points.is_empty() {
                     series.push(Series { name: format!("{}, {tasks}", called(kind)), points, dashed: false });
                 }
             }
         }
         if !series.is_empty() {
-            let title = format!("Latency of a {} (p95), all tasks asked alike", working(work));
+            let title = format!("Latency of a {} (p50), all tasks asked alike", working(work));
             blocks.push(plot(title, "requests/s", "ms", true, series));
         }
     }

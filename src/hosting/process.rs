@@ -85,10 +85,19 @@ fn gpu_mebibytes(text: &str, processes: &[u32]) -> Option<u64> {
     lines.reduce(|a, b| a + b)
 }
 
-/// What a server's metrics say of the bytes of its base's weights.
-fn base_bytes(metrics: &str) -> Option<u64> {
-    let bytes = metrics.lines().find_map(|line| line.strip_prefix("loramux_base_bytes ")?.trim().parse::<f64>().ok());
-    bytes.map(|bytes| bytes as u64)
+/// The number that a server's metrics give `series`, with its labels.
+fn value(metrics: &str, series: &str) -> Result<u64> {
+    let of_line = |line: &str| line.strip_prefix(series)?.strip_prefix(' ')?.trim().parse::<f64>().ok();
+    let value = metrics.lines().find_map(of_line);
+    value.map(|value| value as u64).ok_or_else(|| Error::unavailable(format!("the server's metrics lack {series}")))
+}
+
+/// Options in the user's environment are for programs of theirs. Where models lie is the same for all.
+pub fn forget_options(command: &mut Command) {
+    let ours = |name: &str| name.starts_with("LORAMUX_") && name != "LORAMUX_CACHE";
+    for (name, _) in std::env::vars_os().filter(|(name, _)| ours(&name.to_string_lossy())) {
+        command.env_remove(name);
+    }
 }
 
 /// A running server; it ends when this is dropped.
@@ -103,10 +112,7 @@ impl Process {
     /// Starts `program serve OPTIONS` on a port of its own, and waits until it listens; its model loads still.
     pub fn spawn(program: &Path, options: &[String], store: &Path) -> Result<Self> {
         let mut command = Command::new(program);
-        // What the user's environment says is for servers of theirs.
-        for (name, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("LORAMUX_")) {
-            command.env_remove(name);
-        }
+        forget_options(&mut command);
         let spawned = Instant::now();
         let mut child = command
             .args(["serve", "--listen", "127.0.0.1:0", "--store"])
@@ -167,9 +173,18 @@ impl Process {
 
     /// Bytes of its base's weights in memory, as it tells.
     pub async fn weights(&self) -> Result<u64> {
+        value(&self.metrics().await?, "loramux_base_bytes")
+    }
+
+    /// Bytes of its KV cache that hold nothing, as it tells: no more than these wait for being touched.
+    pub async fn kv_free(&self) -> Result<u64> {
+        let metrics = self.metrics().await?;
+        Ok(value(&metrics, "loramux_kv_blocks{state=\"free\"}")? * value(&metrics, "loramux_kv_block_bytes")?)
+    }
+
+    async fn metrics(&self) -> Result<String> {
         let answer = self.client.send(self.client.http.get(self.client.at("/metrics"))).await?;
-        let text = answer.text().await.map_err(Error::unavailable)?;
-        base_bytes(&text).ok_or_else(|| Error::unavailable("the server's metrics lack loramux_base_bytes"))
+        answer.text().await.map_err(Error::unavailable)
     }
 
     pub fn id(&self) -> u32 {
@@ -210,9 +225,12 @@ mod tests {
     }
 
     #[test]
-    fn weights_are_what_the_server_tells() {
-        let text = "# HELP loramux_base_bytes Bytes of the base\n# TYPE loramux_base_bytes gauge\nloramux_base_bytes 143000000\n";
-        assert_eq!((base_bytes(text), base_bytes("loramux_base_bytes_total 1\n")), (Some(143_000_000), None));
+    fn numbers_are_what_the_server_tells() {
+        let text = "# HELP loramux_base_bytes Bytes of the base\n# TYPE loramux_base_bytes gauge\nloramux_base_bytes 143000000\n\
+            loramux_kv_blocks{state=\"free\"} 7\n";
+        assert_eq!(value(text, "loramux_base_bytes").unwrap(), 143_000_000);
+        assert_eq!(value(text, "loramux_kv_blocks{state=\"free\"}").unwrap(), 7);
+        assert!(value(text, "loramux_kv_blocks").is_err() && value(text, "loramux_base").is_err());
     }
 
     #[test]

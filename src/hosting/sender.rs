@@ -70,7 +70,7 @@ pub async fn measure(fastest: f64, lengths: Lengths, seed: u64) -> Result<Sender
     handle.stop(false).await;
     thread.join().map_err(|_| Error::internal("the server that answers at once panicked"))??;
     let late: Vec<f64> = open?.samples.iter().map(|s| s.late).collect();
-    Ok(Sender { most: closed.answered() as f64 / closed.seconds, rate, late: quantile(&late, 0.99) })
+    Ok(Sender { most: closed.answered() / closed.seconds, rate, late: quantile(&late, 0.99) })
 }
 
 #[cfg(test)]

@@ -35,6 +35,19 @@ pub fn quantile(numbers: &[f64], q: f64) -> Option<f64> {
     sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied()
 }
 
+/// The same of a tail, which takes one value at least beyond it: 20 for `q` of 0.95, 100 for 0.99.
+pub fn tail(numbers: &[f64], q: f64) -> Option<f64> {
+    // With room for what 1 - q is off by.
+    let beyond = numbers.len() as f64 * (1.0 - q) + 1e-6;
+    if beyond >= 1.0 { quantile(numbers, q) } else { None }
+}
+
+/// Of how many cases the ranges of two samples of `n` from one distribution are apart by chance in one: all orders of 2n values
+/// are as likely as each other, and in two of C(2n, n) kinds of them one sample's come first.
+pub fn chance(n: usize) -> f64 {
+    (1..=n).map(|i| (n + i) as f64 / i as f64).product::<f64>() / 2.0
+}
+
 /// How often each of so many is chosen by Zipf's law: the nth n times less often than the first.
 pub fn zipf(count: usize) -> impl Iterator<Item = f64> {
     (1..=count).map(|n| 1.0 / n as f64)
@@ -80,8 +93,15 @@ mod tests {
         let all: Vec<f64> = (1..=100).rev().map(f64::from).collect();
         assert_eq!([0.0, 0.5, 0.95, 0.99, 1.0].map(|q| quantile(&all, q).unwrap()), [1.0, 50.0, 95.0, 99.0, 100.0]);
         assert_eq!(quantile(&[], 0.5), None);
+        assert_eq!((tail(&all[..20], 0.95), tail(&all[..19], 0.95)), (Some(99.0), None));
+        assert_eq!((tail(&all, 0.99), tail(&all[..99], 0.99)), (Some(99.0), None));
         let spread = |min, max| Spread { median: min, min, max };
         assert!(spread(1.0, 2.0).overlaps(&spread(2.0, 3.0)) && !spread(1.0, 2.0).overlaps(&spread(2.1, 3.0)));
+    }
+
+    #[test]
+    fn ranges_part_by_chance() {
+        assert_eq!([1, 2, 3, 4].map(|n| chance(n).round()), [1.0, 3.0, 10.0, 35.0]);
     }
 
     #[test]

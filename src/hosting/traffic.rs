@@ -15,6 +15,8 @@ use super::statistics::zipf;
 use crate::cli::Client;
 use crate::{Error, Result};
 
+/// A client whose request failed asks again after so long: one that is refused at once would do nothing else.
+const PAUSE: Duration = Duration::from_millis(100);
 /// After the last arrival, unanswered requests are given up after so long, and count as such.
 const GRACE: Duration = Duration::from_secs(60);
 
@@ -143,14 +145,15 @@ pub struct Load {
 }
 
 impl Load {
-    /// Requests whose answer came while requests were sent.
-    pub fn answered(&self) -> usize {
-        self.done().count()
+    /// Requests answered while requests were sent. One that this end cuts counts by the share of its time before it: without
+    /// these each client's last one would be lost, which is more the longer an answer takes.
+    pub fn answered(&self) -> f64 {
+        self.good().map(|s| self.share(s)).sum()
     }
 
     /// Tokens of these, read and generated.
-    pub fn tokens(&self) -> u64 {
-        self.done().map(|s| s.prompt_tokens + s.generated).sum()
+    pub fn tokens(&self) -> f64 {
+        self.good().map(|s| (s.prompt_tokens + s.generated) as f64 * self.share(s)).sum()
     }
 
     /// Seconds until the last answer.
@@ -158,8 +161,13 @@ impl Load {
         self.samples.iter().map(|s| (s.at + s.whole) / 1e3).fold(self.seconds, f64::max)
     }
 
-    fn done(&self) -> impl Iterator<Item = &Sample> {
-        self.samples.iter().filter(|s| s.error.is_none() && s.at + s.whole <= self.seconds * 1e3)
+    fn good(&self) -> impl Iterator<Item = &Sample> {
+        self.samples.iter().filter(|s| s.error.is_none())
+    }
+
+    fn share(&self, sample: &Sample) -> f64 {
+        let left = self.seconds * 1e3 - sample.at;
+        if left >= sample.whole { 1.0 } else { left.max(0.0) / sample.whole }
     }
 }
 
@@ -256,7 +264,11 @@ pub async fn closed(hosts: &impl Hosts, source: &mut Source, clients: usize, win
         let mut samples = vec![];
         while start.elapsed() < window {
             let request = source.borrow_mut().next();
-            samples.push(sample(hosts, request, start, start.elapsed(), start + window + GRACE).await);
+            let sample = sample(hosts, request, start, start.elapsed(), start + window + GRACE).await;
+            if sample.error.is_some() {
+                tokio::time::sleep(PAUSE).await;
+            }
+            samples.push(sample);
         }
         samples
     });
@@ -288,6 +300,30 @@ mod tests {
         let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
         let deviation = (gaps.iter().map(|g| (g - mean).powi(2)).sum::<f64>() / gaps.len() as f64).sqrt();
         assert!((deviation / mean - 1.0).abs() < 0.05, "{deviation} {mean}");
+    }
+
+    #[test]
+    fn what_the_windows_end_cuts_counts_by_its_share() {
+        let sample = |at, whole, error: Option<&str>| Sample {
+            task: 0,
+            work: Work::Generate,
+            at,
+            late: 0.0,
+            first: 1.0,
+            whole,
+            prompt_tokens: 6,
+            generated: 4,
+            error: error.map(str::to_string),
+        };
+        let samples = vec![
+            sample(0.0, 1000.0, None),
+            sample(1500.0, 1000.0, None),
+            sample(1999.0, 0.0, None),
+            sample(2500.0, 100.0, None),
+            sample(100.0, 1.0, Some("refused")),
+        ];
+        let load = Load { seconds: 2.0, samples, sender_cpu: 0.0 };
+        assert_eq!((load.answered(), load.tokens(), load.span()), (2.5, 25.0, 2.6));
     }
 
     #[test]

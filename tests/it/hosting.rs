@@ -79,8 +79,9 @@ fn hosting_is_measured_and_adds_up() {
             let tokens = |cell: &Value| {
                 let window = number(&cell["saturated"]["seconds"]);
                 let samples = cell["saturated"]["samples"].as_array().unwrap();
-                let done = samples.iter().filter(|s| number(&s["at"]) + number(&s["whole"]) <= window * 1e3);
-                done.map(|s| number(&s["prompt_tokens"]) + number(&s["generated"])).sum::<f64>() / window
+                let share = |s: &Value| ((window * 1e3 - number(&s["at"])) / number(&s["whole"])).clamp(0.0, 1.0);
+                let tokens = |s: &Value| number(&s["prompt_tokens"]) + number(&s["generated"]);
+                samples.iter().map(|s| tokens(s) * share(s)).sum::<f64>() / window
             };
             let rate = mean(&cells, tokens);
             assert!(rate > 0.0);
@@ -88,6 +89,9 @@ fn hosting_is_measured_and_adds_up() {
             close(number(&row["million_tokens"]), number(&prices["machine"]["hour"]) / 3600.0 / rate * 1e6);
             let memory = mean(&cells, |c| number(&c["loaded"]["pss"]));
             close(number(&row["loaded_bytes"]["median"]), memory);
+            assert!(cells.iter().all(|c| number(&c["kv_free"]) > 0.0 && c["origin"] == cells[0]["origin"]));
+            let full = mean(&cells, |c| number(&c["loaded"]["pss"]) + number(&c["kv_free"]));
+            close(number(&row["full_bytes"]["median"]), full);
             let share = memory / (number(&prices["machine"]["memory_gib"]) * 1024f64.powi(3));
             let machine = share * number(&prices["machine"]["hour"]) * number(&prices["hours_per_month"]);
             let disk = number(&cells[0]["disk"]) / 1e9 * number(&prices["disk_gb_month"]);

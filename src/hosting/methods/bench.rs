@@ -14,6 +14,7 @@ use super::flops::FORMULA;
 use super::run::{self, Key, Run};
 use super::task::{Data, Task, sha256};
 use super::{Kind, Method, Options, Recipe, Size, check, summary};
+use crate::hosting::process::forget_options;
 use crate::hosting::{machine, record};
 use crate::{Error, Result};
 
@@ -182,6 +183,7 @@ async fn train(options: &Options, task: &Task, key: Key) -> Result<Run> {
     let own = options.methods.iter().find(|method| method.kind == key.method);
     arguments.extend(own.into_iter().flat_map(|method| method.more.iter().cloned()));
     let mut command = Command::new(&options.trainer);
+    forget_options(&mut command);
     command.args(&arguments).arg("--out").arg(&out);
     let usage = run::watch(command, &folder.path().join("log")).await?;
     let account = record::read(&out.join("history.json"))?;

@@ -6,6 +6,7 @@ use super::summary::{self, Comparison, Group, Verdict};
 use super::{Kind, Options, Size, flops};
 use crate::hosting::report::{Axis, Block, Plot, Point, Report, Series, Table, compact};
 use crate::hosting::statistics::Spread;
+use crate::hosting::statistics::chance;
 
 /// What the report is made of.
 pub struct Measured<'a> {
@@ -139,11 +140,15 @@ fn compared(c: &Comparison, groups: &[Group]) -> Option<String> {
     let (group, full) = (find(c.method)?, find(Kind::Full)?);
     let name = c.method.name();
     let points = c.accuracy_difference.map_or("–".into(), |d| format!("{:.1} points", 100.0 * d.abs()));
+    // As many seeds as the one has that has fewer.
+    let seeds = group.seeds.min(full.seeds);
+    let by_chance = compact(chance(seeds));
+    let apart = format!("the ranges over {seeds} seeds are apart, as by chance alone in one case of {by_chance}");
     let verdict = match c.accuracy {
         Verdict::Unknown => "the spread is not known, so neither is whether they differ".to_string(),
         Verdict::NoDifference => format!("no difference seen (the ranges over {} seeds overlap)", group.seeds),
-        Verdict::MethodMore => format!("{name} is better, by {points} between the medians"),
-        Verdict::FullMore => format!("full is better, by {points} between the medians"),
+        Verdict::MethodMore => format!("{name} is better, by {points} between the medians ({apart})"),
+        Verdict::FullMore => format!("full is better, by {points} between the medians ({apart})"),
     };
     let ratio = |ratio: Option<f64>| ratio.map_or("–".into(), compact);
     let time = if c.train_seconds == Verdict::NoDifference { " (no difference seen)" } else { "" };

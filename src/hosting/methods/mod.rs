@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result};
 
 pub use bench::bench;
+pub(super) use task::sha256;
 
 /// What to measure.
 #[derive(Debug, Clone)]
