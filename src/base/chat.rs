@@ -116,7 +116,7 @@ impl std::io::Write for Bounded {
     }
 }
 
-/// The message as the template sees it, its text parts joined.
+/// The message as the template sees it, its text parts on lines of their own, as vLLM has them.
 fn plain(i: usize, message: &Value) -> Result<JinjaValue> {
     let wrong = |what: String| Error::bad_request(format!("messages[{i}]{what}")).param("messages");
     let Some(fields) = message.as_object() else { return Err(wrong(" is not an object with role and content".into())) };
@@ -127,14 +127,14 @@ fn plain(i: usize, message: &Value) -> Result<JinjaValue> {
     let content = match fields.get("content") {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Array(parts)) => {
-            let mut text = String::new();
+            let mut texts = vec![];
             for part in parts {
                 match (part["type"].as_str(), part["text"].as_str()) {
-                    (Some("text"), Some(t)) => text.push_str(t),
+                    (Some("text"), Some(text)) => texts.push(text),
                     (kind, _) => return Err(wrong(format!(".content holds a part of type {kind:?}; supported: text"))),
                 }
             }
-            text
+            texts.join("\n")
         }
         None | Some(Value::Null) => String::new(),
         Some(other) => return Err(wrong(format!(".content is {other}; expected a text or a list of text parts"))),
@@ -155,7 +155,7 @@ mod tests {
             {%- endfor %}{{ bos_token }}{% if add_generation_prompt %}>{% endif %}";
         let chat = ChatTemplate::new(template, Some("<s>"), None).unwrap();
         let parts = json!({"role": "user", "content": [{"type": "text", "text": "x "}, {"type": "text", "text": "y"}]});
-        assert_eq!(chat.render(&[parts], true).unwrap(), "[user] X Y\n<s>>");
+        assert_eq!(chat.render(&[parts], true).unwrap(), "[user] X \nY\n<s>>");
         let error = chat.render(&[json!({"role": "user", "content": "a"})], true).unwrap_err();
         assert!(error.message.contains("no x"), "{error}");
         for bad in [

@@ -77,7 +77,9 @@ pub fn fetch(id: &str) -> Result<PathBuf> {
     let parts: Vec<&str> = name.split('/').collect();
     if parts.len() != 2 || !parts.iter().all(|part| is_plain(part)) || revision.is_empty() || revision.contains("..") {
         let what = "expected a directory, a .gguf file or a hub id org/name[@revision]";
-        return Err(Error::bad_request(format!("model {id:?} is nothing that exists here; {what}")));
+        let text = format!("model {id:?} is nothing that exists here; {what}");
+        // A path may be there later, when its disk is.
+        return Err(if id.starts_with(['/', '.']) { Error::not_found(text) } else { Error::bad_request(text) });
     }
     let (mirror, default) = (Mirror::from_env(), default());
     let is_default = name == default.hub && revision == "main";

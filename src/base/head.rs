@@ -23,6 +23,11 @@ impl Head {
     pub(super) fn of_base(weights: &Weights, config: &ModelConfig, json: &Value) -> Result<Option<Self>> {
         let (name, hidden) = (format!("{}.weight", config.family.names().head), config.hidden_size);
         let Some(raw) = weights.find(&name)? else { return Ok(None) };
+        // The same tensor gives each token a class there.
+        if let Some(kind) = json["architectures"][0].as_str().filter(|kind| kind.ends_with("ForTokenClassification")) {
+            let what = format!("config.json: architectures is {kind:?}; expected one for sequence classification");
+            return Err(Error::unprocessable(what));
+        }
         let wrong = |name: &str, what: String| Error::unprocessable(format!("base weights: {name} {what}"));
         let rows = match raw.shape[..] {
             [1, columns] if columns == hidden => {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::gguf::Gguf;
 use super::language::{Language, template, token_text};
 use super::weights::map;
-use crate::base::{ChatTemplate, Head, ModelConfig, Tokenizer, Weights, fetch};
+use crate::base::{ChatTemplate, Family, Head, ModelConfig, Tokenizer, Weights, fetch};
 use crate::{Error, Result};
 
 /// A base model's parts, read but not yet on a device.
@@ -95,7 +95,11 @@ impl Base {
         let map = map(path)?;
         let gguf = Gguf::read(&map)?;
         let config = ModelConfig::from_gguf(&gguf, &map)?;
-        let tokenizer = Tokenizer::from_gguf(&gguf)?.with_bos(config.bos_token);
+        // As in `open_directory`: Qwen's files name an end of text there, and no text of theirs begins with it.
+        let begins = !matches!(config.family, Family::Qwen2 | Family::Qwen3)
+            || gguf.flag("tokenizer.ggml.add_bos_token")? == Some(true);
+        let tokenizer = Tokenizer::from_gguf(&gguf, &config.eos_tokens)?;
+        let tokenizer = tokenizer.with_bos(config.bos_token.filter(|_| begins));
         let text = |id: Option<u32>| id.map(|id| tokenizer.decode(&[id], false));
         let (bos, eos) = (text(config.bos_token), text(config.eos_tokens.first().copied()));
         let key = "tokenizer.chat_template";
@@ -230,6 +234,8 @@ mod tests {
         assert_eq!(head.labels, ["LABEL_0", "LABEL_1", "LABEL_2"]);
         assert_eq!(head.logits(&[2.0; 64]), [64.0, 64.0, 66.0]);
 
+        configure(json!({ "architectures": ["LlamaForTokenClassification"] }));
+        assert!(open(folder.path()).err().unwrap().message.contains("LlamaForTokenClassification"));
         configure(json!({ "id2label": { "0": "no", "1": "yes", "2": "perhaps" } }));
         assert_eq!(open(folder.path()).unwrap().head.unwrap().labels, ["no", "yes", "perhaps"]);
         // Its output layer is gone, and not the embedding.

@@ -84,8 +84,10 @@ impl Tokenizer {
 
     /// From the content of a `tokenizer.json`.
     pub(crate) fn from_json(bytes: &[u8]) -> Result<Self> {
-        let inner =
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
+        // It panics at a merge that is longer than every token.
+        let inner = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes))
+            .map_err(|_| Error::unprocessable("tokenizer: its merges do not fit its vocabulary"))?
+            .map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
         let parts: Parts =
             serde_json::from_slice(bytes).map_err(|e| Error::unprocessable(format!("tokenizer: {e}")))?;
         Self::new(inner, &parts.decoder)
@@ -127,7 +129,10 @@ impl Tokenizer {
                         None => text.replace('▁', " ").into_bytes(),
                     }
                 }
-                Spelling::Words => format!(" {text}").into_bytes(),
+                Spelling::Words => match text.strip_prefix("##") {
+                    Some(rest) => rest.as_bytes().to_vec(),
+                    None => format!(" {text}").into_bytes(),
+                },
             };
             (bytes.into_boxed_slice(), false)
         };
@@ -165,8 +170,9 @@ impl Tokenizer {
         Ok(tokenizer.with_bos(self.bos))
     }
 
-    /// From GGUF metadata. `tokenizer.ggml.model` is `gpt2` for byte-level BPE and `llama` for SentencePiece.
-    pub(super) fn from_gguf(gguf: &Gguf) -> Result<Self> {
+    /// From GGUF metadata. `tokenizer.ggml.model` is `gpt2` for byte-level BPE and `llama` for SentencePiece. Tokens in `ends`
+    /// end a text, whatever the file calls them.
+    pub(super) fn from_gguf(gguf: &Gguf, ends: &[u32]) -> Result<Self> {
         let tokens = gguf.texts("tokenizer.ggml.tokens")?;
         let vocab: Vocabulary = tokens.iter().enumerate().map(|(id, token)| (token.to_string(), id.into())).collect();
         let mut recipe = match gguf.text("tokenizer.ggml.model")? {
@@ -178,13 +184,10 @@ impl Tokenizer {
                 return Err(wrong(format!("tokenizer.ggml.model is {other:?}; {what}; {hint}")));
             }
         };
-        let mut ends = vec![];
-        for key in ["bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id"] {
-            ends.extend(gguf.token(&format!("tokenizer.ggml.{key}"))?.map(|id| id as usize));
-        }
-        // Some files call an end of text normal.
+        let bos = gguf.token("tokenizer.ggml.bos_token_id")?;
+        // Some files call an end of text normal, or a user's own.
         let kind = |id: usize| match gguf.token_kind(id) {
-            NORMAL if ends.contains(&id) => CONTROL,
+            NORMAL | USER_DEFINED if bos.iter().chain(ends).any(|end| *end as usize == id) => CONTROL,
             kind => kind,
         };
         // Those of Phi-3 take the space after them, of which the files say nothing; llama.cpp knows it as well.
@@ -586,7 +589,7 @@ mod tests {
             meta.retain(|(k, _)| k != key);
             meta.push((*key, value.clone()));
         }
-        Tokenizer::from_gguf(&Gguf::read(&write(&meta, &[])).unwrap())
+        Tokenizer::from_gguf(&Gguf::read(&write(&meta, &[])).unwrap(), &[2, 258])
     }
 
     #[test]
@@ -639,9 +642,23 @@ mod tests {
         assert!(tiny(&[("tokenizer.ggml.merges", merges)]).err().unwrap().message.contains("\"ab\""));
         let merges = Meta::List(vec![Meta::Text("q z".into())]);
         assert!(tiny(&[("tokenizer.ggml.merges", merges)]).is_err());
+        // Longer than every token, which is more than unknown.
+        let merges = Meta::List(vec![Meta::Text("</s> </s>".into())]);
+        assert!(tiny(&[("tokenizer.ggml.merges", merges)]).err().unwrap().message.contains("merges"));
         let huge = r#"{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel","vocab":{"a":4294967295},"unk_token":"a"}}"#;
         assert!(Tokenizer::from_json(huge.as_bytes()).err().unwrap().message.contains("4294967295"));
         assert!(Tokenizer::from_json(b"{").is_err());
+    }
+
+    #[test]
+    fn wordpieces_of_a_word_go_together() {
+        let json = json!({ "version": "1.0", "added_tokens": [], "pre_tokenizer": { "type": "Whitespace" },
+            "decoder": { "type": "WordPiece", "prefix": "##", "cleanup": true },
+            "model": { "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100, "vocab": { "[UNK]": 0, "play": 1, "##ing": 2 } } });
+        let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+        let ids = tokenizer.encode("playing play", false).unwrap();
+        assert_eq!((&ids[..], tokenizer.decode(&ids, true).trim()), (&[1, 2, 1][..], "playing play"));
     }
 
     /// The pieces of a small SentencePiece vocabulary, by falling score.
@@ -678,7 +695,7 @@ mod tests {
             meta.retain(|(k, _)| k != key);
             meta.push((*key, value.clone()));
         }
-        Tokenizer::from_gguf(&Gguf::read(&write(&meta, &[])).unwrap())
+        Tokenizer::from_gguf(&Gguf::read(&write(&meta, &[])).unwrap(), &[2, 258])
     }
 
     /// SentencePiece's algorithm, plainly: of all neighbours that join to a piece, join the best, the leftmost of equals.

@@ -6,7 +6,7 @@ use crate::base::rope::{Rope, Yarn};
 use crate::base::{Architecture, Family};
 use crate::{Error, Result};
 
-/// Control tokens that end a turn or a text wherever they are known. A GGUF names one or two end tokens, and its model may
+/// Tokens that end a turn or a text wherever they are known. A GGUF names one or two end tokens, and its model may
 /// say another; llama.cpp goes by the same spellings.
 const TURN_ENDS: [&str; 12] = [
     "<|eot_id|>",
@@ -94,8 +94,10 @@ impl ModelConfig {
             eos_tokens.extend(token(key)?.filter(|id| !eos_tokens.contains(id)));
         }
         let tokens = gguf.texts("tokenizer.ggml.tokens")?;
-        for (id, _) in tokens.iter().enumerate().filter(|(_, text)| TURN_ENDS.contains(text)) {
-            if gguf.token_kind(id) == CONTROL && !eos_tokens.contains(&(id as u32)) {
+        for (id, text) in tokens.iter().enumerate().filter(|(_, text)| TURN_ENDS.contains(text)) {
+            // Phi-3's files call `<|end|>` a user's own. Markup may have `</s>` as it has other tags.
+            let is_end = *text != "</s>" || gguf.token_kind(id) == CONTROL;
+            if is_end && !eos_tokens.contains(&(id as u32)) {
                 eos_tokens.push(id as u32);
             }
         }
@@ -155,6 +157,13 @@ fn rope_from_gguf(gguf: &Gguf, data: &[u8], family: Family, head_dim: usize, con
         return Ok((plain.divided(&short, attention_factor), longrope_context(original as usize, context)));
     }
     if let Some(divisors) = divisors("rope_freqs.weight")? {
+        let factor = real("rope.scaling.factor", 1.0)?;
+        if kind != Some("none") && factor != 0.0 && factor != 1.0 {
+            let what = format!(
+                "the tensor rope_freqs.weight and {family}.rope.scaling.factor {factor}; supported: one of them"
+            );
+            return unsupported(what);
+        }
         return Ok((plain.divided(&divisors, 1.0), context));
     }
     // The older spelling of linear scaling counts where there is no other. A factor of 0 means none.
@@ -267,16 +276,16 @@ mod tests {
     }
 
     #[test]
-    fn a_gguf_files_control_tokens_that_end_a_turn_are_end_tokens() {
-        let tokens = ["<|eot_id|>", "a", "<|im_end|>", "<|im_start|>", "<|end|>"].map(|t| Meta::Text(t.into()));
-        let kinds = [3, 1, 3, 3, 1].map(Meta::Unsigned);
+    fn a_gguf_files_tokens_that_end_a_turn_are_end_tokens() {
+        let tokens = ["<|eot_id|>", "a", "<|im_end|>", "<|im_start|>", "<|end|>", "</s>"];
+        let (tokens, kinds) = (tokens.map(|t| Meta::Text(t.into())), [3, 1, 3, 3, 4, 1].map(Meta::Unsigned));
         let config = read(&[
             ("tokenizer.ggml.tokens", Some(Meta::List(tokens.into()))),
             ("tokenizer.ggml.token_type", Some(Meta::List(kinds.into()))),
             ("tokenizer.ggml.eos_token_id", Some(Meta::Unsigned(2))),
         ]);
-        // Those that the file names come first; `<|end|>` is no control token here.
-        assert_eq!(config.unwrap().eos_tokens, [2, 1, 0]);
+        // Those that the file names come first; `</s>` is no control token here.
+        assert_eq!(config.unwrap().eos_tokens, [2, 1, 0, 4]);
     }
 
     #[test]
