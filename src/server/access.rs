@@ -166,7 +166,12 @@ impl Access {
         if self.keys.is_some() || allow_anonymous {
             return Ok(self);
         }
-        let wrong = |e| Error::bad_request(format!("--listen {listen}: {e}"));
+        // A name that cannot be found may be found later.
+        let wrong = |e: std::io::Error| {
+            let kind =
+                if e.kind() == std::io::ErrorKind::InvalidInput { Error::bad_request } else { Error::unavailable };
+            kind(format!("--listen {listen}: {e}"))
+        };
         match listen.to_socket_addrs().map_err(wrong)?.all(|address| address.ip().is_loopback()) {
             true => Ok(Access { only_here: true, ..self }),
             false => Err(Error::bad_request(format!(

@@ -151,11 +151,13 @@ impl Drop for End {
             None => "-",
             Some(name) => metrics.adapter_label(name.as_deref()),
         };
-        metrics.requests.with_label_values(&[&self.route, adapter, &self.status.to_string()]).inc();
+        let failed = self.caller.as_ref().and_then(|caller| caller.marks.failed.get().copied());
+        let status = failed.unwrap_or(self.status);
+        metrics.requests.with_label_values(&[&self.route, adapter, &status.to_string()]).inc();
         let seconds = self.start.elapsed().as_secs_f64();
         metrics.request_seconds.with_label_values(&[&self.route]).observe(seconds);
         // Below what is logged by default: a busy server has thousands a second.
-        let (route, status) = (&*self.route, self.status);
+        let route = &*self.route;
         if let Some((start, parent, tracer)) = &self.span
             && let Some(tracing) = tracer.get()
         {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use actix_web::ResponseError;
 use actix_web::web::Bytes;
 use actix_web::{HttpMessage, HttpRequest, HttpResponse};
 use futures::StreamExt;
@@ -86,6 +87,12 @@ impl State {
         let caller = Caller::of(http)?;
         let name = name.filter(|name| !self.is_base(name));
         let count = |name| http.extensions().get::<Counted>().map(|counted| counted.set(name));
+        // Of a full queue; under no name of a client's, which may be nobody's.
+        let refused = |e: &Error| {
+            if e.kind == ErrorKind::QueueFull {
+                count(Some("other"));
+            }
+        };
         let (called, name, (packed, place)): (String, String, _) = match (blend::read(f)?, name) {
             (None, None) => {
                 count(None);
@@ -94,12 +101,13 @@ impl State {
             }
             (None, Some(name)) => {
                 let whole = self.meant(&caller, name)?;
-                let packed = self.warm(&caller, &whole, self.registry.acquire(&whole)).await?;
+                let packed = self.warm(&caller, &whole, self.registry.acquire(&whole)).await.inspect_err(refused)?;
                 (name.to_string(), whole, packed)
             }
             (Some(blend), None) => {
                 let meant = blend.renamed(|name| self.meant(&caller, name))?;
-                let packed = self.warm(&caller, BLEND, self.registry.acquire_blend(&meant)).await?;
+                let acquire = self.registry.acquire_blend(&meant);
+                let packed = self.warm(&caller, BLEND, acquire).await.inspect_err(refused)?;
                 (blend.to_string(), BLEND.to_string(), packed)
             }
             (Some(_), Some(name)) => {
@@ -430,7 +438,9 @@ pub fn stream(
         let piece = match window.next().await {
             Some((_, Event::Failed(e))) => {
                 end = None;
-                sse(&ApiError::from(e).body())
+                let e = ApiError::from(e);
+                window.caller.marks.failed.get_or_init(|| e.status_code().as_u16());
+                sse(&e.body())
             }
             Some((i, event)) => each(i, event),
             None => end.take()?(),

@@ -31,6 +31,8 @@ pub struct Marks {
     pub submitted: OnceLock<Instant>,
     /// When the engine first answered.
     pub answered: OnceLock<Instant>,
+    /// Status of the error that ended an answer which had begun with another.
+    pub failed: OnceLock<u16>,
     pub prompt_tokens: AtomicU64,
     pub generated_tokens: AtomicU64,
 }

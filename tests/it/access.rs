@@ -379,6 +379,9 @@ async fn a_request_has_until_its_deadline() {
     let events = events.as_str().unwrap();
     let last = events.trim().rsplit("data: ").next().unwrap();
     assert!(status == 200 && last.contains("timeout_error") && !events.contains("[DONE]"), "{last}");
+    // Those who count errors count it as one, though it began well.
+    let late = server.metric("loramux_requests_total{adapter=\"base\",route=\"/v1/generate\",status=\"504\"}").await;
+    assert_eq!(late, 3.0);
     assert_eq!(answer(ask(&body, "soon")).await.unwrap().0, 400);
     let short = json!({ "prompt": "A", "max_tokens": 2 });
     assert_eq!(answer(ask(&short, "50")).await.unwrap().0, 200);

@@ -233,6 +233,8 @@ async fn a_crowd_for_cold_adapters_is_no_longer_than_the_queue() {
         assert!(body["error"]["message"].as_str().unwrap().contains("2 requests wait already"), "{body}");
         assert!(Some(*took) < first_answered, "{answers:?}");
     }
+    let full = "loramux_requests_total{adapter=\"other\",route=\"/v1/generate\",status=\"429\"}";
+    assert_eq!(server.metric(full).await, 3.0);
     server.left_nothing().await;
 }
 
