@@ -238,9 +238,14 @@ def rules(args):
     run(promtool, "test", "rules", DEPLOY / "prometheus/rules.test.yml")
     names = {rule["alert"] for rule in yaml_file(RULES)["groups"][0]["rules"]}
     tests = yaml_file(DEPLOY / "prometheus/rules.test.yml")["tests"]
-    fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case.get("exp_alerts")}
-    silent = {case["alertname"] for test in tests for case in test["alert_rule_test"] if not case.get("exp_alerts")}
+    cases = [case for test in tests for case in test["alert_rule_test"]]
+    fired = {case["alertname"] for case in cases if case.get("exp_alerts")}
+    silent = {case["alertname"] for case in cases if not case.get("exp_alerts")}
     assert names == fired == silent, f"untested: {names - fired} fire, {names - silent} do not"
+    # A label of the target's, by which alerts are routed, is kept by all that are of a target.
+    alerts = [(case["alertname"], alert["exp_labels"]) for case in cases for alert in case.get("exp_alerts", [])]
+    unrouted = {name for name, labels in alerts if "namespace" not in labels}
+    assert unrouted == {"LoramuxAbsent"}, unrouted
 
 
 def node_faults(args, documents):
@@ -328,7 +333,8 @@ def labels_exported(metrics):
 
 
 def check_names(where, expr, exported):
-    """Every metric and every label in `expr` is one that loramux exports."""
+    """Every metric and every label in `expr` is one that loramux exports, and what vLLM exports too is loramux's."""
+    assert not re.search(r'vllm:\w+\b(?!\{job="loramux")', expr), f"{where} takes vLLM for loramux: {expr}"
     bare = re.sub(r'"[^"]*"', '""', expr)
     names = [name for name in re.findall(r"[a-zA-Z_:][\w:]*", bare) if name.startswith(("loramux_", "vllm:"))]
     for name in names:
@@ -337,7 +343,7 @@ def check_names(where, expr, exported):
     if "ALERTS" in bare:
         known |= {"alertname", "alertstate"}
     used = re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*""', bare)
-    for group in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", bare):
+    for group in re.findall(r"\b(?:by|on|without)\s*\(([^)]*)\)", bare):
         used += re.findall(r"\w+", group)
     assert set(used) <= known, f"{where}: labels {set(used) - known} are not exported"
 
