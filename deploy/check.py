@@ -622,7 +622,8 @@ def chart(args):
     options = ({"kv-memry": "1GiB"}, {"max-queue": "many"})
     watched = {"monitoring": {"serviceMonitor": {"enabled": True}}}
     for wrong in (*({"config": option} for option in options), {"replica": 2}, {"endpointLag": 0},
-                  {"allowAnonymous": False}, {"keys": {"existingSecret": "loramux-keys"}} | watched):
+                  {"config": {"source": ["s3://bucket/prefix"]}}, {"allowAnonymous": False},
+                  {"keys": {"existingSecret": "loramux-keys"}} | watched):
         try:
             render(wrong)
         except helm.HelmError:

@@ -40,6 +40,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/* The file of --config. JSON's strings, numbers, booleans and lists are TOML's. */}}
 {{- define "loramux.config" -}}
+{{- if and .Values.config.source (not (hasKey .Values.config "source-cache")) -}}
+{{- fail "config.source keeps copies in the store: give config.source-cache, well below store.size" -}}
+{{- end -}}
 {{- $options := merge (dict "model" .Values.model.source "drain-timeout" .Values.drainTimeout) .Values.config -}}
 {{- if .Values.adapters.volume -}}
 {{- $_ := set $options "adapters" (list "/adapters") -}}
