@@ -34,8 +34,9 @@ RULES = CHART / "files/rules.yml"
 DASHBOARD = CHART / "files/dashboard.json"
 # The chart's oldest, and the newest with schemas here.
 KUBERNETES = ["1.30", "1.37"]
-# Seconds that loramux takes after --drain-timeout at most: to give up what still runs, and for the last bytes.
-AFTER_DRAIN = 10
+# Seconds that loramux takes after --drain-timeout at most: to give up what still runs (5), for the last bytes (5), and
+# for the last spans (10).
+AFTER_DRAIN = 20
 # Options of `loramux serve` that the chart sets itself.
 OWN_OPTIONS = {"model", "adapters", "store", "listen", "drain-timeout", "config", "help", "keys", "allow-anonymous",
                "tls-cert", "tls-key"}
