@@ -1,4 +1,4 @@
-import { useMemo, useState } from "preact/hooks";
+import { useMemo, useRef, useState } from "preact/hooks";
 
 import * as api from "./api";
 import { Confirm, Dialog } from "./dialog";
@@ -28,8 +28,15 @@ export function Adapters() {
   const [order, setOrder] = useState<{ key: Column; down: boolean }>({ key: "name", down: false });
   const [rows, setRows] = useState(PAGE);
   const [open, setOpen] = useState<Open | null>(null);
+  /** Why what a row's button asked for was not done. */
   const [error, setError] = useState<string | null>(null);
-  const [busy, setBusy] = useState(false);
+  /** The same of the question that is open. */
+  const [refused, setRefused] = useState<string | null>(null);
+  /** The question whose answer is being carried out. */
+  const [busy, setBusy] = useState<Open | null>(null);
+  /** What is open now, for changes that began before. */
+  const latest = useRef(open);
+  latest.current = open;
 
   const all = list?.adapters ?? [];
   const shown = useMemo(() => {
@@ -39,24 +46,29 @@ export function Adapters() {
     return ordered(found, order.key, order.down);
   }, [all, filter, order]);
 
-  const act = async (change: () => Promise<unknown>) => {
-    setBusy(true);
-    setError(null);
+  /** Carries out what a row's button asks for, or the answer to the question `asked`. */
+  const act = async (change: () => Promise<unknown>, asked: Open | null = null) => {
+    // A pin may load for long: when it is done, whatever else is open by then is none of its business.
+    const isAsked = () => asked !== null && asked === latest.current;
+    (asked ? setRefused : setError)(null);
+    if (asked) setBusy(asked);
     try {
       await change();
-      setOpen(null);
+      if (isAsked()) setOpen(null);
     } catch (e) {
-      setError(api.describe(e));
+      (isAsked() ? setRefused : setError)(api.describe(e));
     } finally {
-      setBusy(false);
+      setBusy((now) => (now === asked ? null : now));
       await refreshAdapters();
     }
   };
   const show = (what: Open["what"], adapter: api.Adapter) => {
     setError(null);
+    setRefused(null);
     setOpen({ what, adapter });
   };
-  const close = () => setOpen(null);
+  // An upload closes its own dialog when it is done, and no later one.
+  const close = () => setOpen((now) => (now === open ? null : now));
 
   return (
     <>
@@ -141,9 +153,9 @@ export function Adapters() {
           title={`Unload ${open.adapter.name}?`}
           text="Its memory is freed. The files stay, and the next request for it loads it again."
           action="Unload"
-          error={error}
-          busy={busy}
-          confirm={() => void act(() => api.unload(open.adapter.name))}
+          error={refused}
+          busy={busy === open}
+          confirm={() => void act(() => api.unload(open.adapter.name), open)}
           close={close}
         />
       )}
@@ -152,9 +164,9 @@ export function Adapters() {
           title={`Delete ${open.adapter.name}?`}
           text={`Generation ${open.adapter.generation.slice(0, 12)} and its files are removed from this server. Requests in flight finish on it.`}
           action="Delete"
-          error={error}
-          busy={busy}
-          confirm={() => void act(() => api.remove(open.adapter.name, open.adapter.generation))}
+          error={refused}
+          busy={busy === open}
+          confirm={() => void act(() => api.remove(open.adapter.name, open.adapter.generation), open)}
           close={close}
         />
       )}

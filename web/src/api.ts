@@ -99,8 +99,11 @@ const post = (body: unknown, signal?: AbortSignal) => ({
 const path = (name: string, more = "") => `v1/adapters/${encodeURIComponent(name)}${more}`;
 const match = (generation: string) => ({ "If-Match": `"${generation}"` });
 
-export const listAdapters = () => json<AdapterList>("v1/adapters");
-export const metrics = async () => (await answer("metrics")).text();
+/** For what is polled: a connection that has gone silent does not fail by itself. */
+const soon = () => ({ signal: AbortSignal.timeout(15_000) });
+
+export const listAdapters = () => json<AdapterList>("v1/adapters", soon());
+export const metrics = async () => (await answer("metrics", soon())).text();
 export const setPinned = (name: string, pinned: boolean) =>
   json<Adapter>(path(name, "/pin"), { method: pinned ? "PUT" : "DELETE" });
 export const unload = (name: string) => json<Adapter>(path(name, "/unload"), { method: "POST" });
@@ -121,8 +124,16 @@ export function upload(
     const request = new XMLHttpRequest();
     request.upload.onprogress = (event) => event.lengthComputable && progress(event.loaded / event.total);
     request.onload = () => {
-      if (request.status < 300) resolve(JSON.parse(request.responseText) as Adapter);
-      else reject(refusal(request.status, request.responseText));
+      if (request.status >= 300) {
+        reject(refusal(request.status, request.responseText));
+        return;
+      }
+      try {
+        resolve(JSON.parse(request.responseText) as Adapter);
+      } catch {
+        // Something between here and there has answered.
+        reject(new Error("the answer is not the server's"));
+      }
     };
     request.onerror = () => reject(new Error("the connection broke"));
     request.onabort = () => reject(new DOMException("stopped", "AbortError"));

@@ -57,9 +57,15 @@ export function Playground() {
   const running = sides.some((side) => side.running);
   const picked = compare ? chosen : chosen.slice(0, 1);
 
+  const hasHead = (adapter: string) => list?.adapters.some((a) => a.name === adapter && a.labels);
+
   const body = (adapter: string): object => {
     const common = adapter ? { adapter } : {};
-    if (mode === "classify") return { ...common, input, ...(lines(labels).length && { labels: lines(labels) }) };
+    if (mode === "classify") {
+      // The server takes none for a head: it has its own.
+      const asked = hasHead(adapter) ? [] : lines(labels);
+      return { ...common, input, ...(asked.length && { labels: asked }) };
+    }
     const given = Object.entries(parameters).filter(([, value]) => value !== "");
     return {
       ...common,
@@ -111,7 +117,6 @@ export function Playground() {
       />
     </label>
   );
-  const head = list?.adapters.find((a) => a.name === chosen[0])?.labels;
   return (
     <form
       class="playground"
@@ -173,7 +178,9 @@ export function Playground() {
                 Labels, one a line
                 <textarea rows={3} value={labels} onInput={(event) => setLabels(event.currentTarget.value)} />
                 <span class="note">
-                  {head ? "This adapter has a head with its own; leave this empty." : "Needed where there is no classification head."}
+                  {picked.some(hasHead)
+                    ? "An adapter with a head has its own; these are for the others."
+                    : "Needed where there is no classification head."}
                 </span>
               </label>
             </>

@@ -47,9 +47,14 @@ export function Upload({ replaces, current, close }: Props) {
     stop.current = new AbortController();
     setOutcome(null);
     setShare(0);
+    let sent = false;
+    const progress = (to: number) => {
+      sent = to === 1;
+      setShare(to);
+    };
     try {
       const target = replaces?.name ?? name.trim();
-      const info = await api.upload(target, form(chosen.files), expected, setShare, stop.current.signal);
+      const info = await api.upload(target, form(chosen.files), expected, progress, stop.current.signal);
       const what = `rank ${info.rank}, ${bytes(info.bytes)}, generation ${info.generation.slice(0, 12)}`;
       setOutcome({ good: true, text: `${info.name} fits the base and is served: ${what}` });
       setChosen(null);
@@ -59,7 +64,11 @@ export function Upload({ replaces, current, close }: Props) {
     } catch (error) {
       const stopped = error instanceof DOMException && error.name === "AbortError";
       const conflict = error instanceof api.Refusal && error.status === 409;
-      setOutcome({ good: false, text: stopped ? "the upload was stopped" : api.describe(error), conflict });
+      const what = stopped ? "the upload was stopped" : api.describe(error);
+      // What it has in full the server validates and publishes also where nobody waits for its answer.
+      const unsure = sent && !(error instanceof api.Refusal);
+      const text = unsure ? `${what}, but all was sent: the server may have taken it, see the table` : what;
+      setOutcome({ good: false, text, conflict });
       await refreshAdapters();
     } finally {
       setShare(null);

@@ -192,6 +192,106 @@ test("a replacement that is cancelled while it is sent is given up", async () =>
   });
 });
 
+test("an upload that is stopped when all was sent is not told to be without effect", async () => {
+  await visit("adapters", async (page) => {
+    const form = uploadForm(page);
+    const send = async (name) => {
+      await form.getByLabel("Files").setInputFiles(adapterFiles("llama/adapter_qv_r4"));
+      await form.getByLabel("Name").fill(name);
+      await form.getByRole("button", { name: /^Upload/ }).click();
+    };
+    const told = form.locator(".alert.bad");
+    // Nothing of this one is sent.
+    let held;
+    await page.route("**/v1/adapters/early", (route) => {
+      held = route;
+    });
+    await send("early");
+    await until(() => held, "is it sent");
+    await form.getByRole("button", { name: "Stop" }).click();
+    await told.waitFor();
+    assert.equal(await told.textContent(), "the upload was stopped");
+    assert.equal(await adapter("early"), undefined);
+    await page.unroute("**/v1/adapters/early");
+    // Of this one the answer alone is held back.
+    const session = await page.context().newCDPSession(page);
+    await session.send("Fetch.enable", { patterns: [{ urlPattern: "*/v1/adapters/late", requestStage: "Response" }] });
+    await send("late");
+    await form.getByText("being validated…").waitFor();
+    await until(() => adapter("late"), "is it published");
+    await form.getByRole("button", { name: "Stop" }).click();
+    await told.waitFor();
+    assert.equal(await told.textContent(), "the upload was stopped, but all was sent: the server may have taken it, see the table");
+    await row(page, "late").waitFor();
+  });
+});
+
+test("an answer to an upload that is not the server's is told, and the form goes on", async () => {
+  await visit("adapters", async (page) => {
+    const form = uploadForm(page);
+    await page.route("**/v1/adapters/between", (route) => route.fulfill({ contentType: "text/html", body: "<p>Sign in</p>" }));
+    await form.getByLabel("Files").setInputFiles(adapterFiles("llama/adapter_qv_r4"));
+    await form.getByLabel("Name").fill("between");
+    const button = form.getByRole("button", { name: /^Upload/ });
+    await button.click();
+    await form.getByText("the answer is not the server's").waitFor();
+    await page.unroute("**/v1/adapters/between");
+    await button.click();
+    await form.getByText("between fits the base and is served").waitFor();
+  });
+});
+
+test("a change that is made leaves alone what else is open by then", async () => {
+  await put(server.url, "slow", "llama/adapter_qv_r4", { revision: "slow" });
+  await put(server.url, "other", "llama/adapter_qv_r4", { revision: "other" });
+  await visit(
+    "adapters",
+    async (page) => {
+      const dialog = page.getByRole("dialog");
+      /** Holds back the request to the path, and gives a way to wait for it. */
+      const hold = async (path) => {
+        let held;
+        await page.route(`**/v1/adapters/${path}`, (route) => {
+          held = route;
+        });
+        return () => until(() => held, `is ${path} asked for`);
+      };
+      const pin = await hold("slow/pin");
+      const replacement = await hold("other");
+      await page.getByRole("button", { name: "Pin slow", exact: true }).click();
+      await pin();
+      await page.getByRole("button", { name: "Replace other" }).click();
+      await dialog.getByLabel("Files").setInputFiles(adapterFiles("llama/adapter_all_r8"));
+      await dialog.getByRole("button", { name: /^Replace \d/ }).click();
+      await replacement();
+      await (await pin()).continue();
+      // Behind the dialog.
+      await page.locator("tbody tr", { hasText: "slow" }).getByText("pinned").waitFor();
+      await dialog.getByRole("button", { name: "Stop" }).waitFor();
+      await (await replacement()).continue();
+      await page.locator("dialog").waitFor({ state: "detached" });
+      assert.equal((await adapter("other")).rank, 8);
+      // Nor is its failure another question's.
+      await page.unroute("**/v1/adapters/slow/pin");
+      const unpin = await hold("slow/pin");
+      await page.getByRole("button", { name: "Unpin slow" }).click();
+      await unpin();
+      await page.getByRole("button", { name: "Delete other" }).click();
+      const confirm = dialog.getByRole("button", { name: "Delete", exact: true });
+      assert.ok(await confirm.isEnabled(), "a question waits for another change");
+      const refused = page.waitForResponse((response) => response.url().endsWith("/slow/pin"));
+      await (await unpin()).fulfill({ status: 409, json: { error: { message: "not now" } } });
+      await refused;
+      // The list is looked at after the change.
+      await page.waitForResponse((response) => response.url().endsWith("/v1/adapters"));
+      assert.equal(await dialog.getByText("not now").count(), 0);
+      await dialog.getByRole("button", { name: "Cancel" }).click();
+      await page.getByText("not now").waitFor();
+    },
+    { refusals: 1 },
+  );
+});
+
 test("adapters are pinned, unloaded and deleted, the last two after a question", async () => {
   await put(server.url, "gone", "llama/adapter_all_r8", { revision: "gone" });
   await visit(
@@ -373,6 +473,27 @@ test("scores of a classification are bars", async () => {
     },
     { refusals: 1 },
   );
+});
+
+test("labels are for the adapter without a head where the other has one", async () => {
+  await visit("playground", async (page) => {
+    const sent = [];
+    page.on("request", (r) => r.url().endsWith("/v1/classify") && sent.push(r.postDataJSON()));
+    await page.getByText("Classify", { exact: true }).first().click();
+    await page.getByLabel("Compare two side by side").check();
+    await choice(page, "Adapter A").selectOption("first");
+    await choice(page, "Adapter B").selectOption("labels");
+    await page.getByText("An adapter with a head has its own; these are for the others.").waitFor();
+    await page.getByLabel("Text", { exact: true }).fill("t5 t6 t7");
+    await page.getByLabel(/^Labels/).fill("t9\nt10 t11");
+    await page.getByRole("button", { name: "Classify" }).click();
+    const answers = page.getByRole("article");
+    await page.getByRole("status").filter({ hasText: "tokens read" }).nth(1).waitFor();
+    const classes = async (i) => (await answers.nth(i).getByRole("rowheader").allTextContents()).sort();
+    assert.deepEqual(await classes(0), ["t10 t11", "t9"]);
+    assert.deepEqual(await classes(1), [EVIL, "<script>1</script>", "plain"].sort());
+    assert.deepEqual(new Map(sent.map((body) => [body.adapter, body.labels])), new Map([["first", ["t9", "t10 t11"]], ["labels", undefined]]));
+  });
 });
 
 test("charts follow the traffic", async () => {
@@ -559,4 +680,22 @@ test("a server that does not answer is told, and the page goes on when it is bac
     },
     { expected: /net::ERR_FAILED/ },
   );
+});
+
+test("a server that has gone silent is told, too", async () => {
+  await visit("adapters", async (page) => {
+    await page.getByRole("button", { name: "Replace swap" }).waitFor();
+    const polled = /\/(v1\/adapters|metrics)$/;
+    const held = [];
+    await page.route(polled, (route) => {
+      held.push(route);
+    });
+    await page.getByText("the server could not be reached").waitFor({ timeout: 30_000 });
+    const asked = (path) => held.filter((route) => route.request().url().endsWith(path)).length;
+    await until(() => asked("/v1/adapters") > 1 && asked("/metrics") > 1, "are both asked for again");
+    await page.unroute(polled);
+    // Those that the page has given up are gone.
+    await Promise.all(held.map((route) => route.continue().catch(() => {})));
+    await page.getByText("the server could not be reached").waitFor({ state: "detached" });
+  });
 });
