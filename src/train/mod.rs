@@ -28,6 +28,7 @@ mod pretrain;
 mod push;
 mod schedule;
 mod stack;
+mod stopwatch;
 pub(crate) mod table;
 mod trainer;
 

@@ -20,6 +20,7 @@ use super::ops::Targets;
 use super::optimizer::{AdamW, AdamWOptions};
 use super::random;
 use super::schedule::{Decay, factor};
+use super::stopwatch::Stopwatch;
 use crate::{Error, Result};
 
 /// Tokens that are worth a pass of their own through the network.
@@ -72,9 +73,11 @@ pub struct Evaluation {
     pub loss: f64,
     /// Of a classification.
     pub confusion: Option<Confusion>,
-    /// `History::seconds` and `History::tokens` until then; evaluations take no part of the time.
+    /// `History::seconds`, `cpu_seconds` and `tokens` until then; evaluations take no part of the time.
     #[serde(default)]
     pub seconds: f64,
+    #[serde(default)]
+    pub cpu_seconds: Option<f64>,
     #[serde(default)]
     pub tokens: usize,
 }
@@ -103,8 +106,20 @@ pub struct History {
     /// Seconds spent in steps, and before them in the base where nothing but the head is trained, of all parts of an
     /// interrupted run.
     pub seconds: f64,
+    /// Of all threads in that time. `None` where the system does not tell.
+    #[serde(default)]
+    pub cpu_seconds: Option<f64>,
     /// Tokens trained on.
     pub tokens: usize,
+}
+
+impl History {
+    fn spent(&mut self, seconds: f64, cpu_seconds: Option<f64>) {
+        // Before anything was spent, no time is not an unknown one.
+        let before = if self.seconds == 0.0 { Some(0.0) } else { self.cpu_seconds };
+        self.cpu_seconds = before.zip(cpu_seconds).map(|(before, now)| before + now);
+        self.seconds += seconds;
+    }
 }
 
 /// What is known of a finished run; its `history.json`.
@@ -173,9 +188,9 @@ impl<'a> Trainer<'a> {
         let head_alone =
             trainer.variables.len() == 1 && matches!(train.first(), Some(Example { goal: Goal::Class(_), .. }));
         if head_alone {
-            let start = std::time::Instant::now();
+            let watch = Stopwatch::start();
             let states = trainer.pool(train)?;
-            trainer.history.seconds = start.elapsed().as_secs_f64();
+            trainer.history.spent(watch.seconds(), watch.cpu_seconds());
             trainer.pooled = Some((states, trainer.pool(eval)?));
         }
         Ok(trainer)
@@ -214,9 +229,11 @@ impl<'a> Trainer<'a> {
             var.set(numbers)?;
         }
         self.optimizer.restore(saved.moments, saved.history.step)?;
-        let before = self.history.seconds;
+        let History { seconds, cpu_seconds, .. } = self.history;
         (self.best, self.history) = (saved.best, saved.history);
-        self.history.seconds += before;
+        if seconds > 0.0 {
+            self.history.spent(seconds, cpu_seconds);
+        }
         Ok(true)
     }
 
@@ -247,7 +264,7 @@ impl<'a> Trainer<'a> {
             }
             let first = step % per_epoch * self.options.batch_size;
             let chosen = &order.1[first..(first + self.options.batch_size).min(order.1.len())];
-            let start = std::time::Instant::now();
+            let stopwatch = Stopwatch::start();
             let (loss, tokens) = self.step(step, steps, chosen)?;
             if !loss.is_finite() {
                 return Err(Error::bad_request(format!(
@@ -255,7 +272,7 @@ impl<'a> Trainer<'a> {
                     step + 1
                 )));
             }
-            self.history.seconds += start.elapsed().as_secs_f64();
+            self.history.spent(stopwatch.seconds(), stopwatch.cpu_seconds());
             self.history.tokens += tokens;
             self.history.losses.push(loss);
             self.history.step += 1;
@@ -427,8 +444,8 @@ impl<'a> Trainer<'a> {
                 loss += own * (self.weight(class) / total) as f64;
             }
         }
-        let History { step, seconds, tokens, .. } = self.history;
-        Ok(Evaluation { step, loss: kept(loss), confusion, seconds, tokens })
+        let History { step, seconds, cpu_seconds, tokens, .. } = self.history;
+        Ok(Evaluation { step, loss: kept(loss), confusion, seconds, cpu_seconds, tokens })
     }
 }
 
@@ -509,13 +526,17 @@ mod tests {
     #[test]
     fn the_time_of_a_head_has_the_bases() {
         let base = Base::open(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny/llama/base")).unwrap();
-        let seconds = |method: &Method| {
+        let spent = |method: &Method| {
             let network = Network::new(&base, method, Some(2), &Held::CPU, &mut random(0, "test", 0)).unwrap();
             let examples = [Example { tokens: vec![5, 6], goal: Goal::Class(1) }];
-            Trainer::new(&network, options(), &examples, &[]).unwrap().history().seconds
+            let History { seconds, cpu_seconds, .. } =
+                *Trainer::new(&network, options(), &examples, &[]).unwrap().history();
+            (seconds, cpu_seconds)
         };
-        assert!(seconds(&Method::Head) > 0.0);
-        assert_eq!(seconds(&Method::Full), 0.0);
+        let (seconds, cpu_seconds) = spent(&Method::Head);
+        assert!(seconds > 0.0);
+        assert_eq!(cpu_seconds.is_some_and(|cpu| cpu > 0.0), cfg!(all(target_os = "linux", target_env = "gnu")));
+        assert_eq!(spent(&Method::Full), (0.0, None));
     }
 
     #[test]

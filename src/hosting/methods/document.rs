@@ -153,14 +153,14 @@ fn compared(c: &Comparison, groups: &[Group]) -> Option<String> {
     let ratio = |ratio: Option<f64>| ratio.map_or("–".into(), compact);
     let time = if c.train_seconds == Verdict::NoDifference { " (no difference seen)" } else { "" };
     Some(format!(
-        "{}, {} examples: {name} {} against full {}: {verdict}. Of full's time in steps {name} took {}{time}, of its whole run's \
-         CPU time {}, of its FLOPs {}, of its peak memory {}; of its parameters {name} trained {}, of its bytes it stores {}.",
+        "{}, {} examples: {name} {} against full {}: {verdict}. Of full's time in steps {name} took {}{time}, of its CPU time in \
+         them {}, of its FLOPs {}, of its peak memory {}; of its parameters {name} trained {}, of its bytes it stores {}.",
         c.task,
         group.examples,
         spread(group.accuracy, &score),
         spread(full.accuracy, &score),
         ratio(c.train_seconds_ratio),
-        ratio(c.cpu_seconds_ratio),
+        ratio(c.train_cpu_seconds_ratio),
         ratio(c.flops_ratio),
         ratio(c.peak_memory_ratio),
         compact(c.trained_ratio),
@@ -223,9 +223,17 @@ fn accuracies(groups: &[&Group]) -> Table {
 
 fn costs(groups: &[&Group]) -> Table {
     let target = groups.first().map_or(String::new(), |group| format!("{:.3}", group.target));
-    let mut columns =
-        strings(["method, examples", "time in steps", "whole run", "CPU time", "tokens", "FLOPs", "peak memory"]);
-    columns.extend([format!("time to {target}"), format!("FLOPs to {target}"), "macro-F1".into()]);
+    let mut columns = strings([
+        "method, examples",
+        "time in steps",
+        "CPU time in steps",
+        "whole run",
+        "its CPU time",
+        "tokens",
+        "FLOPs",
+    ]);
+    let to = |what: &str| format!("{what} to {target}");
+    columns.extend(["peak memory".into(), to("time"), to("CPU time"), to("FLOPs"), "macro-F1".into()]);
     let mut sorted = groups.to_vec();
     sorted.sort_by_key(|group| group.examples);
     let row = |group: &&Group| {
@@ -237,12 +245,14 @@ fn costs(groups: &[&Group]) -> Table {
         vec![
             format!("{}, {}", group.method.name(), group.examples),
             spread(group.train_seconds, &seconds),
+            spread(group.train_cpu_seconds, &seconds),
             spread(group.wall_seconds, &seconds),
             spread(group.cpu_seconds, &seconds),
             spread(group.tokens, &compact),
             spread(group.flops, &compact),
             spread(group.peak_memory_bytes, &bytes),
             reached(spread(group.seconds_to_target, &seconds)),
+            reached(spread(group.cpu_seconds_to_target, &seconds)),
             reached(spread(group.flops_to_target, &compact)),
             spread(group.macro_f1, &score),
         ]
@@ -305,7 +315,7 @@ fn over_effort(task: &str, runs: &[Run], groups: &[&Group]) -> Vec<Plot> {
         plot("what more computing gives", "FLOPs", &|run, i| {
             Some(flops::flops(&run.account, evaluation(run, i)?.tokens))
         }),
-        plot("what more time gives", "seconds in steps", &|run, i| Some(evaluation(run, i)?.seconds)),
+        plot("what more CPU time gives", "CPU seconds in steps", &|run, i| evaluation(run, i)?.cpu_seconds),
     ]
 }
 
@@ -326,8 +336,9 @@ fn method(measured: &Measured) -> Vec<Block> {
         "In steps: the time of forward and backward passes and of the optimiser; for the head, of the base's one pass over \
          the examples too. Whole run: from the program's start to its end, with loading, evaluations and writing."
             .into(),
-        "CPU time and peak memory are the trainer process's own, as the system counts them for its parent (wait4: ru_utime, \
-         ru_stime, ru_maxrss); no peak is told below the benchmark program's own size, and none has what a GPU holds."
+        "CPU time is of all threads of the trainer: in steps by its own clock (CLOCK_PROCESS_CPUTIME_ID), that of the \
+         whole run and peak memory as the system counts them for its parent (wait4: ru_utime, ru_stime, ru_maxrss); no peak is \
+         told below the benchmark program's own size, and none has what a GPU holds."
             .into(),
         "FLOPs are computed, not measured. The learning rates are the trainer's defaults for each method unless options say \
          otherwise; how those were found, and at what cost, is not known here."
@@ -397,10 +408,13 @@ mod tests {
         let better = markdown(&[lora(0, 6), lora(1, 7), full(0, 8), full(1, 9)]);
         assert!(better.contains("full is better, by 20.0 points"), "{better}");
         assert!(
-            better.contains("Of full's time in steps lora took 0.5, of its whole run's CPU time 1, of its FLOPs 1,"),
+            better.contains("Of full's time in steps lora took 0.5, of its CPU time in them 0.5, of its FLOPs 1,"),
             "{better}"
         );
-        assert!(better.contains("| lora, 8 |") && better.contains("| not reached | not reached |"), "{better}");
+        assert!(
+            better.contains("| lora, 8 |") && better.contains("| not reached | not reached | not reached |"),
+            "{better}"
+        );
         assert!(better.contains("of its bytes it stores 0.05."), "{better}");
         let same = markdown(&[lora(0, 6), lora(1, 9), full(0, 8), full(1, 9)]);
         assert!(same.contains("no difference seen (the ranges over 2 seeds overlap)"), "{same}");

@@ -73,12 +73,21 @@ impl Run {
         Some(*counts.iter().max()? as f64 / counts.iter().sum::<usize>().max(1) as f64)
     }
 
-    /// The first evaluation of at least this accuracy: seconds of training and FLOPs until then.
-    pub fn reached(&self, accuracy_wanted: f64) -> Option<(f64, f64)> {
+    /// What training took until the first evaluation of at least this accuracy.
+    pub fn reached(&self, accuracy_wanted: f64) -> Option<Reached> {
         let mut evaluations = self.account.history.evaluations.iter();
         let first = evaluations.find(|e| accuracy(e).is_some_and(|a| a >= accuracy_wanted))?;
-        Some((first.seconds, flops::flops(&self.account, first.tokens)))
+        let flops = flops::flops(&self.account, first.tokens);
+        Some(Reached { seconds: first.seconds, cpu_seconds: first.cpu_seconds, flops })
     }
+}
+
+/// What training took until an accuracy was reached.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Reached {
+    pub seconds: f64,
+    pub cpu_seconds: Option<f64>,
+    pub flops: f64,
 }
 
 pub fn accuracy(evaluation: &Evaluation) -> Option<f64> {
@@ -193,12 +202,15 @@ pub mod testing {
             loss: 0.5,
             confusion: Some(Confusion(vec![vec![right, all - right], vec![0, 0]])),
             seconds: seconds as f64,
+            cpu_seconds: Some(2.0 * seconds as f64),
             tokens,
         };
         let evaluations: Vec<Evaluation> = evaluations.iter().enumerate().map(evaluation).collect();
         let last = evaluations.last().unwrap();
         let (seconds, tokens, step) = (last.seconds, last.tokens, last.step);
-        let history = History { step, losses: vec![0.5; step], evaluations, best: Some(0), seconds, tokens };
+        let cpu_seconds = last.cpu_seconds;
+        let losses = vec![0.5; step];
+        let history = History { step, losses, evaluations, best: Some(0), seconds, cpu_seconds, tokens };
         Account {
             history,
             trained: 10,
@@ -233,8 +245,10 @@ mod tests {
     fn a_target_is_reached_at_the_first_evaluation_that_has_it() {
         let run = testing::run(Kind::Lora, 8, 0, &[(5, 100, 6, 10), (9, 200, 8, 10), (14, 300, 7, 10)]);
         let per_token = 2.0 * (900 + 900 + 9) as f64;
-        assert_eq!(run.reached(0.6), Some((5.0, 100.0 * per_token)));
-        assert_eq!(run.reached(0.8), Some((9.0, 200.0 * per_token)));
+        let reached =
+            |seconds, tokens| Some(Reached { seconds, cpu_seconds: Some(2.0 * seconds), flops: tokens * per_token });
+        assert_eq!(run.reached(0.6), reached(5.0, 100.0));
+        assert_eq!(run.reached(0.8), reached(9.0, 200.0));
         assert_eq!(run.reached(0.81), None);
         // The last one counts, though the second was better.
         assert_eq!((run.accuracy(), run.flops()), (Some(0.7), 300.0 * per_token));

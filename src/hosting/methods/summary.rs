@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::run::Run;
+use super::run::{Reached, Run};
 use super::{Kind, Size};
 use crate::hosting::statistics::Spread;
 
@@ -27,6 +27,7 @@ pub struct Group {
     pub macro_f1: Option<Spread>,
     /// In steps.
     pub train_seconds: Option<Spread>,
+    pub train_cpu_seconds: Option<Spread>,
     /// Of the whole program.
     pub wall_seconds: Option<Spread>,
     pub cpu_seconds: Option<Spread>,
@@ -40,6 +41,7 @@ pub struct Group {
     /// Of how many seeds the target was reached; the times of these.
     pub reached: usize,
     pub seconds_to_target: Option<Spread>,
+    pub cpu_seconds_to_target: Option<Spread>,
     pub flops_to_target: Option<Spread>,
 }
 
@@ -54,7 +56,9 @@ pub struct Comparison {
     pub accuracy: Verdict,
     pub train_seconds_ratio: Option<f64>,
     pub train_seconds: Verdict,
-    /// Of the whole program, which other programs lengthen less than its time.
+    /// In steps, which other programs lengthen less than its time.
+    pub train_cpu_seconds_ratio: Option<f64>,
+    /// Of the whole program.
     pub cpu_seconds_ratio: Option<f64>,
     pub flops_ratio: Option<f64>,
     pub peak_memory_ratio: Option<f64>,
@@ -109,7 +113,7 @@ pub fn groups(runs: &[Run], target: Option<f64>) -> Vec<Group> {
 fn group(runs: &[&Run], target: f64) -> Option<Group> {
     let first = runs.first()?;
     let of = |number: &dyn Fn(&Run) -> Option<f64>| spread(runs.iter().map(|run| number(run)));
-    let reached: Vec<(f64, f64)> = runs.iter().filter_map(|run| run.reached(target)).collect();
+    let reached: Vec<Reached> = runs.iter().filter_map(|run| run.reached(target)).collect();
     let account = &first.account;
     Some(Group {
         task: first.key.task.clone(),
@@ -123,6 +127,7 @@ fn group(runs: &[&Run], target: f64) -> Option<Group> {
         accuracy: of(&Run::accuracy),
         macro_f1: of(&Run::macro_f1),
         train_seconds: of(&|run| Some(run.account.history.seconds)),
+        train_cpu_seconds: of(&|run| run.account.history.cpu_seconds),
         wall_seconds: of(&|run| Some(run.wall_seconds)),
         cpu_seconds: of(&|run| run.cpu_seconds),
         tokens: of(&|run| Some(run.account.history.tokens as f64)),
@@ -132,8 +137,9 @@ fn group(runs: &[&Run], target: f64) -> Option<Group> {
         shares_base: first.key.method.shares_base(),
         target,
         reached: reached.len(),
-        seconds_to_target: Spread::of(reached.iter().map(|r| r.0)),
-        flops_to_target: Spread::of(reached.iter().map(|r| r.1)),
+        seconds_to_target: Spread::of(reached.iter().map(|r| r.seconds)),
+        cpu_seconds_to_target: spread(reached.iter().map(|r| r.cpu_seconds)),
+        flops_to_target: Spread::of(reached.iter().map(|r| r.flops)),
     })
 }
 
@@ -161,6 +167,7 @@ fn comparison(group: &Group, full: &Group) -> Comparison {
         accuracy: verdict(group.accuracy.as_ref(), full.accuracy.as_ref(), seeds),
         train_seconds_ratio: ratio(group.train_seconds, full.train_seconds),
         train_seconds: verdict(group.train_seconds.as_ref(), full.train_seconds.as_ref(), seeds),
+        train_cpu_seconds_ratio: ratio(group.train_cpu_seconds, full.train_cpu_seconds),
         cpu_seconds_ratio: ratio(group.cpu_seconds, full.cpu_seconds),
         flops_ratio: ratio(group.flops, full.flops),
         peak_memory_ratio: ratio(group.peak_memory_bytes, full.peak_memory_bytes),
@@ -207,6 +214,7 @@ mod tests {
         assert_eq!(groups[0].train_seconds.unwrap().median, 7.0);
         assert_eq!((groups[0].reached, groups[0].seconds_to_target.unwrap().median), (1, 2.0));
         assert_eq!((groups[1].reached, groups[1].seconds_to_target.unwrap().median), (2, 10.0));
+        assert_eq!(groups[1].cpu_seconds_to_target.unwrap().median, 20.0);
         assert_eq!(groups[0].share, 0.01);
 
         let comparisons = comparisons(&groups);
@@ -215,6 +223,7 @@ mod tests {
         assert_eq!((c.method, c.accuracy, c.train_seconds), (Kind::Lora, Verdict::FullMore, Verdict::FullMore));
         assert!((c.accuracy_difference.unwrap() + 0.2).abs() < 1e-12);
         assert_eq!((c.train_seconds_ratio, c.weights_ratio), (Some(7.0 / 25.0), Some(0.05)));
+        assert_eq!(c.train_cpu_seconds_ratio, Some(7.0 / 25.0));
     }
 
     #[test]
