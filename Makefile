@@ -106,7 +106,7 @@ $(DATA)/ready: recipes/data.py recipes/book-reviews-train.csv
 # The CUDA kernels for GPUs of compute capability 8.0 and 9.0, none of which may spill a register. Takes nvcc, and no GPU.
 cuda-check:
 	mkdir -p $(CARGO_TARGET_DIR)/kernels
-	set -e; cd src/cuda/kernels; for name in lora attention; do for sm in 80 90; do \
+	set -e; cd src/cuda/kernels; for name in lora attention layer sampler; do for sm in 80 90; do \
 	nvcc -std=c++17 -O3 -cubin -arch=sm_$$sm -Xptxas -v,--warn-on-spills,-Werror -Werror all-warnings \
 	-o $(abspath $(CARGO_TARGET_DIR))/kernels/$$name.$$sm.cubin $$name.cu; done; done
 

@@ -15,7 +15,7 @@ fn main() {
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     let nvcc = nvcc();
-    for name in ["lora", "attention"] {
+    for name in ["lora", "attention", "layer", "sampler"] {
         let source = format!("src/cuda/kernels/{name}.cu");
         let mut command = Command::new(&nvcc);
         command.args(["-std=c++17", "-O3", "--ptx", &format!("-arch={ARCHITECTURE}"), "-o"]);

@@ -16,7 +16,7 @@ use std::time::Instant;
 use candle_core::DType;
 use loramux::adapter::{Adapter, Generation, LoraPair};
 use loramux::base::matmul::Format;
-use loramux::base::{BLOCK, Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels, device, parallel};
+use loramux::base::{Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels, device, parallel};
 use loramux::engine::{Model, Output, Runner, Work};
 use loramux::lora::{PackedAdapter, Pool};
 use serde_json::json;
@@ -116,7 +116,7 @@ fn main() {
     }
     let prompts = number("prompt").map_or(vec![(1, 128), (1, 512), (8, 64)], |tokens| vec![(1, tokens)]);
     for (prompts, tokens) in prompts {
-        let blocks = tokens.div_ceil(BLOCK);
+        let blocks = tokens.div_ceil(runner.block_size());
         let mut time = |with: bool| {
             let work = |i: usize| Work {
                 tokens: (0..tokens).map(|j| 100 + (i * tokens + j) as u32).collect(),
@@ -139,7 +139,7 @@ fn main() {
     }
     let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
     for rows in if asked.is_empty() { vec![1, 2, 4, 8, 16, 32] } else { asked } {
-        assert!(rows * 8 <= runner.blocks() && START < 8 * BLOCK);
+        assert!(rows * 8 <= runner.blocks() && START < 8 * runner.block_size());
         let mut time = |with: bool| {
             let work = decoding(rows, with.then_some(&adapters));
             median(steps, || runner.step(&work).expect("step"))

@@ -1,33 +1,37 @@
 #!/usr/bin/env bash
-# Everything that is to be known of a GPU, in one table: the tiny models of all families in f32 and bf16, then the steps of
-# decode.rs. The machine with the GPU needs its driver, and neither a network nor Rust.
+# Everything that is to be known of a GPU: the tiny models of all families in f32 and bf16, then gpu.rs on models of random
+# weights, beside transformers and PEFT where they are installed, and the steps of decode.rs on a model that was packed. The
+# machine with the GPU needs its driver, and neither a network nor Rust.
 #
 #   benches/gpu.sh pack DIR [MODEL]   on a machine with nvcc: puts programs, fixtures, this script (and a model's folder) there
-#   DIR/gpu.sh run [DEVICE NUMBERS]   on the machine with the GPU (default cuda 'f32 bf16'); CUDA's libraries may lie in DIR/lib
+#   DIR/gpu.sh run [DEVICE NUMBERS SHAPES]   on the machine with the GPU (default cuda 'f32 bf16' '1b 8b'); CUDA's libraries
+#                                     may lie in DIR/lib. FEATURES=flash-attn packs a program with that feature
 set -euo pipefail
 
 pack() {
   local out=$1 model=${2:-} root
   root=$(cd "$(dirname "$0")/.." && pwd)
   mkdir -p "$out"
-  (cd "$root" && cargo build --release --locked --features cuda --example device --message-format=json \
-    && cargo bench --locked --features cuda --bench decode --no-run --message-format=json) \
+  (cd "$root" && cargo build --release --locked --features "${FEATURES:-cuda}" --example device --message-format=json \
+    && cargo bench --locked --features "${FEATURES:-cuda}" --bench decode --bench gpu --no-run --message-format=json) \
     | python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
     built = json.loads(line)
     name, program = built.get("target", {}).get("name"), built.get("executable")
-    if program and name in ("device", "decode"):
+    if program and name in ("device", "decode", "gpu"):
         shutil.copy(program, sys.argv[1] + "/" + name)
 ' "$out"
   rm -rf "$out/tiny" && cp -r "$root/tests/fixtures/tiny" "$out/tiny"
+  strip "$out/device" "$out/decode" "$out/gpu"
   cp "$0" "$out/gpu.sh"
+  cp "$root/benches/gpu_peft.py" "$out/gpu_peft.py"
   if [ -n "$model" ]; then rm -rf "$out/model" && cp -rL "$model" "$out/model"; fi
   du -sh "$out"
 }
 
 run() {
-  local here device=$1 numbers=$2 failed=0 dtype
+  local here device=$1 numbers=$2 shapes=$3 failed=0 dtype peft
   here=$(cd "$(dirname "$0")" && pwd)
   export LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
   if [ "${device#cuda}" != "$device" ]; then
@@ -38,6 +42,17 @@ run() {
   for dtype in $numbers; do
     "$here/device" "$here/tiny" "$device" "$dtype" || failed=1
   done
+  # Large models are written there for a while.
+  export TMPDIR=$here
+  # shellcheck disable=SC2086  # words of their own
+  "$here/gpu" "device=$device" "dtype=${numbers##* }" $shapes || failed=1
+  if [ "${device#cuda}" != "$device" ] && [[ " $shapes " == *" 1b "* ]]; then
+    if peft=$(python3 "$here/gpu_peft.py" 2> "$here/peft.log"); then
+      echo "| 1b | transformers and PEFT, 32 sequences, as many adapters | $peft tokens/s | | |"
+    else
+      echo "| 1b | transformers and PEFT | not run: $(tail -n 1 "$here/peft.log") | | |"
+    fi
+  fi
   if [ -d "$here/model" ]; then
     for dtype in $numbers; do
       "$here/decode" json "device=$device" "dtype=$dtype" "model=$here/model" | python3 -c '
@@ -58,6 +73,6 @@ for line in sys.stdin:
 
 case ${1:-} in
   pack) pack "${2:?DIR}" "${3:-}" ;;
-  run) run "${2:-cuda}" "${3:-f32 bf16}" ;;
-  *) sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//' ;;
+  run) run "${2:-cuda}" "${3:-f32 bf16}" "${4:-1b 8b}" ;;
+  *) sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//' ;;
 esac

@@ -4,7 +4,8 @@
 //!     cargo run --release --example device -- tests/fixtures/tiny cpu f32
 //!     device FIXTURES cuda bf16      # the program alone; benches/gpu.sh carries it to a machine with a GPU
 //!
-//! A line a model, in Markdown. Ends with 1 where something is further off than its budget.
+//! A line a model, in Markdown. Tokens are drawn on the device as well, and compared with those that the definition draws from
+//! the device's own logits. Ends with 1 where something is further off than its budget.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,8 +14,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use loramux::adapter::load;
-use loramux::base::{BLOCK, Base, Decoder, DecoderOptions, Kernels, device};
-use loramux::engine::{Model, Output, Runner, Work};
+use loramux::base::{Base, Decoder, DecoderOptions, Kernels, device};
+use loramux::engine::{Computed, Draw, Edit, Model, Output, Runner, Work};
 use loramux::lora::{PackedAdapter, Pool};
 use loramux::{Error, Result};
 
@@ -86,8 +87,8 @@ impl Fixtures {
         Ok(all)
     }
 
-    /// How many prompts, and by how much the worst of them is off.
-    fn compare(&self, device: &Device, dtype: DType) -> Result<(usize, f32)> {
+    /// How many prompts, by how much the worst of them is off, and how many tokens were drawn right, of how many.
+    fn compare(&self, device: &Device, dtype: DType) -> Result<(usize, f32, [usize; 2])> {
         let config = &self.base.config;
         let options = DecoderOptions { device: device.clone(), kernels: Kernels::Tensor, format: None, dtype };
         let decoder = Arc::new(Decoder::load(config, &self.base.weights, options)?);
@@ -96,7 +97,7 @@ impl Fixtures {
         let work: Vec<Work> = prompts
             .iter()
             .map(|(name, tokens, adapter)| {
-                let blocks = tokens.len().div_ceil(BLOCK) as u32;
+                let blocks = tokens.len().div_ceil(decoder.kv_block_size()) as u32;
                 next += blocks;
                 let heads = self.logits[name].dims().len() == 1;
                 Work {
@@ -109,7 +110,8 @@ impl Fixtures {
             })
             .collect();
         let bytes = next as usize * decoder.kv_block_bytes();
-        let got = Runner::new(decoder, bytes)?.with_head(self.base.head.clone()).step(&work)?;
+        let mut runner = Runner::new(decoder, bytes)?.with_head(self.base.head.clone());
+        let got = runner.step(&work)?;
         let mut worst = 0f32;
         for ((name, ..), got) in prompts.iter().zip(&got) {
             let want = self.logits[name].flatten_all()?.to_vec1::<f32>()?;
@@ -122,8 +124,53 @@ impl Fixtures {
                 return Err(Error::internal(format!("{name}: {} logits, not {}", got.len(), want.len())));
             }
         }
-        Ok((prompts.len(), worst))
+        let rows: Vec<usize> = (0..work.len()).filter(|&i| work[i].output != Output::Head).collect();
+        let drawing: Vec<Work> = rows.iter().map(|&i| Work { output: Output::LastLogits, ..work[i].clone() }).collect();
+        let logits = runner.step(&drawing)?;
+        let draws: Vec<Draw> = (0..rows.len()).map(draw).collect();
+        let wanted: Vec<_> = draws.iter().cloned().map(Some).collect();
+        let drawn = runner.step_and_draw(&drawing, &wanted)?;
+        let is_right = |((computed, draw), logits): &((&Computed, &Draw), &Vec<f32>)| match computed {
+            Computed::Token(Some(token)) => nearly(draw)
+                .iter()
+                .any(|draw| draw.token(&mut logits.to_vec(), &mut vec![]).is_ok_and(|expected| expected == *token)),
+            _ => false,
+        };
+        let right = drawn.iter().zip(&draws).zip(&logits).filter(is_right).count();
+        Ok((prompts.len(), worst, [right, rows.len()]))
     }
+}
+
+/// One of some kinds of draws.
+fn draw(i: usize) -> Draw {
+    let edit = |token| Edit { token, bias: 1.5, seen: true, penalty: 0.25 };
+    let plain = Draw {
+        edits: vec![],
+        repetition_penalty: 1.0,
+        temperature: 1.0,
+        min_p: 0.0,
+        top_k: 0,
+        top_p: 1.0,
+        typical_p: 1.0,
+        place: (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11,
+    };
+    match i % 5 {
+        0 => Draw { temperature: 0.0, ..plain },
+        1 => Draw { edits: (0..40).map(edit).collect(), repetition_penalty: 1.3, ..plain },
+        2 => Draw { top_k: 20, temperature: 0.7, ..plain },
+        3 => Draw { top_p: 0.8, ..plain },
+        _ => Draw { min_p: 0.05, top_k: 50, top_p: 0.9, ..plain },
+    }
+}
+
+/// Draws that differ by what rounding may make of one.
+fn nearly(draw: &Draw) -> Vec<Draw> {
+    let near = |(p, place): (f32, i64)| {
+        let place = draw.place.saturating_add_signed(place << 34).min((1 << 53) - 1);
+        let top_p = if draw.top_p < 1.0 { draw.top_p * (1.0 + p * 1e-5) } else { 1.0 };
+        Draw { place, top_p, ..draw.clone() }
+    };
+    [(0.0, 0), (0.0, 1), (0.0, -1), (1.0, 0), (-1.0, 0)].map(near).into()
 }
 
 fn run(arguments: &[String]) -> Result<bool> {
@@ -138,12 +185,12 @@ fn run(arguments: &[String]) -> Result<bool> {
     models.sort_unstable();
     let mut good = !models.is_empty();
     for model in models {
-        let (prompts, off) = Fixtures::open(Path::new(root), &model)?.compare(&device, dtype)?;
-        let fits = off <= budget(dtype);
+        let (prompts, off, [right, drawn]) = Fixtures::open(Path::new(root), &model)?.compare(&device, dtype)?;
+        let fits = off <= budget(dtype) && right == drawn;
         good &= fits;
         let verdict = if fits { "ok" } else { "TOO FAR OFF" };
         println!(
-            "| {model} | {} | {prompts} prompts | off by {off:.1e} of {:.0e} | {verdict} |",
+            "| {model} | {} | {prompts} prompts, {drawn} tokens | off by {off:.1e} of {:.0e}; {right} tokens as defined | {verdict} |",
             dtype.as_str(),
             budget(dtype)
         );

@@ -10,6 +10,10 @@ use crate::Result;
 use crate::base::ModelConfig;
 use crate::base::buffer::Buffer;
 use crate::base::decoder::RowNorm;
+#[cfg(feature = "flash-attn")]
+use crate::base::flash;
+#[cfg(feature = "cuda")]
+use crate::base::fused;
 use crate::base::kv::{BLOCK, KvCache, LayerCache, value_width};
 #[cfg(feature = "cuda")]
 use crate::base::paged::tiles::AttentionTiles;
@@ -82,20 +86,16 @@ impl Rotation {
 pub(super) struct StepTensors {
     /// Of the rotation, `[rows, half]`; `None` where nothing is turned.
     rotation: Option<[Tensor; 2]>,
-    /// Slot of each row, once for each number of its keys: `[rows, kv_heads * head_dim]`.
+    /// Slot of each row: `[rows, 1]`.
     slots: Tensor,
     #[cfg(feature = "cuda")]
     tiles: OnceLock<(AttentionTiles, crate::cuda::gpu::GpuMemory)>,
+    #[cfg(feature = "flash-attn")]
+    flash: OnceLock<flash::tensors::Lengths>,
 }
 
 impl StepTensors {
-    pub fn new(
-        config: &ModelConfig,
-        rotation: &Rotation,
-        sequences: &[SequenceRows],
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Self> {
+    pub fn new(rotation: &Rotation, sequences: &[SequenceRows], dtype: DType, device: &Device) -> Result<Self> {
         let (rows, half) = (sequences.iter().map(|s| s.rows.end).max().unwrap_or(0), rotation.half);
         let table = |t: &[f32]| Tensor::from_slice(t, (rows, half), device)?.to_dtype(dtype);
         let rotation = match half {
@@ -106,14 +106,24 @@ impl StepTensors {
         for s in sequences {
             s.rows.clone().enumerate().for_each(|(i, row)| slots[row] = s.slot(s.start + i) as u32);
         }
-        let width = config.kv_heads * config.head_dim;
-        let slots = Tensor::from_vec(slots, (rows, 1), device)?.broadcast_as((rows, width))?.contiguous()?;
+        let slots = Tensor::from_vec(slots, (rows, 1), device)?;
         Ok(StepTensors {
             rotation,
             slots,
             #[cfg(feature = "cuda")]
             tiles: OnceLock::new(),
+            #[cfg(feature = "flash-attn")]
+            flash: OnceLock::new(),
         })
+    }
+
+    #[cfg(feature = "flash-attn")]
+    fn flash(&self, sequences: &[SequenceRows], device: &Device) -> Result<&flash::tensors::Lengths> {
+        if let Some(there) = self.flash.get() {
+            return Ok(there);
+        }
+        let lengths = flash::tensors::Lengths::new(sequences, device)?;
+        Ok(self.flash.get_or_init(|| lengths))
     }
 
     /// The launches, and the address of their words.
@@ -302,10 +312,51 @@ pub(super) fn tensors(
     step: &StepTensors,
     cache: &mut LayerCache,
 ) -> Result<Tensor> {
-    let &Attention { config, layer, ref head_norms, sequences, .. } = attention;
+    let &Attention { config, layer, sequences, .. } = attention;
     let LayerCache::Tensor { keys, values } = cache else { unreachable!("the decoder made its own cache") };
     let (hd, heads, kv_heads) = (config.head_dim, config.heads, config.kv_heads);
+    let q = rotated(attention, qkv, step, [keys, values])?;
+    let heads = Heads {
+        kv_heads,
+        group: heads / kv_heads,
+        head_dim: hd,
+        causal: !config.family.is_encoder(),
+        window: config.window(layer),
+        scale: config.attention_scale(layer),
+        softcap: config.architecture.attention_softcap.map(|cap| cap as f32),
+    };
+    #[cfg(feature = "flash-attn")]
+    if flash::attends(config, q.device(), q.dtype()) {
+        return step.flash(sequences, q.device())?.attend(&heads, &q, [keys, values]);
+    }
+    let op = PagedAttention {
+        heads,
+        sequences,
+        #[cfg(feature = "cuda")]
+        tiles: step.tiles(&heads, sequences, &q)?,
+    };
+    Ok(q.apply_op3_no_bwd(keys, values, &op)?)
+}
+
+/// Writes keys and values of the step into the cache and returns the queries, `[rows, heads * head_dim]`: with the norms of
+/// heads, and rotated.
+fn rotated(attention: &Attention, qkv: &Tensor, step: &StepTensors, [keys, values]: [&Tensor; 2]) -> Result<Tensor> {
+    let &Attention { config, ref head_norms, .. } = attention;
+    let (hd, heads, kv_heads) = (config.head_dim, config.heads, config.kv_heads);
     let (rows, _) = qkv.dims2()?;
+    #[cfg(feature = "cuda")]
+    if let Some(device) = fused::tensors::device(qkv) {
+        let dtype = qkv.dtype();
+        let norms = head_norms.as_ref().map(|[q, k]| Some([q.plain(dtype)?, k.plain(dtype)?]));
+        if !matches!(norms, Some(None)) {
+            let (norms, half) = (norms.flatten(), attention.rotation.half);
+            let eps = norms.map_or(0.0, |[(_, eps), _]| eps);
+            let sizes = fused::HeadSizes { heads, kv_heads, head_dim: hd, half, eps };
+            let norms = norms.map(|norms| norms.map(|(weight, _)| weight));
+            let (rotation, slots) = (step.rotation.as_ref(), &step.slots);
+            return Ok(fused::tensors::rotate(device, sizes, qkv, [keys, values], rotation, slots, norms)?);
+        }
+    }
     let turn = |which: usize, x: Tensor, heads: usize| -> Result<Tensor> {
         let mut x = x.reshape((rows * heads, hd))?;
         if let Some(norms) = head_norms {
@@ -325,25 +376,10 @@ pub(super) fn tensors(
     let q = turn(0, qkv.narrow(1, 0, heads * hd)?, heads)?.reshape((rows, heads * hd))?.contiguous()?;
     let k = turn(1, qkv.narrow(1, heads * hd, kv_heads * hd)?, kv_heads)?.reshape((rows, kv_heads * hd))?;
     let v = qkv.narrow(1, (heads + kv_heads) * hd, kv_heads * hd)?.contiguous()?;
-    keys.scatter_set(&step.slots, &k, 0)?;
-    values.scatter_set(&step.slots, &v, 0)?;
-
-    let heads = Heads {
-        kv_heads,
-        group: heads / kv_heads,
-        head_dim: hd,
-        causal: !config.family.is_encoder(),
-        window: config.window(layer),
-        scale: config.attention_scale(layer),
-        softcap: config.architecture.attention_softcap.map(|cap| cap as f32),
-    };
-    let op = PagedAttention {
-        heads,
-        sequences,
-        #[cfg(feature = "cuda")]
-        tiles: step.tiles(&heads, sequences, &q)?,
-    };
-    Ok(q.apply_op3_no_bwd(keys, values, &op)?)
+    let slots = step.slots.broadcast_as((rows, kv_heads * hd))?.contiguous()?;
+    keys.scatter_set(&slots, &k, 0)?;
+    values.scatter_set(&slots, &v, 0)?;
+    Ok(q)
 }
 
 /// `cap * tanh(x / cap)`.

@@ -2,6 +2,7 @@
 
 use candle_core::DType;
 
+use crate::base::flash::PAGE;
 use crate::base::{BLOCK, KvCache, ModelConfig};
 use crate::{Error, Result};
 
@@ -66,7 +67,8 @@ impl Budget {
             free,
             weights,
             step: step_bytes(config, dtype, step),
-            sequence: config.context.div_ceil(BLOCK) as u64 * KvCache::block_bytes(config, true, dtype) as u64,
+            sequence: (config.context.next_multiple_of(PAGE) / BLOCK) as u64
+                * KvCache::block_bytes(config, true, dtype) as u64,
             context: config.context,
             adapter: RANK * (sums * dtype.size_in_bytes()) as u64,
         }

@@ -39,6 +39,14 @@ impl From<Vec<f32>> for Buffer {
     }
 }
 
+impl From<Buffer> for Vec<f32> {
+    fn from(mut buffer: Buffer) -> Self {
+        let mut numbers = std::mem::take(&mut buffer.numbers);
+        numbers.truncate(buffer.len);
+        numbers
+    }
+}
+
 impl Deref for Buffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
@@ -55,6 +63,9 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let numbers = std::mem::take(&mut self.numbers);
+        if numbers.is_empty() {
+            return;
+        }
         // At its end a thread has nowhere to keep it.
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();

@@ -1,12 +1,16 @@
 //! The decoder, which is an encoder as well: token ids in, hidden states and logits out, for any mix of sequences.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::base::attention::{self, Attention, Rotation, SequenceRows, StepTensors};
 use crate::base::buffer::Buffer;
-use crate::base::kv::KvCache;
+use crate::base::flash;
+#[cfg(feature = "cuda")]
+use crate::base::fused;
+use crate::base::kv::{BLOCK, KvCache};
 use crate::base::matmul::{self, Batch, Format, PackedMatrix, Product};
 use crate::base::parallel;
 use crate::base::simd::{self, Simd};
@@ -87,8 +91,8 @@ struct Linear {
     bias: Option<Vector>,
 }
 
-/// Rows of activations.
-enum Rows {
+/// Rows of activations, or of logits, where they were computed.
+pub enum Rows {
     Host { data: Buffer, width: usize },
     Device(Tensor),
 }
@@ -155,6 +159,14 @@ impl Vector {
         }
     }
 
+    #[cfg(feature = "cuda")]
+    fn tensor(&self) -> &Tensor {
+        match self {
+            Vector::Device(t) => t,
+            Vector::Host(_) => unreachable!("rows are where the weights are"),
+        }
+    }
+
     fn bytes(&self) -> usize {
         match self {
             Vector::Host(data) => 4 * data.len(),
@@ -211,6 +223,14 @@ pub(super) struct RowNorm<'a> {
 }
 
 impl<'a> RowNorm<'a> {
+    /// The weights, in numbers of `dtype`, and what is added to the mean square, where all rows have the same such norm.
+    #[cfg(feature = "cuda")]
+    pub fn plain(&self, dtype: DType) -> Option<(&'a Tensor, f32)> {
+        let is_plain = self.own.is_empty() && self.base.kind == NormKind::Rms;
+        let weight = self.base.weight.tensor();
+        (is_plain && weight.dtype() == dtype).then_some((weight, self.base.eps))
+    }
+
     pub fn of_row(&self, row: usize) -> &'a Norm {
         self.own.iter().find(|(rows, _)| rows.contains(&row)).map_or(self.base, |(_, norm)| norm)
     }
@@ -353,6 +373,10 @@ fn norm_dtype(config: &ModelConfig, options: &DecoderOptions) -> DType {
 
 impl Decoder {
     pub fn load(config: &ModelConfig, weights: &Weights, options: DecoderOptions) -> Result<Self> {
+        #[cfg(feature = "flash-attn")]
+        if flash::attends(config, &options.device, options.dtype) {
+            flash::tensors::check(&options.device)?;
+        }
         let loader = Loader { config, weights, options: &options };
         let names = config.family.names();
         let embedding = loader.table(names.embedding, config.vocab_size)?;
@@ -476,13 +500,28 @@ impl Decoder {
         let blocks = (bytes / self.kv_block_bytes()).max(1);
         match (self.options.kernels, self.kv_dtype()) {
             (Kernels::Packed(_), dtype) => Ok(KvCache::packed(&self.config, blocks, dtype == DType::F16)),
-            (Kernels::Tensor, dtype) => KvCache::tensors(&self.config, blocks, dtype, &self.options.device),
+            (Kernels::Tensor, dtype) => {
+                let positions = blocks * self.kv_block_size();
+                KvCache::tensors(&self.config, blocks, positions, dtype, &self.options.device)
+            }
         }
     }
 
     /// Bytes of a block of the KV cache in all layers.
     pub fn kv_block_bytes(&self) -> usize {
-        KvCache::block_bytes(&self.config, self.options.kernels == Kernels::Tensor, self.kv_dtype())
+        let bytes = KvCache::block_bytes(&self.config, self.options.kernels == Kernels::Tensor, self.kv_dtype());
+        bytes * self.kv_block_size() / BLOCK
+    }
+
+    /// Positions of a block of the KV cache.
+    pub fn kv_block_size(&self) -> usize {
+        let DecoderOptions { device, dtype, .. } = &self.options;
+        if flash::attends(&self.config, device, *dtype) { flash::PAGE } else { BLOCK }
+    }
+
+    /// The [`BLOCK`]s of a sequence's blocks.
+    pub fn blocks<'a>(&self, blocks: &'a [u32]) -> Cow<'a, [u32]> {
+        flash::parts(blocks, self.kv_block_size() / BLOCK)
     }
 
     fn kv_dtype(&self) -> DType {
@@ -497,7 +536,8 @@ impl Decoder {
     /// Computes one step and returns the final hidden states of the rows in `wanted`: `[wanted, hidden_size]`.
     ///
     /// An encoder's sequences are there as a whole, from position 0 on.
-    /// `tokens` holds one id per row; `sequences` cover all rows; the keys and values of each sequence's earlier
+    /// `tokens` holds one id per row; `sequences` cover all rows, with the blocks of [`BLOCK`] positions that [`Decoder::blocks`]
+    /// gives; the keys and values of each sequence's earlier
     /// positions are in `cache` already, those of its rows are written to it. `wanted` is in ascending order.
     pub fn forward(
         &self,
@@ -506,17 +546,19 @@ impl Decoder {
         cache: &mut KvCache,
         delta: &dyn Delta,
         wanted: &[usize],
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Rows> {
         let rotation = Rotation::new(&self.config, sequences);
         let DecoderOptions { device, dtype, .. } = &self.options;
         let step = match self.options.kernels {
             Kernels::Packed(_) => None,
-            Kernels::Tensor => Some(StepTensors::new(&self.config, &rotation, sequences, *dtype, device)?),
+            Kernels::Tensor => Some(StepTensors::new(&rotation, sequences, *dtype, device)?),
         };
         let mut x = self.embed(tokens, sequences, delta)?;
+        // What is added to `x` before its next norm.
+        let mut more = None;
         let norm = |base, site: NormSite| RowNorm { base, own: delta.norms(site) };
         for (l, layer) in self.layers.iter().enumerate() {
-            let h = self.norm(&x, &norm(&layer.attention_norm, NormSite::Attention(l)))?;
+            let h = self.add_and_norm(&mut x, more.take(), &norm(&layer.attention_norm, NormSite::Attention(l)))?;
             let qkv = self.linear(&layer.qkv, l, Site::Qkv, &h, delta)?;
             if self.config.family.norms_stream() {
                 x = h;
@@ -536,50 +578,44 @@ impl Decoder {
             };
             let h = self.linear(&layer.o, l, Site::O, &h, delta)?;
             let post = layer.attention_post_norm.as_ref().map(|base| norm(base, NormSite::AttentionPost(l)));
-            add(&mut x, self.post_norm(h, post)?)?;
-            let h = self.norm(&x, &norm(&layer.mlp_norm, NormSite::Mlp(l)))?;
+            let h = self.post_norm(h, post)?;
+            let h = self.add_and_norm(&mut x, Some(h), &norm(&layer.mlp_norm, NormSite::Mlp(l)))?;
             let up = self.activate(self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?)?;
             if self.config.family.norms_stream() {
                 x = h;
             }
             let h = self.linear(&layer.down, l, Site::Down, &up, delta)?;
             let post = layer.mlp_post_norm.as_ref().map(|base| norm(base, NormSite::MlpPost(l)));
-            add(&mut x, self.post_norm(h, post)?)?;
+            more = Some(self.post_norm(h, post)?);
         }
         if wanted.is_empty() {
-            return Ok(vec![]);
+            return Ok(Rows::Host { data: Buffer::new(0), width: self.config.hidden_size });
         }
         let mut last = norm(&self.norm, NormSite::Final);
         let place = |row: usize| wanted.partition_point(|&w| w < row);
         last.own.iter_mut().for_each(|(rows, _)| *rows = place(rows.start)..place(rows.end));
-        self.norm(&select(x, wanted)?, &last)?.into_f32()
+        let (mut x, more) = (x.select(wanted)?, more.map(|more| more.select(wanted)).transpose()?);
+        self.add_and_norm(&mut x, more, &last)
     }
 
     /// What a classification head reads of final hidden states `[rows, hidden_size]`, in the same shape: they themselves, or
     /// what the pooler makes of them.
-    pub fn pooled(&self, states: Vec<f32>, delta: &dyn Delta) -> Result<Vec<f32>> {
-        let Some(pooler) = &self.pooler else { return Ok(states) };
-        let width = self.config.hidden_size;
-        let x = match self.options.kernels {
-            Kernels::Packed(_) => Rows::Host { data: states.into(), width },
-            Kernels::Tensor => {
-                let x = Tensor::from_slice(&states, (states.len() / width, width), &self.options.device)?;
-                Rows::Device(x.to_dtype(self.options.dtype)?)
-            }
-        };
-        let mut y = self.linear(pooler, 0, Site::Pooler, &x, delta)?.into_f32()?;
+    pub fn pooled(&self, states: Rows, delta: &dyn Delta) -> Result<Vec<f32>> {
+        let Some(pooler) = &self.pooler else { return states.into_f32() };
+        let mut y = self.linear(pooler, 0, Site::Pooler, &states, delta)?.into_f32()?;
         y.iter_mut().for_each(|y| *y = y.tanh());
         Ok(y)
     }
 
     /// Logits `[rows, width]` of final hidden states `[rows, hidden_size]`, `width` being the largest vocabulary among
     /// the base's and those of the rows' adapters. What a row has beyond its own vocabulary means nothing.
-    pub fn logits(&self, hidden: &[f32], delta: &dyn Delta) -> Result<Vec<f32>> {
-        let (k, vocab) = (self.config.hidden_size, self.config.vocab_size);
-        let (rows, width) = (hidden.len() / k, vocab.max(delta.vocab_size()));
+    pub fn logits(&self, states: &Rows, delta: &dyn Delta) -> Result<Rows> {
+        let vocab = self.config.vocab_size;
+        let width = vocab.max(delta.vocab_size());
         let cap = self.config.architecture.logit_softcap;
-        match (&self.lm_head.as_ref().unwrap_or(&self.embedding).matrices, self.options.kernels) {
-            (Matrices::Packed(parts), Kernels::Packed(simd)) => {
+        match (&self.lm_head.as_ref().unwrap_or(&self.embedding).matrices, states, self.options.kernels) {
+            (Matrices::Packed(parts), Rows::Host { data: hidden, width: k }, Kernels::Packed(simd)) => {
+                let (k, rows) = (*k, hidden.len() / k);
                 let mut y = vec![0.0; rows * width];
                 let base = delta.base_logits(rows).into_iter();
                 let product = |rows| Product { matrix: &parts[0], rows, x_column: 0, y_column: 0, scale: 1.0 };
@@ -590,15 +626,17 @@ impl Decoder {
                 if let Some(cap) = cap {
                     simd::softcap(simd, &mut y, cap as f32);
                 }
-                Ok(y)
+                Ok(Rows::Host { data: y.into(), width })
             }
-            (Matrices::Tensor(w), _) => {
-                let x = Tensor::from_slice(hidden, (rows, k), &self.options.device)?.to_dtype(self.options.dtype)?;
-                let y = x.matmul(&w.t()?)?.pad_with_zeros(1, 0, width - vocab)?;
-                let y = delta.logits_tensor(&x, y)?;
-                Rows::Device(cap.map_or(Ok(y.clone()), |cap| attention::softcap(&y, cap))?).into_f32()
+            (Matrices::Tensor(w), Rows::Device(x), _) => {
+                let mut y = x.matmul(&w.t()?)?;
+                if width > vocab {
+                    y = y.pad_with_zeros(1, 0, width - vocab)?;
+                }
+                let y = delta.logits_tensor(x, y)?;
+                Ok(Rows::Device(cap.map_or(Ok(y.clone()), |cap| attention::softcap(&y, cap))?))
             }
-            _ => unreachable!("packed weights are for packed kernels"),
+            _ => unreachable!("rows are where the weights are"),
         }
     }
 
@@ -693,6 +731,29 @@ impl Decoder {
         }
     }
 
+    /// `x += h`, where there is `h`, and the norm of `x`.
+    fn add_and_norm(&self, x: &mut Rows, h: Option<Rows>, norm: &RowNorm) -> Result<Rows> {
+        #[cfg(feature = "cuda")]
+        if let Rows::Device(sum) = &*x
+            && let Some(device) = fused::tensors::device(sum)
+            && norm.own.is_empty()
+        {
+            let h = match &h {
+                Some(Rows::Device(h)) => Some(h),
+                _ => None,
+            };
+            let Norm { kind, eps, weight, bias } = norm.base;
+            let bias = bias.as_ref().map(Vector::tensor);
+            let (sum, normed) = fused::tensors::add_norm(device, sum, h, (*kind, *eps), weight.tensor(), bias)?;
+            *x = Rows::Device(sum);
+            return Ok(Rows::Device(normed));
+        }
+        if let Some(h) = h {
+            add(x, h)?;
+        }
+        self.norm(x, norm)
+    }
+
     fn post_norm(&self, x: Rows, norm: Option<RowNorm>) -> Result<Rows> {
         if let Some(norm) = norm { self.norm(&x, &norm) } else { Ok(x) }
     }
@@ -713,6 +774,10 @@ impl Decoder {
                 Ok(Rows::Host { data: out, width })
             }
             (Rows::Device(t), _) => {
+                #[cfg(feature = "cuda")]
+                if let Some(device) = fused::tensors::device(&t) {
+                    return Ok(Rows::Device(fused::tensors::activate(device, &t, activation, gated, width)?));
+                }
                 let first = t.narrow(1, 0, width)?.contiguous()?;
                 let first = match activation {
                     Activation::Silu => first.silu()?,
@@ -728,16 +793,45 @@ impl Decoder {
 }
 
 impl Rows {
-    fn into_f32(self) -> Result<Vec<f32>> {
+    /// From the host to where `options` say; `[rows, width]`.
+    #[cfg(test)]
+    pub(crate) fn from_f32(rows: &[f32], width: usize, options: &DecoderOptions) -> Result<Self> {
+        Ok(match options.kernels {
+            Kernels::Packed(_) => Rows::Host { data: rows.to_vec().into(), width },
+            Kernels::Tensor => {
+                let t = Tensor::from_slice(rows, (rows.len() / width, width), &options.device)?;
+                Rows::Device(t.to_dtype(options.dtype)?)
+            }
+        })
+    }
+
+    pub fn into_f32(self) -> Result<Vec<f32>> {
         match self {
-            Rows::Host { data, .. } => Ok(data.to_vec()),
+            Rows::Host { data, .. } => Ok(data.into()),
             Rows::Device(t) => Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
         }
     }
-}
 
-/// Numbers of which a cheap operation is worth a parallel region.
-const PARALLEL: usize = 1 << 15;
+    /// Some of the rows, in the order of `wanted`.
+    pub fn select(&self, wanted: &[usize]) -> Result<Rows> {
+        match self {
+            &Rows::Host { ref data, width } => {
+                let mut chosen = Buffer::new(wanted.len() * width);
+                for (out, &row) in chosen.chunks_exact_mut(width).zip(wanted) {
+                    out.copy_from_slice(&data[row * width..][..width]);
+                }
+                Ok(Rows::Host { data: chosen, width })
+            }
+            // All of them, as where all sequences decode.
+            Rows::Device(t) if wanted.iter().copied().eq(0..t.dims()[0]) => Ok(Rows::Device(t.clone())),
+            Rows::Device(t) => {
+                let index: Vec<u32> = wanted.iter().map(|&row| row as u32).collect();
+                let index = Tensor::new(index, t.device())?;
+                Ok(Rows::Device(t.index_select(&index, 0)?))
+            }
+        }
+    }
+}
 
 /// `x += y`.
 fn add(x: &mut Rows, y: Rows) -> Result<()> {
@@ -758,19 +852,5 @@ fn add(x: &mut Rows, y: Rows) -> Result<()> {
     Ok(())
 }
 
-fn select(x: Rows, wanted: &[usize]) -> Result<Rows> {
-    match x {
-        Rows::Host { data, width } => {
-            let mut chosen = Buffer::new(wanted.len() * width);
-            for (out, &row) in chosen.chunks_exact_mut(width).zip(wanted) {
-                out.copy_from_slice(&data[row * width..][..width]);
-            }
-            Ok(Rows::Host { data: chosen, width })
-        }
-        Rows::Device(t) => {
-            let index: Vec<u32> = wanted.iter().map(|&row| row as u32).collect();
-            let index = Tensor::new(index, t.device())?;
-            Ok(Rows::Device(t.index_select(&index, 0)?))
-        }
-    }
-}
+/// Numbers of which a cheap operation is worth a parallel region.
+const PARALLEL: usize = 1 << 15;

@@ -65,9 +65,9 @@ pub fn memory(device: &Device) -> Result<Option<Memory>> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
         let told = |e| Error::internal(format!("{e:?}"));
-        // What was freed goes back to the driver here.
         let stream = device.cuda_stream();
         stream.synchronize().map_err(told)?;
+        crate::cuda::gpu::trim(device)?;
         let (free, total) = stream.context().mem_get_info().map_err(told)?;
         return Ok(Some(Memory { total: total as u64, free: free as u64 }));
     }

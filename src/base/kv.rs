@@ -18,7 +18,7 @@ pub(super) enum LayerCache {
     /// Keys `[block][kv_head][head_dim][BLOCK]`, values `[block][kv_head][value_width / LANES][BLOCK][LANES]`: both in panels of
     /// the matrix kernels.
     Cpu { keys: Numbers, values: Numbers },
-    /// Keys and values `[blocks * BLOCK, kv_heads * head_dim]`.
+    /// Keys and values `[positions, kv_heads * head_dim]`.
     Tensor { keys: Tensor, values: Tensor },
 }
 
@@ -125,9 +125,15 @@ impl KvCache {
         KvCache { layers: (0..config.layers).map(layer).collect(), blocks }
     }
 
-    /// For candle's operations.
-    pub(super) fn tensors(config: &ModelConfig, blocks: usize, dtype: DType, device: &Device) -> Result<Self> {
-        let shape = (blocks * BLOCK, config.kv_heads * config.head_dim);
+    /// For candle's operations: `blocks` of so many positions in all.
+    pub(super) fn tensors(
+        config: &ModelConfig,
+        blocks: usize,
+        positions: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let shape = (positions, config.kv_heads * config.head_dim);
         let layer = |_| -> Result<LayerCache> {
             let (keys, values) = (Tensor::zeros(shape, dtype, device)?, Tensor::zeros(shape, dtype, device)?);
             Ok(LayerCache::Tensor { keys, values })

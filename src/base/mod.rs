@@ -9,6 +9,9 @@ mod decoder;
 pub mod device;
 mod family;
 mod fetch;
+mod flash;
+#[cfg(any(feature = "cuda", test))]
+mod fused;
 mod gguf;
 mod head;
 pub mod hub;
@@ -31,7 +34,7 @@ mod weights;
 pub use attention::SequenceRows;
 pub use chat::ChatTemplate;
 pub use config::{ModelConfig, TargetModule};
-pub use decoder::{Decoder, DecoderOptions, Delta, Kernels, Norm};
+pub use decoder::{Decoder, DecoderOptions, Delta, Kernels, Norm, Rows};
 pub use family::{Activation, Architecture, Family, LM_HEAD, Module, Names, NormKind, NormSite, Projection, Site};
 pub use fetch::{fetch, packaged};
 pub(crate) use gguf::{Gguf, Meta};

@@ -77,6 +77,8 @@ const HEADERS: [(&str, &str); 2] =
     [("common.cuh", include_str!("kernels/common.cuh")), ("emulator.hpp", include_str!("kernels/emulator.hpp"))];
 pub const LORA: &str = include_str!("kernels/lora.cu");
 pub const ATTENTION: &str = include_str!("kernels/attention.cu");
+pub const LAYER: &str = include_str!("kernels/layer.cu");
+pub const SAMPLER: &str = include_str!("kernels/sampler.cu");
 
 /// Compiles a source that includes the headers.
 fn compile(source: &str, folder: &Path) -> Library {
@@ -137,6 +139,11 @@ impl Emulator {
         let address = copy.address();
         self.copies.borrow_mut().push(copy);
         Ok(address)
+    }
+
+    /// What became of uploaded words.
+    pub fn words(&self, memory: &Guarded) -> Vec<u32> {
+        memory.bytes().chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
     }
 
     /// What became of a copied tensor, in f32.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaEvent, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PinnedHostSlice, PushKernelArg, result,
+    CudaEvent, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PinnedHostSlice, PushKernelArg, result, sys,
 };
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
@@ -17,6 +17,8 @@ impl Module {
         match self {
             Module::Lora => ("loramux-lora", include_str!(concat!(env!("OUT_DIR"), "/lora.ptx"))),
             Module::Attention => ("loramux-attention", include_str!(concat!(env!("OUT_DIR"), "/attention.ptx"))),
+            Module::Layer => ("loramux-layer", include_str!(concat!(env!("OUT_DIR"), "/layer.ptx"))),
+            Module::Sampler => ("loramux-sampler", include_str!(concat!(env!("OUT_DIR"), "/sampler.ptx"))),
         }
     }
 }
@@ -166,7 +168,29 @@ impl Drop for PinnedUploads {
 /// before it is there. Only [`PinnedUploads`] have another stream, whose memory candle knows nothing of.
 pub fn open(ordinal: usize) -> Result<Device> {
     let device = Device::new_cuda_with_stream(ordinal)?;
+    let cuda = device.as_cuda_device()?;
     // SAFETY: events order streams, and all that uses this device uses its one stream.
-    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    unsafe { cuda.disable_event_tracking() };
+    // What a step frees stays mapped for the next one; else the driver takes it at each wait for a step's tokens.
+    let mut all = u64::MAX;
+    // SAFETY: the attribute is a u64.
+    unsafe {
+        let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        sys::cuMemPoolSetAttribute(pool(cuda)?, threshold, (&raw mut all).cast()).result().w()?;
+    }
     Ok(device)
+}
+
+/// Gives memory that nothing uses back to the driver.
+pub fn trim(device: &CudaDevice) -> Result<()> {
+    // SAFETY: what is in use stays.
+    unsafe { sys::cuMemPoolTrimTo(pool(device)?, 0) }.result().w()
+}
+
+/// The pool that candle's memory is of.
+fn pool(device: &CudaDevice) -> Result<sys::CUmemoryPool> {
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: `pool` may be written.
+    unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, device.cuda_stream().context().cu_device()) }.result().w()?;
+    Ok(pool)
 }

@@ -15,6 +15,8 @@ use candle_core::{DType, Result};
 pub enum Module {
     Lora,
     Attention,
+    Layer,
+    Sampler,
 }
 
 #[derive(Debug, Clone, Copy)]

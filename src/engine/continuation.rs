@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use crate::Result;
 use crate::engine::detokenizer::{Detokenizer, Vocabulary};
 use crate::engine::grammar::Matcher;
 use crate::engine::sampler::{Sampler, logprob};
 use crate::engine::stop::StopMatcher;
-use crate::engine::{Choice, FinishReason, Generate, Grammar, TokenLogprob};
+use crate::engine::{Choice, Computed, Draw, FinishReason, Generate, Grammar, TokenLogprob};
+use crate::{Error, Result};
 
 /// Everything of a choice that goes on from step to step, but its tokens. It does not change when the sequence is
 /// preempted and computed again, so neither does what comes out.
@@ -39,33 +39,47 @@ impl Continuation {
         }
     }
 
-    /// Draws a token from `logits`, `[vocab_size]`, which it overwrites. `room` is how many tokens the sequence can grow
-    /// by, this one included. Where the text ends without a token because its grammar lets nothing follow, or with an end or
-    /// stop token, the choice has none.
+    /// The next draw, where a model makes it as well (see [`Model::step_and_draw`]): the text has no grammar, and nobody asks
+    /// for log-probabilities. Its token has to go to [`Continuation::advance`].
+    ///
+    /// [`Model::step_and_draw`]: crate::engine::Model::step_and_draw
+    pub fn draw(&mut self) -> Option<Draw> {
+        let Generate { grammar, logprobs, sampling, .. } = &*self.generate;
+        let simple = grammar.is_none() && logprobs.is_none() && sampling.typical_p >= 1.0;
+        simple.then(|| self.sampler.draw())
+    }
+
+    /// Draws a token from the model's logits, `[vocab_size]`, or takes the one that it drew. `room` is how many tokens the
+    /// sequence can grow by, this one included. Where the text ends without a token because its grammar lets nothing follow,
+    /// or with an end or stop token, the choice has none.
     ///
     /// Errors: `Internal` if the logits are not numbers; `BadRequest` if the grammar asks for what the vocabulary cannot
     /// spell, or has become too complex.
     pub fn advance(
         &mut self,
-        logits: &mut [f32],
+        computed: Computed,
         room: usize,
         vocabulary: &dyn Vocabulary,
         eos_tokens: &[u32],
     ) -> Result<Choice> {
-        let raw = self.generate.logprobs.map(|_| logits.to_vec());
-        if self.drawn == 0 {
-            self.matcher = self.generate.grammar.as_ref().map(Grammar::matcher);
-        }
-        self.drawn += 1;
         let mut choice = Choice { index: self.index, ..Choice::default() };
-        if let Some(matcher) = &mut self.matcher {
-            let refused = if self.generate.ignore_eos { eos_tokens } else { &[] };
-            if !matcher.mask(logits, refused)? {
-                self.finish(FinishReason::Stop, &mut choice);
-                return Ok(choice);
+        let (token, raw) = match computed {
+            Computed::Token(token) => {
+                let what = "a logit of the model is NaN, or the largest is not finite";
+                let token = token.ok_or_else(|| Error::internal(what))?;
+                self.sampler.take(token);
+                (Some(token), None)
             }
-        }
-        let token = self.sampler.sample(logits)?;
+            Computed::Numbers(mut logits) => {
+                let raw = self.generate.logprobs.map(|_| logits.clone());
+                (self.sample(&mut logits, eos_tokens)?, raw)
+            }
+        };
+        self.drawn += 1;
+        let Some(token) = token else {
+            self.finish(FinishReason::Stop, &mut choice);
+            return Ok(choice);
+        };
         let end = !self.generate.ignore_eos && eos_tokens.contains(&token);
         if end || self.generate.stop_tokens.contains(&token) {
             if !end {
@@ -93,6 +107,20 @@ impl Continuation {
             self.finish(FinishReason::Length, &mut choice);
         }
         Ok(choice)
+    }
+
+    /// Overwrites `logits`. `None` where the grammar lets nothing follow.
+    fn sample(&mut self, logits: &mut [f32], eos_tokens: &[u32]) -> Result<Option<u32>> {
+        if self.drawn == 0 {
+            self.matcher = self.generate.grammar.as_ref().map(Grammar::matcher);
+        }
+        if let Some(matcher) = &mut self.matcher {
+            let refused = if self.generate.ignore_eos { eos_tokens } else { &[] };
+            if !matcher.mask(logits, refused)? {
+                return Ok(None);
+            }
+        }
+        self.sampler.sample(logits).map(Some)
     }
 
     /// Of the logits as the model gave them, as vLLM does: neither penalties nor temperature are in, nor the grammar's mask. So

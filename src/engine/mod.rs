@@ -4,6 +4,8 @@ mod blocks;
 mod continuation;
 mod cost;
 mod detokenizer;
+mod draw;
+mod draws;
 #[allow(clippy::module_inception)]
 mod engine;
 mod grammar;
@@ -23,9 +25,10 @@ mod stop;
 mod tests;
 
 pub use detokenizer::{Detokenizer, Vocabulary};
+pub use draw::{Draw, Edit};
 pub use engine::{Engine, EngineOptions, QueueSlot};
 pub use grammar::{Constraint, Grammar, Grammars};
-pub use model::{Model, Output, Work};
+pub use model::{Computed, Model, Output, Work};
 pub use request::{Choice, Client, Event, FinishReason, Generate, Request, Sampling, Task, TokenLogprob, Usage};
 pub use runner::Runner;
 pub use stepper::MAX_SCORE_LOGITS;

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::Result;
+use crate::engine::Draw;
 use crate::lora::PackedAdapter;
+use crate::{Error, Result};
 
 /// What a [`Work`] wants back from a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +17,26 @@ pub enum Output {
     Logits(usize),
     /// Logits of the adapter's classification head, or of the base's own, for the sequence up to the last row: `[labels]`.
     Head,
+}
+
+/// What a step made of a [`Work`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Computed {
+    Numbers(Vec<f32>),
+    /// `None` where a logit is NaN or the largest is not finite.
+    Token(Option<u32>),
+}
+
+impl Computed {
+    /// Errors: `Internal` if it is a token.
+    pub fn into_numbers(self) -> Result<Vec<f32>> {
+        match self {
+            Computed::Numbers(numbers) => Ok(numbers),
+            Computed::Token(token) => {
+                Err(Error::internal(format!("the model drew token {token:?}, which nobody asked for")))
+            }
+        }
+    }
 }
 
 /// The part of one sequence that a step computes: `tokens` at positions `start..start + tokens.len()`.
@@ -54,4 +75,14 @@ pub trait Model: Send {
     fn blocks(&self) -> usize;
     /// Computes a step and returns one vector per work, in order; its length is as [`Output`] says.
     fn step(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>>;
+    /// Whether the model draws tokens itself, so that logits need not leave their device.
+    fn draws(&self) -> bool {
+        false
+    }
+    /// As [`Model::step`], but with a token in place of the logits where there is a draw: only where the model draws, for
+    /// [`Output::LastLogits`], and by no typical-p.
+    fn step_and_draw(&mut self, work: &[Work], draws: &[Option<Draw>]) -> Result<Vec<Computed>> {
+        debug_assert!(draws.iter().all(Option::is_none));
+        Ok(self.step(work)?.into_iter().map(Computed::Numbers).collect())
+    }
 }

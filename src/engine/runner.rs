@@ -3,9 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use candle_core::DType;
+
 use crate::base::simd::Simd;
-use crate::base::{BLOCK, Decoder, Head, Kernels, KvCache, SequenceRows};
-use crate::engine::{Model, Output, Work};
+use crate::base::{Decoder, Head, Kernels, KvCache, Rows, SequenceRows};
+use crate::engine::draws::{self, Row};
+use crate::engine::{Computed, Draw, Model, Output, Work};
 use crate::lora::{BatchDelta, Segment};
 use crate::{Error, Result};
 
@@ -58,7 +61,7 @@ impl Model for Runner {
     }
 
     fn block_size(&self) -> usize {
-        BLOCK
+        self.decoder.kv_block_size()
     }
 
     fn blocks(&self) -> usize {
@@ -66,6 +69,15 @@ impl Model for Runner {
     }
 
     fn step(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>> {
+        self.step_and_draw(work, &vec![None; work.len()])?.into_iter().map(Computed::into_numbers).collect()
+    }
+
+    /// Packed kernels have the logits where the engine wants them.
+    fn draws(&self) -> bool {
+        self.decoder.options().kernels == Kernels::Tensor
+    }
+
+    fn step_and_draw(&mut self, work: &[Work], draws: &[Option<Draw>]) -> Result<Vec<Computed>> {
         let hidden = self.decoder.config().hidden_size;
         let base_vocab = self.vocab_size();
         let vocab = |w: &Work| w.adapter.as_ref().map_or(base_vocab, |a| a.vocab_size);
@@ -73,6 +85,7 @@ impl Model for Runner {
         let mut order: Vec<usize> = (0..work.len()).collect();
         order.sort_by_key(|&i| work[i].adapter.as_ref().map(|a| &a.generation));
 
+        let blocks: Vec<_> = work.iter().map(|w| self.decoder.blocks(&w.blocks)).collect();
         let mut tokens = Vec::new();
         let mut sequences = Vec::with_capacity(work.len());
         let mut segments: Vec<Segment> = Vec::new();
@@ -98,43 +111,66 @@ impl Model for Runner {
                 Output::Head if self.is_encoder() => wanted.push(rows.start),
                 _ => wanted.extend(rows.end - count..rows.end),
             }
-            sequences.push(SequenceRows { rows, start: w.start, blocks: &w.blocks });
+            sequences.push(SequenceRows { rows, start: w.start, blocks: &blocks[i] });
         }
 
         let delta = BatchDelta::new(self.simd, segments);
         let states = self.decoder.forward(&tokens, &sequences, &mut self.cache, &delta, &wanted)?;
 
-        // States of rows for the output layer or for the heads, in the same order; where each work's begin; their adapters.
+        // Rows of states of some works, in the order of the segments; where each work's begin; their adapters.
         let gather = |wanted: &dyn Fn(Output) -> bool| {
-            let (mut gathered, mut segments, mut places) = (Vec::new(), Vec::new(), vec![0; work.len()]);
+            let (mut rows, mut segments, mut places) = (Vec::new(), Vec::new(), vec![0; work.len()]);
             for &i in order.iter().filter(|&&i| wanted(work[i].output)) {
-                places[i] = gathered.len() / hidden;
-                gathered.extend_from_slice(&states[share[i].start * hidden..share[i].end * hidden]);
-                append(&mut segments, places[i]..gathered.len() / hidden, &work[i]);
+                places[i] = rows.len();
+                rows.extend(share[i].clone());
+                append(&mut segments, places[i]..rows.len(), &work[i]);
             }
-            (gathered, places, BatchDelta::new(self.simd, segments))
+            (rows, places, BatchDelta::new(self.simd, segments))
         };
-        let (gathered, places, delta) = gather(&|o| matches!(o, Output::LastLogits | Output::Logits(_)));
-        let rows = gathered.len() / hidden;
-        let logits = if rows == 0 { vec![] } else { self.decoder.logits(&gathered, &delta)? };
-        let (gathered, heads, delta) = gather(&|o| o == Output::Head);
-        let pooled = if gathered.is_empty() { gathered } else { self.decoder.pooled(gathered, &delta)? };
-        let width = logits.len() / rows.max(1);
-        let outputs = work.iter().enumerate().map(|(i, w)| match w.output {
-            Output::None => Ok(vec![]),
-            Output::LastLogits | Output::Logits(_) => {
-                let rows = logits[places[i] * width..][..share[i].len() * width].chunks_exact(width.max(1));
-                let mut own = Vec::with_capacity(share[i].len() * vocab(w));
-                rows.for_each(|row| own.extend_from_slice(&row[..vocab(w)]));
-                Ok(own)
+        let mut computed: Vec<Computed> = work.iter().map(|_| Computed::Numbers(vec![])).collect();
+        let wants_logits = |o| matches!(o, Output::LastLogits | Output::Logits(_));
+        let (rows, places, delta) = gather(&wants_logits);
+        if !rows.is_empty() {
+            let logits = self.decoder.logits(&states.select(&rows)?, &delta)?;
+            let own = |i: usize| places[i]..places[i] + share[i].len();
+            let of_logits = order.iter().copied().filter(|&i| wants_logits(work[i].output));
+            let (drawn, asked): (Vec<usize>, Vec<usize>) = of_logits.partition(|&i| draws[i].is_some());
+            let row = |&i: &usize| Some(Row { row: places[i], vocab: vocab(&work[i]), draw: draws[i].as_ref()? });
+            let wanted: Vec<Row> = drawn.iter().filter_map(row).collect();
+            let device = match &logits {
+                Rows::Device(logits) => Some(logits.clone()),
+                Rows::Host { .. } => None,
+            };
+            let numbers = match (wanted.is_empty(), asked.is_empty()) {
+                (true, _) => logits.into_f32()?,
+                (false, true) => vec![],
+                (false, false) => logits.select(&asked.iter().flat_map(|&i| own(i)).collect::<Vec<_>>())?.into_f32()?,
+            };
+            let width = numbers.len() / asked.iter().map(|&i| share[i].len()).sum::<usize>().max(1);
+            let mut rows = numbers.chunks_exact(width.max(1));
+            for &i in &asked {
+                let vocab = vocab(&work[i]);
+                let mut own = Vec::with_capacity(share[i].len() * vocab);
+                rows.by_ref().take(share[i].len()).for_each(|row| own.extend_from_slice(&row[..vocab]));
+                computed[i] = Computed::Numbers(own);
             }
-            Output::Head => {
+            if !wanted.is_empty() {
+                let logits = device.ok_or_else(|| Error::internal("a draw that the model cannot make"))?;
+                // A copy, or memory of nobody else by now: drawing overwrites it.
+                let tokens = draws::draw_tokens(&logits.to_dtype(DType::F32)?.contiguous()?, &wanted)?;
+                drawn.into_iter().zip(tokens).for_each(|(i, token)| computed[i] = Computed::Token(token));
+            }
+        }
+        let (rows, places, delta) = gather(&|o| o == Output::Head);
+        if !rows.is_empty() {
+            let pooled = self.decoder.pooled(states.select(&rows)?, &delta)?;
+            for (i, w) in work.iter().enumerate().filter(|(_, w)| w.output == Output::Head) {
                 let head = w.adapter.as_ref().and_then(|a| a.head()).or(self.head.as_deref());
                 let head = head.ok_or_else(|| Error::internal("classification without a head"))?;
-                Ok(head.logits(&pooled[heads[i] * hidden..][..hidden]))
+                computed[i] = Computed::Numbers(head.logits(&pooled[places[i] * hidden..][..hidden]));
             }
-        });
-        outputs.collect()
+        }
+        Ok(computed)
     }
 }
 

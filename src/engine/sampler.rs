@@ -1,10 +1,10 @@
-//! Draws the next token from logits.
+//! What a sequence draws its tokens by: its parameters, its random numbers, and what it has drawn.
 
-use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 
+use crate::Result;
+use crate::engine::draw::{Draw, Edit, argmax};
 use crate::engine::{Sampling, TokenLogprob};
-use crate::{Error, Result};
 
 /// SplitMix64 (Steele, Lea and Flood 2014) as a counter: draw `i` is a function of the seed and `i` alone.
 #[derive(Debug, Clone)]
@@ -22,9 +22,9 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    /// Uniform in `[0, 1)`.
-    fn uniform(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    /// Uniform below 2^53.
+    fn place(&mut self) -> u64 {
+        self.next() >> 11
     }
 }
 
@@ -37,7 +37,7 @@ pub struct Sampler {
     seen: HashSet<u32>,
     /// How often each token was drawn; kept only for a frequency or presence penalty.
     drawn: HashMap<u32, u32>,
-    /// `(logit, token)` of the tokens that may be drawn; kept for its memory.
+    /// Kept for its memory.
     candidates: Vec<(f32, u32)>,
 }
 
@@ -53,161 +53,50 @@ impl Sampler {
     ///
     /// Errors: `Internal` if a logit is NaN or the largest is not finite.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<u32> {
-        self.adjust(logits);
-        let best = argmax(logits)?;
-        let token = if self.sampling.temperature == 0.0 { best } else { self.draw(logits, logits[best as usize]) };
+        let token = self.draw().token(logits, &mut self.candidates)?;
+        self.take(token);
+        Ok(token)
+    }
+
+    /// The next draw, for whoever has the logits; [`Sampler::take`] has to follow.
+    pub fn draw(&mut self) -> Draw {
+        let s = &self.sampling;
+        Draw {
+            edits: self.edits(),
+            repetition_penalty: s.repetition_penalty,
+            temperature: s.temperature,
+            min_p: s.min_p,
+            top_k: s.top_k,
+            top_p: s.top_p,
+            typical_p: s.typical_p,
+            place: if s.temperature == 0.0 { 0 } else { self.rng.place() },
+        }
+    }
+
+    /// Takes note of a token that was drawn.
+    pub fn take(&mut self, token: u32) {
         if self.sampling.repetition_penalty != 1.0 {
             self.seen.insert(token);
         }
         if self.sampling.frequency_penalty != 0.0 || self.sampling.presence_penalty != 0.0 {
             *self.drawn.entry(token).or_default() += 1;
         }
-        Ok(token)
     }
 
-    /// Bias, then the repetition penalty, then the other two: vLLM's order, which matters because the repetition penalty
-    /// scales a logit. Each token's logit is changed once by each, so the order of the tokens is of no matter.
-    fn adjust(&self, logits: &mut [f32]) {
+    /// A change for each token that has a bias, was seen or was drawn.
+    fn edits(&self) -> Vec<Edit> {
         let s = &self.sampling;
-        for (&token, &bias) in &s.logit_bias {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit += bias;
-            }
-        }
-        for &token in &self.seen {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit = if *logit > 0.0 { *logit / s.repetition_penalty } else { *logit * s.repetition_penalty };
-            }
-        }
-        for (&token, &count) in &self.drawn {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit -= count as f32 * s.frequency_penalty + s.presence_penalty;
-            }
-        }
-    }
-
-    /// Temperature, min-p, top-k, top-p, typical-p, then a token by its probability among those left. `max` is the largest
-    /// logit. Where tokens are equally likely at the edge of top-k, top-p or typical-p, the lower ones stay, so that the same
-    /// logits always leave the same tokens; vLLM keeps all that tie with the k-th.
-    fn draw(&mut self, logits: &mut [f32], max: f32) -> u32 {
-        let s = &self.sampling;
-        for logit in logits.iter_mut() {
-            *logit = (*logit - max) / s.temperature;
-        }
-        // A probability is `exp(logit)` over a common sum, and the likeliest token's logit is now 0.
-        let floor = if s.min_p > 0.0 { s.min_p.ln() } else { f32::NEG_INFINITY };
-        let all_k = s.top_k == 0 || s.top_k >= logits.len();
-        if all_k && s.top_p >= 1.0 && s.typical_p >= 1.0 {
-            let mut sum = 0.0;
-            for logit in logits.iter_mut() {
-                *logit = if *logit >= floor { logit.exp() } else { 0.0 };
-                sum += f64::from(*logit);
-            }
-            return pick(self.rng.uniform() * sum, logits.iter().copied().zip(0..));
-        }
-        let mut candidates = std::mem::take(&mut self.candidates);
-        candidates.clear();
-        candidates.extend(logits.iter().copied().zip(0..).filter(|(logit, _)| *logit >= floor));
-        if !all_k && s.top_k < candidates.len() {
-            candidates.select_nth_unstable_by(s.top_k - 1, likelier);
-            candidates.truncate(s.top_k);
-        }
-        if s.top_p < 1.0 {
-            keep_top_p(&mut candidates, s.top_p);
-        }
-        if s.typical_p < 1.0 {
-            keep_typical(&mut candidates, s.typical_p);
-        }
-        let mut sum = 0.0;
-        for (logit, _) in &mut candidates {
-            *logit = logit.exp();
-            sum += f64::from(*logit);
-        }
-        let token = pick(self.rng.uniform() * sum, candidates.iter().copied());
-        self.candidates = candidates;
-        token
-    }
-}
-
-/// Likelier first, then the lower token. Logits must not be NaN.
-fn likelier(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
-    b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal).then(a.1.cmp(&b.1))
-}
-
-/// Keeps the likeliest tokens up to the one with which their probabilities reach `top_p`, at least one.
-fn keep_top_p(candidates: &mut Vec<(f32, u32)>, top_p: f32) {
-    let sum: f64 = candidates.iter().map(|(logit, _)| f64::from(logit.exp())).sum();
-    let wanted = f64::from(top_p) * sum;
-    // Few tokens usually do, so sort few, and more only if those are not enough.
-    let mut sorted = 64;
-    loop {
-        if sorted < candidates.len() {
-            candidates.select_nth_unstable_by(sorted - 1, likelier);
-        }
-        let end = sorted.min(candidates.len());
-        candidates[..end].sort_unstable_by(likelier);
-        let mut reached = 0.0;
-        for i in 0..end {
-            reached += f64::from(candidates[i].0.exp());
-            if reached >= wanted {
-                candidates.truncate(i + 1);
-                return;
-            }
-        }
-        if end == candidates.len() {
-            return;
-        }
-        sorted *= 8;
-    }
-}
-
-/// Keeps the most typical tokens up to the one with which their probabilities reach `mass`, at least one.
-fn keep_typical(candidates: &mut Vec<(f32, u32)>, mass: f32) {
-    let weight = |logit: f32| f64::from(logit.exp());
-    let sum: f64 = candidates.iter().map(|(logit, _)| weight(*logit)).sum();
-    let surprise = |logit: f32| sum.ln() - f64::from(logit);
-    // What is masked has no probability, and an infinite surprise.
-    let entropy: f64 = candidates.iter().filter(|c| c.0.is_finite()).map(|c| weight(c.0) / sum * surprise(c.0)).sum();
-    let distance = |c: &(f32, u32)| (surprise(c.0) - entropy).abs();
-    candidates.sort_unstable_by(|a, b| distance(a).total_cmp(&distance(b)).then(a.1.cmp(&b.1)));
-    let (wanted, mut reached) = (f64::from(mass) * sum, 0.0);
-    let last = candidates.iter().position(|(logit, _)| {
-        reached += weight(*logit);
-        reached >= wanted
-    });
-    candidates.truncate(last.map_or(candidates.len(), |last| last + 1));
-}
-
-/// The first token at which the weights add up to more than `at`.
-fn pick(at: f64, weights: impl Iterator<Item = (f32, u32)>) -> u32 {
-    let (mut reached, mut last) = (0.0, 0);
-    for (weight, token) in weights {
-        if weight > 0.0 {
-            reached += f64::from(weight);
-            last = token;
-            if reached > at {
-                break;
-            }
-        }
-    }
-    last
-}
-
-/// The lowest of the likeliest tokens.
-fn argmax(logits: &[f32]) -> Result<u32> {
-    let (mut best, mut max) = (0, f32::NEG_INFINITY);
-    for (i, &logit) in logits.iter().enumerate() {
-        if logit > max || logit.is_nan() {
-            if logit.is_nan() {
-                return Err(Error::internal(format!("the model's logit of token {i} is NaN")));
-            }
-            (best, max) = (i, logit);
-        }
-    }
-    if max.is_finite() {
-        Ok(best as u32)
-    } else {
-        Err(Error::internal(format!("the model's largest logit is {max}, not finite")))
+        let edit = |&token: &u32, seen: bool| {
+            // Most maps have nothing in them.
+            let bias = if s.logit_bias.is_empty() { None } else { s.logit_bias.get(&token) };
+            let count = if self.drawn.is_empty() { None } else { self.drawn.get(&token) };
+            let penalty = count.map_or(0.0, |&count| count as f32 * s.frequency_penalty + s.presence_penalty);
+            Edit { token, bias: bias.copied().unwrap_or(0.0), seen, penalty }
+        };
+        let seen = self.seen.iter().map(|token| edit(token, true));
+        let drawn = self.drawn.keys().filter(|token| !self.seen.contains(token));
+        let biased = s.logit_bias.keys().filter(|token| !self.seen.contains(token) && !self.drawn.contains_key(token));
+        seen.chain(drawn.chain(biased).map(|token| edit(token, false))).collect()
     }
 }
 

@@ -14,7 +14,8 @@ use crate::engine::reply::Reply;
 use crate::engine::sampler::logprob;
 use crate::engine::scheduler::{Order, Part, Rows, Scheduler, SchedulerOptions, Sequence};
 use crate::engine::{
-    Choice, EngineOptions, Event, Generate, Model, Output, Request, Task, TokenLogprob, Usage, Vocabulary, Work,
+    Choice, Computed, Draw, EngineOptions, Event, Generate, Model, Output, Request, Task, TokenLogprob, Usage,
+    Vocabulary, Work,
 };
 use crate::metrics::Metrics;
 use crate::{Error, Result};
@@ -236,8 +237,9 @@ impl Stepper {
         let adapters: HashSet<_> = work.iter().map(|w| w.adapter.as_ref().map(|a| &a.generation)).collect();
         self.metrics.batch_sequences.observe(work.len() as f64);
         self.metrics.batch_adapters.observe(adapters.len() as f64);
+        let draws = self.draws(&step);
         let start = Instant::now();
-        match self.compute(&work) {
+        match self.compute(&work, &draws) {
             Ok(results) => {
                 self.scheduler.observe(&step, start.elapsed());
                 self.scheduler.complete(&step);
@@ -264,11 +266,33 @@ impl Stepper {
         }
     }
 
-    fn compute(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>> {
-        let results = catch_unwind(AssertUnwindSafe(|| self.model.step(work))).unwrap_or_else(|panic| {
-            let message = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
-            Err(Error::internal(format!("the model panicked: {}", message.unwrap_or("no message"))))
-        });
+    /// What the model draws of the step itself.
+    fn draws(&mut self, step: &[Part]) -> Vec<Option<Draw>> {
+        if !self.model.draws() {
+            return vec![None; step.len()];
+        }
+        let mut parts = step.iter().peekable();
+        let mut items = Vec::with_capacity(step.len());
+        for (index, sequence) in self.scheduler.running_mut().iter_mut().enumerate() {
+            if let Some(part) = parts.next_if(|part| part.index == index) {
+                items.push((sequence, part.output));
+            }
+        }
+        let draw = |(sequence, output): (&mut Sequence<Job>, Output)| match &mut sequence.payload {
+            Job::Generate { continuation, .. } if output == Output::LastLogits => continuation.draw(),
+            _ => None,
+        };
+        // Penalties look at all that a sequence has so far.
+        if items.len() > 1 { parallel::map(items, draw) } else { items.into_iter().map(draw).collect() }
+    }
+
+    fn compute(&mut self, work: &[Work], draws: &[Option<Draw>]) -> Result<Vec<Computed>> {
+        let results =
+            catch_unwind(AssertUnwindSafe(|| self.model.step_and_draw(work, draws))).unwrap_or_else(|panic| {
+                let message =
+                    panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+                Err(Error::internal(format!("the model panicked: {}", message.unwrap_or("no message"))))
+            });
         // Whatever kind the model gave its error: it is no fault of the request.
         let results = results.map_err(|e| Error::internal(e.message))?;
         if results.len() != work.len() {
@@ -279,7 +303,7 @@ impl Stepper {
     }
 
     /// Turns what the model computed into tokens, text and scores; each sequence by itself, on all cores.
-    fn digest(&mut self, step: &[Part], results: Vec<Vec<f32>>) -> Vec<(Order, usize, Outcome)> {
+    fn digest(&mut self, step: &[Part], results: Vec<Computed>) -> Vec<(Order, usize, Outcome)> {
         let now = Instant::now();
         let (vocab_size, classes) = (self.model.vocab_size(), self.model.classes());
         let (vocabulary, eos_tokens, max_tokens) = (&*self.vocabulary, &self.options.eos_tokens, self.max_tokens);
@@ -290,7 +314,7 @@ impl Stepper {
                 items.push((sequence, part.output, result));
             }
         }
-        let digest = |(sequence, output, result): (&mut Sequence<Job>, Output, Vec<f32>)| {
+        let digest = |(sequence, output, result): (&mut Sequence<Job>, Output, Computed)| {
             let adapter = sequence.adapter.clone();
             let vocab_size = adapter.as_ref().map_or(vocab_size, |a| a.vocab_size);
             let (vocabulary, eos_tokens) = match adapter.as_ref().and_then(|a| a.language.as_ref()) {
@@ -443,27 +467,35 @@ impl Job {
 fn check_length(
     sequence: &Sequence<Job>,
     output: Output,
-    result: &[f32],
+    result: &Computed,
     vocab_size: usize,
     classes: usize,
 ) -> Result<()> {
+    let numbers = match result {
+        Computed::Numbers(numbers) => numbers.len(),
+        Computed::Token(token) => {
+            let is_one = token.is_none_or(|token| (token as usize) < vocab_size);
+            let what = || Error::internal(format!("the model gave token {token:?} of {vocab_size} for {output:?}"));
+            return if is_one && output == Output::LastLogits { Ok(()) } else { Err(what()) };
+        }
+    };
     let expected = match output {
         Output::None => return Ok(()),
         Output::LastLogits => vocab_size,
         Output::Logits(rows) => rows * vocab_size,
         Output::Head => sequence.adapter.as_ref().and_then(|a| a.labels.as_ref()).map_or(classes, Vec::len),
     };
-    if result.len() == expected {
+    if numbers == expected {
         return Ok(());
     }
-    Err(Error::internal(format!("the model gave {} numbers for {output:?}; expected {expected}", result.len())))
+    Err(Error::internal(format!("the model gave {numbers} numbers for {output:?}; expected {expected}")))
 }
 
 impl Sequence<Job> {
     /// `result` has the length that the output asks for.
     fn digest(
         &mut self,
-        mut result: Vec<f32>,
+        result: Computed,
         vocab_size: usize,
         max_tokens: usize,
         vocabulary: &dyn Vocabulary,
@@ -473,22 +505,27 @@ impl Sequence<Job> {
         match &mut self.payload {
             Job::Generate { continuation, last_token } => {
                 let room = max_tokens - self.tokens.len();
-                let choice = continuation.advance(&mut result, room, vocabulary, eos_tokens)?;
+                let choice = continuation.advance(result, room, vocabulary, eos_tokens)?;
                 if choice.finish.is_none() {
                     self.tokens.extend(&choice.tokens);
                 }
                 let elapsed = last_token.replace(now).map(|last| now - last);
                 Ok(Outcome::Drawn { choice, elapsed })
             }
-            Job::Classify => match result.iter().position(|l| !l.is_finite()) {
-                None => Ok(Outcome::Classified(result)),
-                Some(label) => {
-                    Err(Error::internal(format!("the head's logit of label {label} is {}, not finite", result[label])))
+            Job::Classify => {
+                let numbers = result.into_numbers()?;
+                match numbers.iter().position(|l| !l.is_finite()) {
+                    None => Ok(Outcome::Classified(numbers)),
+                    Some(label) => Err(Error::internal(format!(
+                        "the head's logit of label {label} is {}, not finite",
+                        numbers[label]
+                    ))),
                 }
-            },
+            }
             Job::Score(logprobs, top) => {
                 let Rows::From(first) = self.rows else { return Ok(Outcome::Nothing) };
-                let rows = result.chunks_exact(vocab_size);
+                let numbers = result.into_numbers()?;
+                let rows = numbers.chunks_exact(vocab_size);
                 let next = first + rows.len();
                 for (row, token) in rows.zip(&self.tokens[first + 1..]) {
                     logprobs.push(logprob(*token, row, *top)?);

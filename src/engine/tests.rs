@@ -105,6 +105,7 @@ impl Control {
 struct Fake {
     block_size: usize,
     memory: Vec<u64>,
+    draws: bool,
     control: Arc<Control>,
 }
 
@@ -126,6 +127,20 @@ impl Model for Fake {
     }
     fn blocks(&self) -> usize {
         self.memory.len() / self.block_size
+    }
+    fn draws(&self) -> bool {
+        self.draws
+    }
+    fn step_and_draw(&mut self, work: &[Work], draws: &[Option<Draw>]) -> Result<Vec<Computed>> {
+        let results = self.step(work)?.into_iter().zip(work.iter().zip(draws));
+        let draw = |(mut numbers, (work, draw)): (Vec<f32>, (&Work, &Option<Draw>))| match draw {
+            None => Ok(Computed::Numbers(numbers)),
+            Some(draw) => {
+                assert!(self.draws && work.output == Output::LastLogits && draw.typical_p >= 1.0);
+                Ok(Computed::Token(draw.token(&mut numbers, &mut vec![]).ok()))
+            }
+        };
+        results.map(draw).collect()
     }
     fn step(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>> {
         let mut held = self.control.held.lock().unwrap();
@@ -222,9 +237,12 @@ struct Sizes {
     max_sequences: usize,
     max_batch_tokens: usize,
     max_queue: usize,
+    /// Whether the model draws tokens itself.
+    draws: bool,
 }
 
-const ROOMY: Sizes = Sizes { block_size: 4, blocks: 1000, max_sequences: 32, max_batch_tokens: 64, max_queue: 1000 };
+const ROOMY: Sizes =
+    Sizes { block_size: 4, blocks: 1000, max_sequences: 32, max_batch_tokens: 64, max_queue: 1000, draws: false };
 
 fn bench(sizes: &Sizes) -> Bench {
     bench_with(sizes, Toy::new())
@@ -234,7 +252,7 @@ fn bench_with(sizes: &Sizes, vocabulary: Toy) -> Bench {
     let metrics = Arc::new(Metrics::new());
     let control = Arc::new(Control::default());
     let memory = vec![0xdead; sizes.blocks * sizes.block_size];
-    let model = Fake { block_size: sizes.block_size, memory, control: control.clone() };
+    let model = Fake { block_size: sizes.block_size, memory, draws: sizes.draws, control: control.clone() };
     let options = EngineOptions {
         max_sequences: sizes.max_sequences,
         max_batch_tokens: sizes.max_batch_tokens,
@@ -340,8 +358,8 @@ fn expected(request: &Request, max_tokens: usize) -> Answer {
                 let (mut tokens, mut whole) = (request.prompt.clone(), Choice::default());
                 while whole.finish.is_none() {
                     let room = max_tokens - tokens.len();
-                    let mut logits = row(&tokens, VOCAB);
-                    let choice = continuation.advance(&mut logits, room, &Toy::new(), &[EOS]).unwrap();
+                    let logits = row(&tokens, VOCAB);
+                    let choice = continuation.advance(Computed::Numbers(logits), room, &Toy::new(), &[EOS]).unwrap();
                     tokens.extend(&choice.tokens);
                     usage.completion_tokens += 1;
                     join(&mut whole, choice);
@@ -410,10 +428,11 @@ fn any_request() -> impl Strategy<Value = Request> {
 }
 
 fn any_sizes() -> impl Strategy<Value = Sizes> {
-    (1usize..9, 0usize..40, 1usize..33, 1usize..64).prop_map(|(block_size, spare, max_sequences, max_batch_tokens)| {
+    let sizes = (1usize..9, 0usize..40, 1usize..33, 1usize..64, any::<bool>());
+    sizes.prop_map(|(block_size, spare, max_sequences, max_batch_tokens, draws)| {
         // Room for the longest request, 39 prompt tokens and 29 drawn, and little more: preemption is common.
         let blocks = 68usize.div_ceil(block_size) + spare;
-        Sizes { block_size, blocks, max_sequences, max_batch_tokens, max_queue: 1000 }
+        Sizes { block_size, blocks, max_sequences, max_batch_tokens, max_queue: 1000, draws }
     })
 }
 
@@ -518,7 +537,8 @@ proptest! {
 /// 32 requests at once in a pool that holds few of them, so that preemption surely happens.
 #[test]
 fn preemption_changes_nothing() {
-    let bench = bench(&Sizes { block_size: 4, blocks: 16, max_sequences: 8, max_batch_tokens: 16, max_queue: 100 });
+    let bench =
+        bench(&Sizes { block_size: 4, blocks: 16, max_sequences: 8, max_batch_tokens: 16, max_queue: 100, ..ROOMY });
     let requests: Vec<Request> = (0..32u32)
         .map(|i| {
             let mut generate = generate(40);
@@ -641,18 +661,20 @@ fn a_failed_step_fails_its_requests_and_no_others() {
 
 #[test]
 fn logits_that_are_nan_fail_their_request_alone() {
-    let bench = bench(&ROOMY);
-    bench.control.nan_after.store(1 + 50, Ordering::SeqCst);
-    bench.control.hold(true);
-    let mut g = generate(8);
-    g.sampling.logit_bias = [(50, -100.0)].into();
-    let [good, bad] = [vec![1, 2], vec![1, 50]].map(|prompt| request(None, prompt, Task::Generate(g.clone())));
-    let events = [&good, &bad].map(|r| bench.engine.submit(r.clone()).unwrap());
-    bench.control.hold(false);
-    let [good_answer, bad_answer] = events.map(collect);
-    assert_eq!(good_answer, expected(&good, 256));
-    assert!(matches!(bad_answer, Answer::Failed(ErrorKind::Internal, m) if m.contains("NaN")));
-    bench.settle();
+    for draws in [false, true] {
+        let bench = bench(&Sizes { draws, ..ROOMY });
+        bench.control.nan_after.store(1 + 50, Ordering::SeqCst);
+        bench.control.hold(true);
+        let mut g = generate(8);
+        g.sampling.logit_bias = [(50, -100.0)].into();
+        let [good, bad] = [vec![1, 2], vec![1, 50]].map(|prompt| request(None, prompt, Task::Generate(g.clone())));
+        let events = [&good, &bad].map(|r| bench.engine.submit(r.clone()).unwrap());
+        bench.control.hold(false);
+        let [good_answer, bad_answer] = events.map(collect);
+        assert_eq!(good_answer, expected(&good, 256));
+        assert!(matches!(bad_answer, Answer::Failed(ErrorKind::Internal, m) if m.contains("NaN")));
+        bench.settle();
+    }
 }
 
 #[test]
@@ -753,7 +775,7 @@ impl Vocabulary for Broken {
 
 #[test]
 fn a_panic_of_the_thread_ends_what_runs_and_is_told() {
-    let model = Fake { block_size: 4, memory: vec![0; 400], control: Arc::default() };
+    let model = Fake { block_size: 4, memory: vec![0; 400], draws: false, control: Arc::default() };
     let options = EngineOptions {
         max_sequences: 4,
         max_batch_tokens: 8,

@@ -483,7 +483,8 @@ mod tests {
                 }
 
                 let served = base.weights(Module::LmHead).unwrap();
-                let logits = base.logits(&x, &delta).unwrap();
+                let states = crate::base::Rows::from_f32(&x, width, base.options()).unwrap();
+                let logits = base.logits(&states, &delta).unwrap().into_f32().unwrap();
                 let stride = logits.len() / rows;
                 for row in 0..rows {
                     let none = TableChange::default();

@@ -8,7 +8,8 @@ use loramux::base::matmul::Format;
 use loramux::base::simd::Simd;
 use loramux::base::{BLOCK, Base, Decoder, DecoderOptions, Kernels};
 use loramux::engine::{
-    Choice, Engine, EngineOptions, Event, Generate, Model, Output, Request, Runner, Sampling, Task, Work,
+    Choice, Computed, Draw, Engine, EngineOptions, Event, Generate, Model, Output, Request, Runner, Sampling, Task,
+    Work,
 };
 use loramux::lora::PackedAdapter;
 use loramux::metrics::Metrics;
@@ -86,6 +87,12 @@ impl Model for SharedRunner {
     }
     fn step(&mut self, work: &[Work]) -> loramux::Result<Vec<Vec<f32>>> {
         self.0.lock().unwrap().step(work)
+    }
+    fn draws(&self) -> bool {
+        self.0.lock().unwrap().draws()
+    }
+    fn step_and_draw(&mut self, work: &[Work], draws: &[Option<Draw>]) -> loramux::Result<Vec<Computed>> {
+        self.0.lock().unwrap().step_and_draw(work, draws)
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use loramux::adapter::load;
-use loramux::base::{Base, Kernels};
-use loramux::engine::{Output, Runner, Task};
+use loramux::base::{BLOCK, Base, Kernels};
+use loramux::engine::{Computed, Draw, Edit, Model, Output, Runner, Task, Work};
 use loramux::lora::PackedAdapter;
 use serde_json::Value;
 
@@ -167,6 +167,54 @@ async fn greedy_tokens_alone_and_mixed() {
                     assert_eq!(alone.tokens(), *want, "{model} by {kernels:?}: {name} alone");
                 }
             }
+        }
+    }
+}
+
+/// A step that is asked for tokens, logits and a head's classes at once gives what one gives that is asked for logits alone.
+#[test]
+fn a_model_draws_the_tokens_that_its_logits_give() {
+    for (model, variants, _) in FAMILIES {
+        let e = expected(model, variants);
+        let mut runner = Runner::new(decoder(&e.base, Kernels::Tensor, None), 8 << 20).unwrap();
+        let head = fixtures().join("tiny").join(model).join("adapter_seqcls");
+        let head = head.exists().then(|| adapter(&e.base, &head, Kernels::Tensor));
+        let (mut next, mut work, mut draws) = (0, vec![], vec![]);
+        for (i, (name, adapter)) in e.adapters(Kernels::Tensor).into_iter().enumerate() {
+            let prompt = e.prompt(name, i % e.prompts.len());
+            let mut add = |adapter: Option<Arc<PackedAdapter>>, output, draw: Option<Draw>| {
+                let count = prompt.len().div_ceil(BLOCK) as u32;
+                next += count;
+                let blocks = (next - count..next).collect();
+                work.push(Work { tokens: prompt.clone(), start: 0, blocks, adapter, output });
+                draws.push(draw);
+            };
+            let plain = Draw {
+                edits: vec![Edit { token: i as u32, bias: 3.0, seen: true, penalty: 0.5 }],
+                repetition_penalty: 1.2,
+                temperature: 0.8,
+                min_p: 0.0,
+                top_k: 0,
+                top_p: 0.9,
+                typical_p: 1.0,
+                place: (1 << 52) + i as u64 * (1 << 48),
+            };
+            add(adapter.clone(), Output::LastLogits, (i % 3 != 1).then(|| plain.clone()));
+            add(adapter.clone(), Output::Logits(2), None);
+            add(adapter, Output::None, None);
+            if let Some(head) = head.clone().filter(|_| !name.starts_with("resized")) {
+                add(Some(head), Output::Head, None);
+            }
+        }
+        let logits = runner.step(&work).unwrap();
+        let computed = runner.step_and_draw(&work, &draws).unwrap();
+        assert!(runner.draws() && draws.iter().any(Option::is_some));
+        for ((mut logits, computed), draw) in logits.into_iter().zip(computed).zip(draws) {
+            let want = match draw {
+                Some(draw) => Computed::Token(Some(draw.token(&mut logits, &mut vec![]).unwrap())),
+                None => Computed::Numbers(logits),
+            };
+            assert_eq!(computed, want, "{model}");
         }
     }
 }

@@ -10,9 +10,9 @@
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-// A kernel and the name by which Rust launches it.
+// A kernel and the name by which Rust launches it. Without the 1 the compiler may spill so that two large blocks fit.
 #define KERNEL(name, threads, parameters, body) \
-  extern "C" __global__ void __launch_bounds__(threads) name parameters { body; }
+  extern "C" __global__ void __launch_bounds__(threads, 1) name parameters { body; }
 #define SHARED(type, name, count) __shared__ type name[count]
 
 // c += a b, for a 16 x 16 and b 16 x 8 spread over the warp (PTX ISA, mma.m16n8k16).

@@ -1,8 +1,8 @@
 // Runs kernels on the host, for tests: what of CUDA they use, in plain C++.
 //
 // The blocks of a launch run one after the other. The threads of a block are fibers; one runs until it waits, at a barrier
-// or for its warp, and then any other that can, drawn at random: a barrier that is missing shows. Shared memory is filled
-// with NaN before each block.
+// or for its warp, and then any other that can, drawn at random, some warps ahead of others: a barrier that is missing shows.
+// Shared memory is filled with NaN before each block.
 #pragma once
 
 #include <ucontext.h>
@@ -169,24 +169,31 @@ inline bool run_block() {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, start, 0);
   }
-  static std::vector<unsigned> ready;
+  static std::vector<unsigned> ready, late;
+  const auto next_random = [] {
+    machine.random = machine.random * 6364136223846793005u + 1442695040888963407u;
+    return machine.random >> 32;
+  };
+  uint64_t stalled = next_random();
   for (;;) {
-    ready.clear();
+    ready.clear(), late.clear();
     unsigned done = 0;
+    // Half of the warps get a turn only when the others wait for them, for some turns.
+    if (next_random() % 32 == 0) stalled = next_random();
     for (unsigned i = 0; i < machine.threads; i++) {
       const Fiber& fiber = machine.fibers[i];
       done += fiber.done;
-      if (!fiber.done && !(fiber.turns && *fiber.turns == fiber.turn)) ready.push_back(i);
+      if (!fiber.done && !(fiber.turns && *fiber.turns == fiber.turn)) (stalled >> i / 32 & 1 ? late : ready).push_back(i);
     }
     if (done == machine.threads) return true;
+    if (ready.empty()) ready.swap(late);
     if (ready.empty()) {
       machine.error = "threads wait for threads that have ended or wait elsewhere";
       return false;
     }
     // Those that can run now, in any order: each until it waits or ends.
     while (!ready.empty()) {
-      machine.random = machine.random * 6364136223846793005u + 1442695040888963407u;
-      std::swap(ready[(machine.random >> 33) % ready.size()], ready.back());
+      std::swap(ready[next_random() % ready.size()], ready.back());
       Fiber* fiber = &machine.fibers[ready.back()];
       ready.pop_back();
       resume(fiber);
@@ -232,6 +239,32 @@ inline void __syncthreads() {
     m.arrived = 0, m.turns++;
   else
     emulator::wait(&m.turns, turn);
+}
+
+inline unsigned long long shuffle(unsigned long long x, unsigned from) {
+  const uint32_t words[2] = {static_cast<uint32_t>(x), static_cast<uint32_t>(x >> 32)};
+  const uint32_t* there = emulator::exchange(words, 2)[from];
+  return there[0] | static_cast<unsigned long long>(there[1]) << 32;
+}
+inline unsigned long long __shfl_xor_sync(unsigned, unsigned long long x, unsigned other) {
+  return shuffle(x, (threadIdx.x % 32) ^ other);
+}
+inline unsigned long long __shfl_sync(unsigned, unsigned long long x, unsigned lane) { return shuffle(x, lane); }
+// Lanes without another below keep their own.
+inline unsigned long long __shfl_up_sync(unsigned, unsigned long long x, unsigned below) {
+  const unsigned lane = threadIdx.x % 32;
+  return shuffle(x, lane < below ? lane : lane - below);
+}
+inline unsigned __ballot_sync(unsigned, bool own) {
+  const uint32_t bit = own;
+  const auto all = emulator::exchange(&bit, 1);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; lane++) bits |= all[lane][0] << lane;
+  return bits;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
 inline float __shfl_xor_sync(unsigned, float x, unsigned other) {
