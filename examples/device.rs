@@ -125,6 +125,9 @@ impl Fixtures {
             }
         }
         let rows: Vec<usize> = (0..work.len()).filter(|&i| work[i].output != Output::Head).collect();
+        if rows.is_empty() {
+            return Ok((prompts.len(), worst, [0, 0]));
+        }
         let drawing: Vec<Work> = rows.iter().map(|&i| Work { output: Output::LastLogits, ..work[i].clone() }).collect();
         let logits = runner.step(&drawing)?;
         let draws: Vec<Draw> = (0..rows.len()).map(draw).collect();
