@@ -202,16 +202,7 @@ impl Bench {
 
     /// A step whose tokens are drawn, greedily, as a server's are.
     fn step(&mut self, work: &[Work]) {
-        let greedy = Draw {
-            edits: vec![],
-            repetition_penalty: 1.0,
-            temperature: 0.0,
-            min_p: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            typical_p: 1.0,
-            place: 0,
-        };
+        let greedy = Draw { temperature: 0.0, ..Draw::default() };
         self.runner.step_and_draw(work, &vec![Some(greedy); work.len()]).expect("a step");
     }
 

@@ -147,16 +147,8 @@ impl Fixtures {
 /// One of some kinds of draws.
 fn draw(i: usize) -> Draw {
     let edit = |token| Edit { token, bias: 1.5, seen: true, penalty: 0.25 };
-    let plain = Draw {
-        edits: vec![],
-        repetition_penalty: 1.0,
-        temperature: 1.0,
-        min_p: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        typical_p: 1.0,
-        place: (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11,
-    };
+    let place = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11;
+    let plain = Draw { place, ..Draw::default() };
     match i % 5 {
         0 => Draw { temperature: 0.0, ..plain },
         1 => Draw { edits: (0..40).map(edit).collect(), repetition_penalty: 1.3, ..plain },

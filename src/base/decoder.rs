@@ -536,9 +536,9 @@ impl Decoder {
     /// Computes one step and returns the final hidden states of the rows in `wanted`: `[wanted, hidden_size]`.
     ///
     /// An encoder's sequences are there as a whole, from position 0 on.
-    /// `tokens` holds one id per row; `sequences` cover all rows, with the blocks of [`BLOCK`] positions that [`Decoder::blocks`]
-    /// gives; the keys and values of each sequence's earlier
-    /// positions are in `cache` already, those of its rows are written to it. `wanted` is in ascending order.
+    /// `tokens` holds one id per row; `sequences` cover all rows, with the blocks of [`BLOCK`] positions that
+    /// [`Decoder::blocks`] gives; the keys and values of each sequence's earlier positions are in `cache` already, those of
+    /// its rows are written to it. `wanted` is in ascending order.
     pub fn forward(
         &self,
         tokens: &[u32],

@@ -21,6 +21,22 @@ pub struct Draw {
     pub place: u64,
 }
 
+/// By the model's probabilities alone, the first token of those that have one.
+impl Default for Draw {
+    fn default() -> Self {
+        Draw {
+            edits: vec![],
+            repetition_penalty: 1.0,
+            temperature: 1.0,
+            min_p: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            typical_p: 1.0,
+            place: 0,
+        }
+    }
+}
+
 /// A change of a token's logit, made in this order.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Edit {

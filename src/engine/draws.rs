@@ -142,19 +142,6 @@ mod tests {
     use crate::cuda::{Machine, Memory};
     use crate::engine::draw::Edit;
 
-    fn plain() -> Draw {
-        Draw {
-            edits: vec![],
-            repetition_penalty: 1.0,
-            temperature: 1.0,
-            min_p: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            typical_p: 1.0,
-            place: 0,
-        }
-    }
-
     fn emulated(machine: &Emulator, logits: &[Vec<f32>], draws: &[(usize, Draw)]) -> Result<Vec<Option<u32>>> {
         let width = logits.iter().map(Vec::len).max().unwrap();
         // What a row has after its own vocabulary is not read.
@@ -185,7 +172,7 @@ mod tests {
             .prop_map(|(edits, repetition_penalty, temperature, min_p, top_k, top_p, place)| {
                 let edit = |(token, (bias, seen, penalty))| Edit { token, bias, seen, penalty };
                 let edits = edits.into_iter().map(edit).collect();
-                Draw { edits, repetition_penalty, temperature, min_p, top_k, top_p, place, ..plain() }
+                Draw { edits, repetition_penalty, temperature, min_p, top_k, top_p, place, ..Draw::default() }
             })
     }
 
@@ -233,7 +220,7 @@ mod tests {
     fn rows_of_no_numbers_are_told() {
         let machine = Emulator::new(SAMPLER, 3);
         for temperature in [0.0, 1.0] {
-            let draw = |row| (row, Draw { temperature, ..plain() });
+            let draw = |row| (row, Draw { temperature, ..Draw::default() });
             for wrong in [f32::NAN, -f32::NAN, f32::INFINITY] {
                 let rows = vec![vec![1.0, 2.0], vec![0.0, wrong, 1.0]];
                 let tokens = emulated(&machine, &rows, &[draw(1), draw(0)]).unwrap();
@@ -242,14 +229,14 @@ mod tests {
             assert_eq!(emulated(&machine, &[vec![f32::NEG_INFINITY; 3]], &[draw(0)]).unwrap(), [None]);
         }
         // The lowest of equals, whatever the sign of nothing.
-        let greedy = Draw { temperature: 0.0, ..plain() };
+        let greedy = Draw { temperature: 0.0, ..Draw::default() };
         assert_eq!(emulated(&machine, &[vec![-1.0, -0.0, 0.0]], &[(0, greedy)]).unwrap(), [Some(1)]);
     }
 
     #[test]
     fn mistakes_in_the_kernel_are_found() {
         let row: Vec<f32> = (0..1500).map(|i| ((i * 37) % 101) as f32 / 20.0).collect();
-        let draw = |i: u64| Draw { top_k: 200, top_p: 0.8, place: i * ((1 << 53) / 9), ..plain() };
+        let draw = |i: u64| Draw { top_k: 200, top_p: 0.8, place: i * ((1 << 53) / 9), ..Draw::default() };
         let draws: Vec<(usize, Draw)> = (0..9).map(|i| (i as usize, draw(i))).collect();
         let rows = vec![row; draws.len()];
         let good = |machine: &Emulator| {

@@ -193,11 +193,9 @@ fn a_model_draws_the_tokens_that_its_logits_give() {
                 edits: vec![Edit { token: i as u32, bias: 3.0, seen: true, penalty: 0.5 }],
                 repetition_penalty: 1.2,
                 temperature: 0.8,
-                min_p: 0.0,
-                top_k: 0,
                 top_p: 0.9,
-                typical_p: 1.0,
                 place: (1 << 52) + i as u64 * (1 << 48),
+                ..Draw::default()
             };
             add(adapter.clone(), Output::LastLogits, (i % 3 != 1).then(|| plain.clone()));
             add(adapter.clone(), Output::Logits(2), None);
