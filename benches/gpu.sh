@@ -74,5 +74,5 @@ for line in sys.stdin:
 case ${1:-} in
   pack) pack "${2:?DIR}" "${3:-}" ;;
   run) run "${2:-cuda}" "${3:-f32 bf16}" "${4:-1b 8b}" ;;
-  *) sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//' ;;
+  *) sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//' ;;
 esac
