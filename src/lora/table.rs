@@ -429,7 +429,8 @@ mod tests {
                         a: numbers(rank * inputs),
                         b: numbers(rank * outputs),
                         bias: (bias && wish.bias).then(|| numbers(outputs)),
-                        magnitude: wish.magnitude.then(|| numbers(outputs)),
+                        // A sum of few squares may be almost nothing, and a quotient by that is noise in f32.
+                        magnitude: (wish.magnitude && inputs >= 8).then(|| numbers(outputs)),
                     });
                     TableChange { rows, pair }
                 };
