@@ -3,13 +3,14 @@
 //! The whole-number sum of a group is exact, and the sums of groups are added in ascending order: as with floating point, a
 //! row's result depends neither on the rows beside it nor on the kind of CPU.
 
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 
 use half::f16;
 use rayon::prelude::*;
 
 use super::parallel;
 use super::simd::{LANES, Simd, Target};
+use crate::memory::place;
 
 /// The body for every `$i` below `$n`, which is 8 at most, each time with `$i` known to the compiler: an array that is read
 /// at a place it doesn't know lies in memory, not in registers.
@@ -26,6 +27,8 @@ macro_rules! unrolled {
     };
 }
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -59,7 +62,7 @@ pub fn group(k: usize) -> Option<usize> {
 }
 
 /// What the numbers of a row's group have in common: `x = scale * q`.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct RowGroup {
     scale: f32,
     /// Of `q`.
@@ -68,13 +71,46 @@ struct RowGroup {
     total: f32,
 }
 
+/// Bytes from the start of a cache line on: of rows that are whole lines, none lies in one more than it has to.
+struct Lines {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+#[expect(dead_code, reason = "it is read as one of many bytes")]
+struct Line([i8; 64]);
+
+impl Lines {
+    fn zeros(len: usize) -> Self {
+        Lines { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    }
+}
+
+impl Deref for Lines {
+    type Target = [i8];
+
+    fn deref(&self) -> &[i8] {
+        // SAFETY: lines are nothing but their bytes, and there are at least so many.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+}
+
+impl DerefMut for Lines {
+    fn deref_mut(&mut self) -> &mut [i8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
 /// Rows of activations in 8 bits: `x = scale * q`, rounded.
 pub struct Rounded {
     k: usize,
     group: usize,
     groups_per_row: usize,
     /// `[rows, k]`.
-    q: Vec<i8>,
+    q: Lines,
     /// `[rows, k / group]`.
     groups: Vec<RowGroup>,
 }
@@ -98,7 +134,7 @@ impl Rounded {
             k,
             group,
             groups_per_row: groups,
-            q: vec![0; rows * k],
+            q: Lines::zeros(rows * k),
             groups: vec![RowGroup::default(); rows * groups],
         };
         let row = |row: usize, q: &mut [i8], groups: &mut [RowGroup]| {
@@ -169,6 +205,46 @@ fn has_vnni() -> bool {
     is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vl")
 }
 
+/// How a product is computed. All forms give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 with VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+}
+
+impl Form {
+    /// The quickest that `simd` allows for so many rows and weights that share a scale.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
+    fn of(simd: Simd, rows: usize, group: usize) -> Self {
+        match simd {
+            Simd::Portable => Form::Portable,
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => Form::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 if rows >= amx::MIN_ROWS && group >= amx::MIN_GROUP && amx::is_there() => Form::Amx,
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 if has_vnni() => Form::Vnni,
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => Form::Avx2,
+        }
+    }
+
+    /// All that this CPU has.
+    #[cfg(test)]
+    fn all() -> Vec<Self> {
+        let all = Simd::all().into_iter().map(|simd| Form::of(simd, 1, 0));
+        #[cfg(target_arch = "x86_64")]
+        let all = all.chain(amx::is_there().then_some(Form::Amx));
+        all.collect()
+    }
+}
+
 /// The whole numbers of weights, in panels of [`LANES`] output features.
 #[derive(Debug)]
 enum Codes {
@@ -206,6 +282,13 @@ impl Scales {
         match self {
             Scales::F16(numbers) => 2 * LANES * numbers.len(),
             Scales::F32(numbers) => 4 * LANES * numbers.len(),
+        }
+    }
+
+    fn place(&self) -> Range<usize> {
+        match self {
+            Scales::F16(numbers) => place(numbers),
+            Scales::F32(numbers) => place(numbers),
         }
     }
 
@@ -299,6 +382,12 @@ impl Weights {
         codes + self.scales.bytes() + self.mins.as_ref().map_or(0, Scales::bytes)
     }
 
+    /// The addresses of all that.
+    pub fn places(&self) -> Vec<Range<usize>> {
+        let (Codes::Bytes(codes) | Codes::Nibbles(codes)) = &self.codes;
+        [place(codes), self.scales.place()].into_iter().chain(self.mins.as_ref().map(Scales::place)).collect()
+    }
+
     /// Writes the weights of output feature `row` to `out`, `[k]`.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let (panel, lane, groups) = (row / LANES, row % LANES, self.k / self.group);
@@ -327,17 +416,35 @@ impl Weights {
         scale: f32,
         y: Target,
     ) {
+        // SAFETY: the caller's promise.
+        unsafe { self.multiply_as(Form::of(simd, rows.len(), self.group), x, rows, panels, scale, y) }
+    }
+
+    /// [`Self::multiply`] in a form that this CPU has.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn multiply_as(
+        &self,
+        form: Form,
+        x: &Rounded,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        scale: f32,
+        y: Target,
+    ) {
         let groups = self.k / self.group;
         assert_eq!((x.k, x.group), (self.k, self.group));
         assert!(panels.end * groups <= self.scales.len() && rows.end <= x.rows());
-        match simd {
-            // SAFETY: the CPU was asked for what it needs, and the caller's promise.
+        match form {
+            // SAFETY: the CPU has what the form needs, and the caller's promise.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 if has_vnni() => unsafe { self.vnni(x, rows, panels, scale, y) },
-            // SAFETY: both are only made where the CPU has avx2, fma and f16c, and the caller's promise.
+            Form::Amx => unsafe { self.amx(x, rows, panels, scale, y) },
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx2 | Simd::Avx512 => unsafe { self.avx2(x, rows, panels, scale, y) },
-            Simd::Portable => {
+            Form::Vnni => unsafe { self.vnni(x, rows, panels, scale, y) },
+            #[cfg(target_arch = "x86_64")]
+            Form::Avx2 => unsafe { self.avx2(x, rows, panels, scale, y) },
+            Form::Portable => {
                 let first = (rows.start, panels.start);
                 for (panel, row) in panels.flat_map(|p| rows.clone().map(move |r| (p, r))) {
                     let sums = self.portable(x, row, panel);
@@ -450,14 +557,17 @@ mod tests {
     #[test]
     fn numbers_that_are_not_finite_stay_so() {
         for number in [f32::NAN, f32::INFINITY, -f32::INFINITY] {
-            for simd in Simd::all() {
+            for form in Form::all() {
                 let (mut x, mut acc) = ([1.0; 32], [0.0; LANES]);
                 x[7] = number;
                 let weights = Weights::round(&[0.5; 32], 1, 32);
                 let y = Target { start: acc.as_mut_ptr(), stride: LANES, add: false };
-                // SAFETY: that many features.
-                unsafe { weights.multiply(simd, &Rounded::new(simd, &x, 32, 1, 32, 32), 0..1, 0..1, 1.0, y) };
-                assert!(!acc[0].is_finite(), "{number} by {simd:?}: {}", acc[0]);
+                for simd in Simd::all() {
+                    let x = Rounded::new(simd, &x, 32, 1, 32, 32);
+                    // SAFETY: that many features.
+                    unsafe { weights.multiply_as(form, &x, 0..1, 0..1, 1.0, y) };
+                    assert!(!acc[0].is_finite(), "{number}, rounded by {simd:?}, by {form:?}: {}", acc[0]);
+                }
             }
         }
     }
@@ -474,7 +584,7 @@ mod tests {
         /// All forms give the same bits, whatever the tile, and the sum of the rounded numbers.
         #[test]
         fn tiles_equal_the_plain_sum(
-            rows in 1usize..20, panels in 1usize..7, steps in 1usize..=16, groups in 1usize..7,
+            rows in 1usize..40, panels in 1usize..7, steps in 1usize..=16, groups in 1usize..16,
             seed in any::<u64>(),
         ) {
             let groups = if steps < 8 { 1 } else { groups };
@@ -494,7 +604,7 @@ mod tests {
         /// Weights that are whole numbers already stay what they are, of 4 bits and of 8, with minima and without.
         #[test]
         fn whole_numbers_stay_what_they_are(
-            rows in 1usize..20, panels in 1usize..7, steps in 1usize..=8, groups in 1usize..7,
+            rows in 1usize..40, panels in 1usize..7, steps in 1usize..=8, groups in 1usize..16,
             four in any::<bool>(), has_min in any::<bool>(), in_f16 in any::<bool>(), seed in any::<u64>(),
         ) {
             let group = steps * STEP;
@@ -534,15 +644,19 @@ mod tests {
     fn check(weights: &Weights, kept: &[f32], x: &[f32], rows: usize, panels: usize) -> Result<(), TestCaseError> {
         let (n, k, group) = (weights.n, weights.k, weights.group);
         let mut all: Vec<Vec<f32>> = vec![];
+        let rounded = Rounded::new(Simd::Portable, x, k + 1, rows, k, group);
         for simd in Simd::all() {
-            let rounded = Rounded::new(simd, x, k + 1, rows, k, group);
+            let other = Rounded::new(simd, x, k + 1, rows, k, group);
+            prop_assert!(*other.q == *rounded.q && other.groups == rounded.groups, "{simd:?} rounds otherwise");
+        }
+        for form in Form::all() {
             // A number more than features, which nothing is added to.
             let product = |rows: Range<usize>, panels: Range<usize>, add: bool| {
                 let width = n.min(panels.end * LANES) - panels.start * LANES;
                 let mut y = vec![1.0f32; rows.len() * (width + 1)];
                 let target = Target { start: y.as_mut_ptr(), stride: width + 1, add };
                 // SAFETY: there are as many rows and features.
-                unsafe { weights.multiply(simd, &rounded, rows, panels, 0.5, target) };
+                unsafe { weights.multiply_as(form, &rounded, rows, panels, 0.5, target) };
                 assert!(y.iter().skip(width).step_by(width + 1).all(|&one| one == 1.0));
                 y
             };

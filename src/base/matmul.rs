@@ -9,6 +9,7 @@ use crate::base::int8::{self, Rounded};
 use crate::base::parallel;
 use crate::base::simd::{self, GROUP, Group, LANES, Rows, Simd, Target};
 use crate::base::{RawTensor, Stored};
+use crate::memory::place;
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 
@@ -204,6 +205,17 @@ impl PackedMatrix {
                 4 * LANES * (scales.len() + mins.len()) + q.len()
             }
             Data::Whole(weights) => weights.bytes(),
+        }
+    }
+
+    /// The addresses of that memory.
+    pub fn places(&self) -> Vec<Range<usize>> {
+        match &self.data {
+            Data::F32(w) => vec![place(w)],
+            Data::Half(w) => vec![place(w)],
+            Data::Q8 { scales, q, .. } => vec![place(scales), place(q)],
+            Data::Q5 { scales, mins, q } | Data::Q4 { scales, mins, q } => vec![place(scales), place(mins), place(q)],
+            Data::Whole(weights) => weights.places(),
         }
     }
 

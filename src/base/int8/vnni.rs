@@ -13,6 +13,8 @@ use crate::base::simd::{LANES, Target};
 const ROWS: usize = 8;
 /// Panels of the widest one.
 const PANELS: usize = 4;
+/// Bytes of panels side by side whose successors fit a near cache beside them.
+const NEXT: usize = 20 << 10;
 
 impl Scales {
     /// A panel's.
@@ -21,7 +23,7 @@ impl Scales {
     /// There are more than `index`.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    unsafe fn lanes(&self, index: usize) -> __m512 {
+    pub(super) unsafe fn lanes(&self, index: usize) -> __m512 {
         // SAFETY: the caller's promise; each holds LANES numbers.
         unsafe {
             match self {
@@ -141,6 +143,8 @@ impl Weights {
         let bytes = if NIBBLES { STEP * LANES / 2 } else { STEP * LANES };
         // Panels are so many codes apart.
         let apart = self.k / STEP * bytes;
+        // Short panels end before what is ahead in them: the same place of the next ones, then.
+        let ahead = if P * apart <= NEXT { P * apart } else { AHEAD };
         debug_assert!(codes.len() >= (panel + P) * apart && row + R <= x.rows());
         let mask = _mm256_set1_epi8(15);
         // SAFETY: the caller's promise.
@@ -169,7 +173,7 @@ impl Weights {
                 }
                 for line in (0..steps * bytes).step_by(CACHE_LINE) {
                     for p in 0..P {
-                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(p * apart + AHEAD + line).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(p * apart + ahead + line).cast());
                     }
                 }
                 for _ in 0..steps / unroll {

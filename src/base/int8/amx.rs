@@ -1,0 +1,324 @@
+//! [`Weights::multiply`] for AMX.
+//!
+//! The instruction multiplies a tile of 16 rows of 64 bytes by one of 64 rows of 16, all bytes with a sign, and adds each four
+//! products up to 32 bits (Intel's Software Developer's Manual, `TDPBSSD`). A tile takes one group of the weights, whose sums
+//! vector instructions then scale. Rust has no stable names for these instructions, and the compiler itself never uses their
+//! registers.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use super::{AHEAD, CACHE_LINE, Codes, Rounded, RowGroup, STEP, Weights, has_vnni};
+use crate::base::simd::{LANES, Target};
+
+/// Rows of a tile.
+const ROWS: usize = 16;
+/// Groups whose sums are made before they are scaled: tiles and vectors take turns, since a vector that waits for the sums of
+/// a tile keeps the next tile waiting too. So many stay in the nearest cache.
+const CHUNK: usize = 12;
+/// Fewer rows, or fewer weights that share a scale, are multiplied sooner by vector instructions.
+pub const MIN_ROWS: usize = 12;
+pub const MIN_GROUP: usize = 32;
+
+/// Bytes of a panel's step: a row of a tile of weights, which has 64.
+const STEP_BYTES: usize = STEP * LANES;
+const _: () = assert!(STEP_BYTES == 64 && LANES == 16);
+
+/// Whether the CPU has it and the system lets this process use it.
+pub fn is_there() -> bool {
+    static THERE: OnceLock<bool> = OnceLock::new();
+    *THERE.get_or_init(|| {
+        // Bits 24 and 25 of EDX are AMX-TILE and AMX-INT8.
+        let tiles = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx >> 24 & 3 == 3;
+        tiles && has_vnni() && is_allowed()
+    })
+}
+
+/// Asks the system for the tiles' registers, which take more room than a process is given by itself.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn is_allowed() -> bool {
+    /// Linux's `ARCH_REQ_XCOMP_PERM`, and the number of the tiles' data.
+    const REQUEST: (libc::c_long, libc::c_long) = (0x1023, 18);
+    // SAFETY: the call changes what this process may do, and how much room the system wants for handling signals.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST.0, REQUEST.1) == 0 }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn is_allowed() -> bool {
+    false
+}
+
+/// What `ldtilecfg` reads: rows of the tiles and bytes of their rows.
+#[repr(C, align(64))]
+struct Shapes {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// The sums of a tile.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Sums([[i32; LANES]; ROWS]);
+
+/// A step of a panel, a byte with a sign for each number.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Step([u8; STEP_BYTES]);
+
+/// Rows that are multiplied with a panel at once.
+struct Tile<'a> {
+    /// Of [`Rounded::q`] and [`Rounded::groups`], what belongs to the first row and those after it.
+    q: &'a [i8],
+    groups: &'a [RowGroup],
+    rows: usize,
+    /// Of these, how many at the beginning are another tile's too.
+    done: usize,
+    /// Whether the next panel is to be fetched meanwhile.
+    next: bool,
+}
+
+/// Room for a panel and for the sums of a tile.
+struct Room {
+    steps: Vec<Step>,
+    sums: [Sums; CHUNK],
+}
+
+impl Weights {
+    /// # Safety
+    /// [`is_there`]; there are such rows, at least one, and panels; `y` is as for [`Self::multiply`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    pub(super) unsafe fn amx(&self, x: &Rounded, rows: Range<usize>, panels: Range<usize>, scale: f32, y: Target) {
+        // All tiles have as many rows, so the last one may begin before the one before ends.
+        let tiles = rows.len().div_ceil(ROWS);
+        let height = rows.len().div_ceil(tiles);
+        shape(height, self.group);
+        let steps = vec![Step([0; STEP_BYTES]); self.k / STEP];
+        let mut room = Room { steps, sums: [Sums([[0; LANES]; ROWS]); CHUNK] };
+        for p in panels.clone() {
+            self.prepare(p, &mut room.steps);
+            for i in 0..tiles {
+                let next = rows.start + i * height;
+                let row = next.min(rows.end - height);
+                let (q, groups) = (&x.q[row * self.k..], &x.groups[row * x.groups_per_row..]);
+                let tile = Tile { q, groups, rows: height, done: next - row, next: i == 0 && p + 1 < panels.end };
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let y = y.at(row - rows.start, (p - panels.start) * LANES);
+                    match self.mins {
+                        None => self.amx_tile::<false>(&tile, p, &mut room, scale, y),
+                        Some(_) => self.amx_tile::<true>(&tile, p, &mut room, scale, y),
+                    }
+                }
+            }
+        }
+        // SAFETY: no tile is read any more.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+
+    /// # Safety
+    /// [`is_there`], and tiles have the shapes of this one; there are minima or not; `y` is as for [`Self::multiply`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn amx_tile<const MINS: bool>(&self, tile: &Tile, panel: usize, room: &mut Room, scale: f32, y: Target) {
+        let groups = self.k / self.group;
+        assert!(tile.rows <= ROWS && room.steps.len() * STEP == self.k);
+        assert!(tile.q.len() >= tile.rows * self.k && tile.groups.len() >= tile.rows * groups);
+        let mut acc = [_mm512_setzero_ps(); ROWS];
+        for first in (0..groups).step_by(CHUNK) {
+            let chunk = first..groups.min(first + CHUNK);
+            for (i, sums) in room.sums[..chunk.len()].chunks_mut(2).enumerate() {
+                let g = first + 2 * i;
+                if tile.next {
+                    self.fetch(panel + 1, g..g + sums.len());
+                }
+                // SAFETY: the asserts; the tiles' shapes.
+                unsafe {
+                    let (q, steps) =
+                        (tile.q.as_ptr().add(g * self.group), room.steps.as_ptr().add(g * self.group / STEP));
+                    match sums {
+                        [sums, next] => two_products(q, self.k, self.group, steps, sums, next),
+                        _ => product(q, self.k, steps, &mut sums[0]),
+                    }
+                }
+            }
+            let mut row = tile.done;
+            while row < tile.rows {
+                let sums = &room.sums[..chunk.len()];
+                // SAFETY: the asserts; the panel has so many groups.
+                row += unsafe {
+                    match tile.rows - row {
+                        8.. => self.scaled::<MINS, 8>(sums, tile, row, panel, first, &mut acc),
+                        4.. => self.scaled::<MINS, 4>(sums, tile, row, panel, first, &mut acc),
+                        2.. => self.scaled::<MINS, 2>(sums, tile, row, panel, first, &mut acc),
+                        _ => self.scaled::<MINS, 1>(sums, tile, row, panel, first, &mut acc),
+                    }
+                };
+            }
+        }
+        for (r, acc) in acc[..tile.rows].iter().enumerate().skip(tile.done) {
+            let mut sums = [0.0f32; LANES];
+            // SAFETY: the caller's promise.
+            unsafe {
+                _mm512_storeu_ps(sums.as_mut_ptr(), *acc);
+                y.at(r, 0).put(&sums, self.features(panel), scale);
+            }
+        }
+    }
+
+    /// Adds the sums of groups from `first` on, scaled, to `R` rows from `row` on, and returns `R`.
+    ///
+    /// # Safety
+    /// There are such rows and groups.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn scaled<const MINS: bool, const R: usize>(
+        &self,
+        sums: &[Sums],
+        tile: &Tile,
+        row: usize,
+        panel: usize,
+        first: usize,
+        out: &mut [__m512; ROWS],
+    ) -> usize {
+        let groups = self.k / self.group;
+        let mut acc: [__m512; R] = std::array::from_fn(|r| out[row + r]);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut common = tile.groups.as_ptr().add(row * groups + first);
+            for (g, sums) in sums.iter().enumerate() {
+                let index = panel * groups + first + g;
+                let scales = self.scales.lanes(index);
+                let mins = if MINS && let Some(mins) = &self.mins { mins.lanes(index) } else { _mm512_setzero_ps() };
+                unrolled!(r < R, {
+                    let common = &*common.add(r * groups);
+                    let sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums.0[row + r].as_ptr().cast()));
+                    acc[r] = _mm512_fmadd_ps(_mm512_mul_ps(sum, scales), _mm512_set1_ps(common.scale), acc[r]);
+                    if MINS {
+                        acc[r] = _mm512_fmadd_ps(mins, _mm512_set1_ps(common.total), acc[r]);
+                    }
+                });
+                common = common.add(1);
+            }
+        }
+        out[row..row + R].copy_from_slice(&acc);
+        R
+    }
+
+    /// Has codes of a panel on their way.
+    #[target_feature(enable = "avx512f")]
+    fn fetch(&self, panel: usize, groups: Range<usize>) {
+        let (codes, bytes) = match &self.codes {
+            Codes::Bytes(codes) => (codes, LANES),
+            Codes::Nibbles(codes) => (codes, LANES / 2),
+        };
+        let at = |g: usize| (panel * self.k + g * self.group) * bytes;
+        for line in (at(groups.start)..at(groups.end)).step_by(CACHE_LINE) {
+            _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(line).cast());
+        }
+    }
+
+    /// Lays a panel out in bytes with a sign.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn prepare(&self, panel: usize, steps: &mut [Step]) {
+        let all = panel * steps.len()..(panel + 1) * steps.len();
+        // SAFETY of what follows: loads and stores are of a whole step.
+        match &self.codes {
+            Codes::Bytes(codes) => {
+                // From 0 to 255 to -128 to 127.
+                let sign = _mm512_set1_epi8(-128);
+                for (codes, step) in codes.as_chunks::<STEP_BYTES>().0[all].iter().zip(steps) {
+                    _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
+                    unsafe {
+                        let codes = _mm512_loadu_si512(codes.as_ptr().cast());
+                        _mm512_store_si512(step.0.as_mut_ptr().cast(), _mm512_xor_si512(codes, sign));
+                    }
+                }
+            }
+            Codes::Nibbles(codes) => {
+                let mask = _mm256_set1_epi8(15);
+                for (codes, step) in codes.as_chunks::<{ STEP_BYTES / 2 }>().0[all].iter().zip(steps) {
+                    _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
+                    unsafe {
+                        let both = _mm256_loadu_si256(codes.as_ptr().cast());
+                        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
+                        let low = _mm512_castsi256_si512(_mm256_and_si256(both, mask));
+                        _mm512_store_si512(step.0.as_mut_ptr().cast(), _mm512_inserti64x4::<1>(low, high));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Gives the tiles their shapes: two of sums and two of numbers that have so many rows, two of weights.
+fn shape(rows: usize, group: usize) {
+    assert!((1..=ROWS).contains(&rows) && group.is_multiple_of(STEP) && (STEP..=STEP_BYTES).contains(&group));
+    let (rows, steps) = (rows as u8, (group / STEP) as u8);
+    let (step, numbers) = (STEP_BYTES as u16, group as u16);
+    let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+    shapes.rows[..6].copy_from_slice(&[rows, rows, rows, rows, steps, steps]);
+    shapes.row_bytes[..6].copy_from_slice(&[step, step, numbers, numbers, step, step]);
+    // SAFETY: these are shapes that tiles can have.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
+}
+
+/// Multiplies rows that are `k` bytes apart with a group of weights.
+///
+/// # Safety
+/// [`shape`] was called; there are as many rows and steps as it was told.
+#[inline]
+unsafe fn product(q: *const i8, k: usize, steps: *const Step, sums: &mut Sums) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tileloadd tmm2, [{q} + {k}]",
+            "tileloadd tmm4, [{steps} + {line}]",
+            "tilezero tmm0",
+            "tdpbssd tmm0, tmm2, tmm4",
+            "tilestored [{sums} + {line}], tmm0",
+            q = in(reg) q,
+            k = in(reg) k,
+            steps = in(reg) steps,
+            sums = in(reg) sums,
+            line = in(reg) STEP_BYTES,
+            out("tmm0") _, out("tmm2") _, out("tmm4") _,
+            options(nostack),
+        )
+    }
+}
+
+/// The same with two groups, whose instructions wait less for each other.
+///
+/// # Safety
+/// As [`product`].
+#[inline]
+unsafe fn two_products(q: *const i8, k: usize, group: usize, steps: *const Step, sums: &mut Sums, next: &mut Sums) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tileloadd tmm2, [{q} + {k}]",
+            "tileloadd tmm4, [{steps} + {line}]",
+            "tilezero tmm0",
+            "tdpbssd tmm0, tmm2, tmm4",
+            "tileloadd tmm3, [{q_next} + {k}]",
+            "tileloadd tmm5, [{steps_next} + {line}]",
+            "tilezero tmm1",
+            "tdpbssd tmm1, tmm3, tmm5",
+            "tilestored [{sums} + {line}], tmm0",
+            "tilestored [{next} + {line}], tmm1",
+            q = in(reg) q,
+            q_next = in(reg) q.add(group),
+            k = in(reg) k,
+            steps = in(reg) steps,
+            steps_next = in(reg) steps.add(group / STEP),
+            sums = in(reg) sums,
+            next = in(reg) next,
+            line = in(reg) STEP_BYTES,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
+            options(nostack),
+        )
+    }
+}
