@@ -130,19 +130,14 @@ impl Weights {
         let mut acc = [_mm512_setzero_ps(); ROWS];
         for first in (0..groups).step_by(CHUNK) {
             let chunk = first..groups.min(first + CHUNK);
-            for (i, sums) in room.sums[..chunk.len()].chunks_mut(2).enumerate() {
-                let g = first + 2 * i;
+            for (g, sums) in chunk.clone().zip(&mut room.sums) {
                 if tile.next {
-                    self.fetch(panel + 1, g..g + sums.len());
+                    self.fetch(panel + 1, g);
                 }
                 // SAFETY: the asserts; the tiles' shapes.
                 unsafe {
-                    let (q, steps) =
-                        (tile.q.as_ptr().add(g * self.group), room.steps.as_ptr().add(g * self.group / STEP));
-                    match sums {
-                        [sums, next] => two_products(q, self.k, self.group, steps, sums, next),
-                        _ => product(q, self.k, steps, &mut sums[0]),
-                    }
+                    let steps = room.steps.as_ptr().add(g * self.group / STEP);
+                    product(tile.q.as_ptr().add(g * self.group), self.k, steps, sums);
                 }
             }
             let mut row = tile.done;
@@ -207,15 +202,15 @@ impl Weights {
         R
     }
 
-    /// Has codes of a panel on their way.
+    /// Has the codes of a panel's group on their way.
     #[target_feature(enable = "avx512f")]
-    fn fetch(&self, panel: usize, groups: Range<usize>) {
+    fn fetch(&self, panel: usize, group: usize) {
         let (codes, bytes) = match &self.codes {
             Codes::Bytes(codes) => (codes, LANES),
             Codes::Nibbles(codes) => (codes, LANES / 2),
         };
-        let at = |g: usize| (panel * self.k + g * self.group) * bytes;
-        for line in (at(groups.start)..at(groups.end)).step_by(CACHE_LINE) {
+        let first = (panel * self.k + group * self.group) * bytes;
+        for line in (first..first + self.group * bytes).step_by(CACHE_LINE) {
             _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(line).cast());
         }
     }
@@ -253,14 +248,14 @@ impl Weights {
     }
 }
 
-/// Gives the tiles their shapes: two of sums and two of numbers that have so many rows, two of weights.
+/// Gives the tiles their shapes: sums, numbers of so many rows, weights.
 fn shape(rows: usize, group: usize) {
     assert!((1..=ROWS).contains(&rows) && group.is_multiple_of(STEP) && (STEP..=STEP_BYTES).contains(&group));
     let (rows, steps) = (rows as u8, (group / STEP) as u8);
     let (step, numbers) = (STEP_BYTES as u16, group as u16);
     let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    shapes.rows[..6].copy_from_slice(&[rows, rows, rows, rows, steps, steps]);
-    shapes.row_bytes[..6].copy_from_slice(&[step, step, numbers, numbers, step, step]);
+    shapes.rows[..3].copy_from_slice(&[rows, rows, steps]);
+    shapes.row_bytes[..3].copy_from_slice(&[step, numbers, step]);
     // SAFETY: these are shapes that tiles can have.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
 }
@@ -274,50 +269,17 @@ unsafe fn product(q: *const i8, k: usize, steps: *const Step, sums: &mut Sums) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
-            "tileloadd tmm2, [{q} + {k}]",
-            "tileloadd tmm4, [{steps} + {line}]",
+            "tileloadd tmm1, [{q} + {k}]",
+            "tileloadd tmm2, [{steps} + {line}]",
             "tilezero tmm0",
-            "tdpbssd tmm0, tmm2, tmm4",
+            "tdpbssd tmm0, tmm1, tmm2",
             "tilestored [{sums} + {line}], tmm0",
             q = in(reg) q,
             k = in(reg) k,
             steps = in(reg) steps,
             sums = in(reg) sums,
             line = in(reg) STEP_BYTES,
-            out("tmm0") _, out("tmm2") _, out("tmm4") _,
-            options(nostack),
-        )
-    }
-}
-
-/// The same with two groups, whose instructions wait less for each other.
-///
-/// # Safety
-/// As [`product`].
-#[inline]
-unsafe fn two_products(q: *const i8, k: usize, group: usize, steps: *const Step, sums: &mut Sums, next: &mut Sums) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tileloadd tmm2, [{q} + {k}]",
-            "tileloadd tmm4, [{steps} + {line}]",
-            "tilezero tmm0",
-            "tdpbssd tmm0, tmm2, tmm4",
-            "tileloadd tmm3, [{q_next} + {k}]",
-            "tileloadd tmm5, [{steps_next} + {line}]",
-            "tilezero tmm1",
-            "tdpbssd tmm1, tmm3, tmm5",
-            "tilestored [{sums} + {line}], tmm0",
-            "tilestored [{next} + {line}], tmm1",
-            q = in(reg) q,
-            q_next = in(reg) q.add(group),
-            k = in(reg) k,
-            steps = in(reg) steps,
-            steps_next = in(reg) steps.add(group / STEP),
-            sums = in(reg) sums,
-            next = in(reg) next,
-            line = in(reg) STEP_BYTES,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _,
             options(nostack),
         )
     }
