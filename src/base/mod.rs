@@ -28,6 +28,8 @@ pub mod simd;
 mod source;
 #[cfg(test)]
 pub mod testing;
+#[cfg(target_arch = "x86_64")]
+pub mod tiles;
 mod tokenizer;
 mod weights;
 

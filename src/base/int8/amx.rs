@@ -2,8 +2,7 @@
 //!
 //! The instruction multiplies a tile of 16 rows of 64 bytes by one of 64 rows of 16, all bytes with a sign, and adds each four
 //! products up to 32 bits (Intel's Software Developer's Manual, `TDPBSSD`). A tile takes one group of the weights, whose sums
-//! vector instructions then scale. Rust has no stable names for these instructions, and the compiler itself never uses their
-//! registers.
+//! vector instructions then scale.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -12,9 +11,8 @@ use std::sync::OnceLock;
 
 use super::{AHEAD, CACHE_LINE, Codes, Rounded, RowGroup, STEP, Weights, has_vnni};
 use crate::base::simd::{LANES, Target};
+use crate::base::tiles::{self, Numbers, ROWS};
 
-/// Rows of a tile.
-const ROWS: usize = 16;
 /// Groups whose sums are made before they are scaled: tiles and vectors take turns, since a vector that waits for the sums of
 /// a tile keeps the next tile waiting too. So many stay in the nearest cache.
 const CHUNK: usize = 12;
@@ -24,40 +22,12 @@ pub const MIN_GROUP: usize = 32;
 
 /// Bytes of a panel's step: a row of a tile of weights, which has 64.
 const STEP_BYTES: usize = STEP * LANES;
-const _: () = assert!(STEP_BYTES == 64 && LANES == 16);
+const _: () = assert!(STEP_BYTES == tiles::BYTES && LANES == ROWS);
 
 /// Whether the CPU has it and the system lets this process use it.
 pub fn is_there() -> bool {
     static THERE: OnceLock<bool> = OnceLock::new();
-    *THERE.get_or_init(|| {
-        // Bits 24 and 25 of EDX are AMX-TILE and AMX-INT8.
-        let tiles = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx >> 24 & 3 == 3;
-        tiles && has_vnni() && is_allowed()
-    })
-}
-
-/// Asks the system for the tiles' registers, which take more room than a process is given by itself.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn is_allowed() -> bool {
-    /// Linux's `ARCH_REQ_XCOMP_PERM`, and the number of the tiles' data.
-    const REQUEST: (libc::c_long, libc::c_long) = (0x1023, 18);
-    // SAFETY: the call changes what this process may do, and how much room the system wants for handling signals.
-    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST.0, REQUEST.1) == 0 }
-}
-
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn is_allowed() -> bool {
-    false
-}
-
-/// What `ldtilecfg` reads: rows of the tiles and bytes of their rows.
-#[repr(C, align(64))]
-struct Shapes {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
+    *THERE.get_or_init(|| has_vnni() && tiles::multiply(Numbers::Int8))
 }
 
 /// The sums of a tile.
@@ -96,7 +66,10 @@ impl Weights {
         // All tiles have as many rows, so the last one may begin before the one before ends.
         let tiles = rows.len().div_ceil(ROWS);
         let height = rows.len().div_ceil(tiles);
-        shape(height, self.group);
+        // Sums, numbers of so many rows, weights.
+        let shapes = [(height, STEP_BYTES), (height, self.group), (self.group / STEP, STEP_BYTES)];
+        // SAFETY: the caller's promise.
+        unsafe { tiles::shape(&shapes) };
         let steps = vec![Step([0; STEP_BYTES]); self.k / STEP];
         let mut room = Room { steps, sums: [Sums([[0; LANES]; ROWS]); CHUNK] };
         for p in panels.clone() {
@@ -116,8 +89,8 @@ impl Weights {
                 }
             }
         }
-        // SAFETY: no tile is read any more.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        // SAFETY: the caller's promise.
+        unsafe { tiles::release() };
     }
 
     /// # Safety
@@ -248,22 +221,10 @@ impl Weights {
     }
 }
 
-/// Gives the tiles their shapes: sums, numbers of so many rows, weights.
-fn shape(rows: usize, group: usize) {
-    assert!((1..=ROWS).contains(&rows) && group.is_multiple_of(STEP) && (STEP..=STEP_BYTES).contains(&group));
-    let (rows, steps) = (rows as u8, (group / STEP) as u8);
-    let (step, numbers) = (STEP_BYTES as u16, group as u16);
-    let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    shapes.rows[..3].copy_from_slice(&[rows, rows, steps]);
-    shapes.row_bytes[..3].copy_from_slice(&[step, numbers, step]);
-    // SAFETY: these are shapes that tiles can have.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
-}
-
 /// Multiplies rows that are `k` bytes apart with a group of weights.
 ///
 /// # Safety
-/// [`shape`] was called; there are as many rows and steps as it was told.
+/// [`tiles::shape`] was called; there are as many rows and steps as it was told.
 #[inline]
 unsafe fn product(q: *const i8, k: usize, steps: *const Step, sums: &mut Sums) {
     // SAFETY: the caller's promise.

@@ -4,6 +4,8 @@
 //! forward and a backward one each, from which [`super::layer`] is put together; on other devices, and in other numbers, they
 //! are made of candle's operations, whose gradients candle knows.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod loss;
 pub mod norm;
@@ -115,6 +117,10 @@ impl<'a> Target<'a> {
 pub fn multiply((m, n, k): (usize, usize, usize), a: Matrix, b: Matrix, alpha: f32, out: Target, parallel: bool) {
     assert!(a.covers(m, k) && b.covers(k, n) && m > 0 && n > 0);
     assert!((m - 1) * out.stride + n <= out.data.len());
+    #[cfg(target_arch = "x86_64")]
+    if amx::suits((m, n, k), &a, &b) {
+        return amx::multiply((m, n, k), a, b, alpha, out, parallel);
+    }
     let parallelism = if parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
     // SAFETY: the asserts keep every access inside the slices; `out` is borrowed for writing.
     unsafe {
