@@ -26,6 +26,7 @@ pub mod lora;
 pub mod memory;
 pub mod metrics;
 pub mod server;
+mod signals;
 pub mod train;
 
 pub use error::{Error, ErrorKind, Result};

@@ -24,6 +24,7 @@ use host::{Host, Limits};
 
 use crate::engine::Grammars;
 use crate::server::{Access, Audit, Certificate, Entrance, Origins};
+use crate::signals::Signals;
 use crate::{Error, Result, hosting, server};
 
 /// What is logged where nobody says otherwise. What strangers send that is no HTTP is no error of the server's, as it is to
@@ -71,14 +72,20 @@ pub fn run() -> Result<()> {
     })
 }
 
-/// Ends on Ctrl-C as on an error, so that temporary files are deleted.
+/// Ends on SIGINT and SIGTERM as on an error, so that temporary files are deleted and programs that it started end, too.
 pub(crate) async fn interruptible(work: impl Future<Output = Result<()>>) -> Result<()> {
     tokio::select! {
-        // Loading does not wait for anything, so until it is done Ctrl-C still ends the process by itself.
+        // Loading does not wait for anything, so until it is done a signal still ends the process by itself.
         biased;
         done = work => done,
-        _ = tokio::signal::ctrl_c() => Err(Error::unavailable("interrupted")),
+        stopped = stopped() => stopped,
     }
+}
+
+/// Waits for a signal, which is an error.
+async fn stopped() -> Result<()> {
+    Signals::new()?.next().await;
+    Err(Error::unavailable("interrupted"))
 }
 
 fn serve(args: ServeArgs) -> Result<()> {

@@ -39,13 +39,13 @@ use actix_web::middleware::Condition;
 use actix_web::web::{self, Data};
 use actix_web::{App, FromRequest, HttpRequest, HttpResponse, HttpServer, ResponseError};
 use serde_json::json;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 
 use crate::adapter::Registry;
 use crate::base::Language;
 use crate::engine::{Engine, Grammars};
 use crate::metrics::Metrics;
+use crate::signals::Signals;
 use crate::{Error, Result};
 use access::{Caller, Need};
 use error::ApiError;
@@ -402,25 +402,6 @@ async fn drain(state: &State, limit: Duration) {
     engine.give_up();
     if tokio::time::timeout(Duration::from_secs(LAST_BYTES), engine.drain()).await.is_err() {
         tracing::error!("the engine does not stop");
-    }
-}
-
-/// SIGTERM and SIGINT.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Self> {
-        Ok(Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
     }
 }
 

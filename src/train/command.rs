@@ -24,6 +24,7 @@ use super::random;
 use super::table::{self, Record};
 use super::trainer::{Account, Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
 use crate::base::{Base, Head, device};
+use crate::signals::Signals;
 use crate::{Error, Result, memory};
 
 /// Largest rank, as the server takes it.
@@ -424,13 +425,15 @@ fn report(best: &Evaluation, labels: Option<&[String]>) {
     }
 }
 
-/// Runs with a progress bar. Ctrl-C ends it after the step with a checkpoint; a second one at once.
+/// Runs with a progress bar. SIGINT or SIGTERM ends it after the step with a checkpoint; a second one at once.
 fn watched(trainer: &mut Trainer) -> Result<Ended> {
     let stop = Arc::new(AtomicBool::new(false));
     let asked = stop.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let mut signals = runtime.block_on(async { Signals::new() })?;
     runtime.spawn(async move {
-        while tokio::signal::ctrl_c().await.is_ok() {
+        loop {
+            signals.next().await;
             if asked.swap(true, Ordering::Relaxed) {
                 std::process::exit(130);
             }

@@ -133,7 +133,7 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     let more = ["--checkpoint-every", "1", "--epochs", "24", "--eval-every", "50"];
     folder.run(&LORA, &data, "whole", &more);
     let checkpoint = folder.path("parts.checkpoint.safetensors");
-    for (round, signal) in ["INT", "KILL"].iter().enumerate() {
+    for (round, signal) in ["INT", "TERM", "KILL"].iter().enumerate() {
         let resume: &[&str] = if round > 0 { &["--resume"] } else { &[] };
         let mut child = folder.command(&LORA, &data, "parts", &[&more[..], resume].concat()).spawn().unwrap();
         let before = std::fs::metadata(&checkpoint).and_then(|m| m.modified()).ok();
