@@ -83,15 +83,15 @@ bench-train: model $(DATA)/ready $(CLIENTS)/peft/ready
 	$(PYTHON) benches/train/compare.py --trainer $(CARGO_TARGET_DIR)/release/loramux-train --peft $(CLIENTS)/peft \
 	--data $(DATA)/movie-reviews/train.csv $(ARGS)
 
-NIGHT := --sizes 50,200,1000,all --shown 400 --batch-size 8 --max-length 48 --held-out 300 --evaluations 3 \
+WHOLE := --jobs 2 --sizes 50,200,1000,all --shown 600 --max-length 32 --held-out 300 --evaluations 2 \
 	--options "lora=--rank 16 --target-modules all-linear --learning-rate 1e-3" --options "full=--learning-rate 2e-4" \
 	--options "last-layers=--learning-rate 3e-4"
 
-# LoRA, a head and last layers beside full fine-tunes, e.g. `make bench-methods ARGS=--quick`. A night without.
+# LoRA, a head and last layers beside full fine-tunes, e.g. `make bench-methods ARGS=--quick`. Without, hours on two cores.
 bench-methods: model $(DATA)/ready
 	$(CARGO_TARGET_DIR)/release/loramux bench methods --out $(DATA)/bench-methods$(findstring -quick,$(ARGS)) \
 	--task sentiment=$(DATA)/movie-reviews/train.csv,$(DATA)/movie-reviews/test.csv \
-	--task topics=$(DATA)/news-topics/train.csv,$(DATA)/news-topics/test.csv $(or $(ARGS),$(NIGHT))
+	--task topics=$(DATA)/news-topics/train.csv,$(DATA)/news-topics/test.csv $(or $(ARGS),$(WHOLE))
 
 # The shipped adapters, all or some: `make adapters NAMES=news-topics`. Two hours on two cores.
 adapters: model $(DATA)/ready $(CLIENTS)/peft/ready

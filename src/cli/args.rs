@@ -498,6 +498,9 @@ pub struct BenchMethodsArgs {
     /// Evaluations of a run, the last of which counts [default: 4; --quick: 2]
     #[arg(long)]
     pub evaluations: Option<usize>,
+    /// Runs at a time, each with its share of the cores. What a run takes is then told of that share
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub jobs: usize,
     /// Examples of each task to evaluate on, the same for all runs [default: 500; --quick: 40]
     #[arg(long)]
     pub held_out: Option<usize>,

@@ -19,6 +19,7 @@ fn options(args: BenchMethodsArgs) -> Result<Options> {
         max_length: args.max_length.unwrap_or(quick(32, 128)),
         evaluations: args.evaluations.unwrap_or(quick(2, 4)),
         held_out: args.held_out.unwrap_or(quick(40, 500)),
+        jobs: args.jobs,
         more: args.more,
     };
     let sizes = match (args.sizes.is_empty(), args.quick) {

@@ -10,7 +10,20 @@ use crate::common::fixtures;
 
 fn bench(folder: &Path, more: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_loramux"));
-    command.args(["bench", "methods", "--held-out", "30", "--evaluations", "2", "--epochs", "2", "--seeds", "2"]);
+    command.args([
+        "bench",
+        "methods",
+        "--held-out",
+        "30",
+        "--evaluations",
+        "2",
+        "--epochs",
+        "2",
+        "--seeds",
+        "2",
+        "--jobs",
+        "2",
+    ]);
     command.arg("--task").arg(format!("words={}", folder.join("words.csv").display()));
     if !more.contains(&"--out") {
         command.arg("--out").arg(folder.join("out"));
@@ -81,7 +94,7 @@ fn methods_are_measured_and_compared() {
         assert!(child.try_wait().unwrap().is_none(), "it has ended without a run");
         std::thread::sleep(Duration::from_millis(2));
     }
-    assert!(Command::new("kill").args(["-s", "INT", &child.id().to_string()]).status().unwrap().success());
+    assert!(Command::new("kill").args(["-s", "TERM", &child.id().to_string()]).status().unwrap().success());
     assert!(!child.wait().unwrap().success(), "it was not stopped in time");
     let before = written(folder);
     assert!(!folder.join("out/report.json").exists());

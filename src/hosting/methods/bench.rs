@@ -1,10 +1,11 @@
-//! The runs that are asked for, one after the other, and what is written of them.
+//! The runs that are asked for, and what is written of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use futures::{StreamExt, TryFutureExt, TryStreamExt, stream};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -73,14 +74,13 @@ pub async fn bench(options: Options) -> Result<()> {
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     tracing::info!("{} runs; what is finished stays in {} when interrupted", planned.len(), runs.display());
     let trainer = sha256(&fs::read(&options.trainer)?);
-    let mut finished = Vec::with_capacity(planned.len());
-    for key in planned {
+    let run = |key: Key| async {
         let file = runs.join(key.file());
         let name = format!("{}, {}, {} examples, seed {}", key.task, key.method.name(), key.size, key.seed);
-        bar.set_message(name.clone());
         let run = match read(&file, &key)? {
             Some(run) => run,
             None => {
+                bar.set_message(name.clone());
                 let task = tasks.iter().find(|task| task.name == key.task);
                 let task = task.ok_or_else(|| Error::internal(format!("{} is planned without a task", key.task)))?;
                 let mut run = train(&options, task, key).await.map_err(|e| e.context(&name))?;
@@ -91,9 +91,14 @@ pub async fn bench(options: Options) -> Result<()> {
                 run
             }
         };
-        finished.push(run);
         bar.inc(1);
-    }
+        Ok::<_, Error>(run)
+    };
+    // A long run keeps none of those after it waiting.
+    let placed = planned.into_iter().enumerate().map(|(place, key)| run(key).map_ok(move |run| (place, run)));
+    let finished: BTreeMap<usize, Run> =
+        stream::iter(placed).buffer_unordered(options.recipe.jobs).try_collect().await?;
+    let finished: Vec<Run> = finished.into_values().collect();
     bar.finish_and_clear();
     report(&options, &tasks, &settings, &finished)
 }
@@ -176,6 +181,10 @@ async fn train(options: &Options, task: &Task, key: Key) -> Result<Run> {
     add("epochs", recipe.epochs(examples).to_string());
     add("batch-size", recipe.batch_size.to_string());
     add("max-length", recipe.max_length.to_string());
+    if recipe.jobs > 1 {
+        let cores = std::thread::available_parallelism()?.get();
+        add("threads", (cores / recipe.jobs).max(1).to_string());
+    }
     add("eval-every", recipe.eval_every(examples).to_string());
     // A run that is interrupted begins anew, so that its times are of one piece.
     add("checkpoint-every", "0".into());
@@ -216,7 +225,7 @@ fn report(options: &Options, tasks: &[Task], settings: &Settings, runs: &[Run]) 
         runs,
         groups: &groups,
         comparisons: &comparisons,
-        notices: notices(runs, machine["cores"].as_f64()),
+        notices: notices(runs, machine["cores"].as_f64().map(|cores| cores / options.recipe.jobs as f64)),
     };
     let document = document::report(&measured);
     let all = json!({ "machine": machine, "settings": settings, "flops": FORMULA, "groups": groups,
@@ -229,7 +238,7 @@ fn report(options: &Options, tasks: &[Task], settings: &Settings, runs: &[Run]) 
     Ok(())
 }
 
-/// What makes times of the runs less comparable.
+/// What makes times of the runs less comparable. `cores` are those of a run.
 fn notices(runs: &[Run], cores: Option<f64>) -> Vec<String> {
     let mut notices = Vec::new();
     let different = |of: &dyn Fn(&Run) -> Option<&str>| -> Vec<String> {
@@ -248,7 +257,7 @@ fn notices(runs: &[Run], cores: Option<f64>) -> Vec<String> {
     if let Some(least) = busy.iter().copied().reduce(f64::min) {
         let mean = busy.iter().sum::<f64>() / busy.len() as f64;
         notices.push(format!(
-            "The trainer had {:.0} % of the cores' time on average, {:.0} % in the run with least. Where other programs share \
+            "The trainer had {:.0} % of its cores' time on average, {:.0} % in the run with least. Where other programs share \
              the cores, times are longer than they would be alone, CPU times less so.",
             100.0 * mean,
             100.0 * least
@@ -271,6 +280,7 @@ mod tests {
             max_length: 8,
             evaluations: 4,
             held_out: 10,
+            jobs: 1,
             more: vec![],
         }
     }

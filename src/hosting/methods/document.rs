@@ -344,6 +344,13 @@ fn method(measured: &Measured) -> Vec<Block> {
          otherwise; how those were found, and at what cost, is not known here."
             .into(),
     ];
+    if recipe.jobs > 1 {
+        items.push(format!(
+            "{} runs at a time, each with its share of the cores: times are those of that share, beside other runs that use \
+             the same memory.",
+            recipe.jobs
+        ));
+    }
     for method in options.methods.iter().filter(|method| !method.more.is_empty()) {
         items.push(format!("{} has the options {}.", method.kind.name(), method.more.join(" ")));
     }
@@ -372,6 +379,7 @@ mod tests {
             max_length: 8,
             evaluations: 4,
             held_out: 10,
+            jobs: 1,
             more: vec![],
         };
         let options = Options {

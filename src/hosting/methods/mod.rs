@@ -1,6 +1,6 @@
 //! Transfer learning beside full fine-tuning: each method trained on the same examples and measured.
 //!
-//! - [`bench`](mod@bench): the runs that are asked for, one after the other, and what is written of them
+//! - [`bench`](mod@bench): the runs that are asked for, and what is written of them
 //! - [`task`]: examples to learn from, and those held out for all
 //! - [`run`]: one run of the trainer as a program of its own, and what it took
 //! - [`flops`]: the arithmetic of a run, by a formula
@@ -56,8 +56,15 @@ pub struct Recipe {
     pub evaluations: usize,
     /// Examples of each task to evaluate on.
     pub held_out: usize,
+    /// Runs at a time, each with its share of the cores.
+    #[serde(default = "one")]
+    pub jobs: usize,
     /// More options of the trainer, for all methods.
     pub more: Vec<String>,
+}
+
+fn one() -> usize {
+    1
 }
 
 impl Recipe {
@@ -185,12 +192,12 @@ impl TryFrom<String> for Size {
 
 fn check(options: &Options) -> Result<()> {
     let wrong = |what: &str| Err(Error::bad_request(what));
-    let Recipe { epochs, batch_size, max_length, evaluations, held_out, .. } = options.recipe;
+    let Recipe { epochs, batch_size, max_length, evaluations, held_out, jobs, .. } = options.recipe;
     if options.tasks.is_empty() || options.methods.is_empty() || options.sizes.is_empty() || options.seeds == 0 {
         return wrong("one task, one method, one size and one seed are needed at least");
     }
-    if epochs == Some(0) || batch_size == 0 || max_length == 0 || evaluations == 0 || held_out == 0 {
-        return wrong("--epochs, --batch-size, --max-length, --evaluations and --held-out must be 1 or more");
+    if epochs == Some(0) || batch_size == 0 || max_length == 0 || evaluations == 0 || held_out == 0 || jobs == 0 {
+        return wrong("--epochs, --batch-size, --max-length, --evaluations, --held-out and --jobs must be 1 or more");
     }
     if options.target.is_some_and(|target| !(0.0..=1.0).contains(&target)) {
         return wrong("--target is an accuracy, from 0 to 1");
@@ -229,6 +236,7 @@ mod tests {
             max_length: 8,
             evaluations: 4,
             held_out: 1,
+            jobs: 1,
             more: vec![],
         };
         assert_eq!([50, 200, 7000].map(|n| recipe(None).epochs(n)), [12, 3, 1]);
