@@ -69,7 +69,9 @@ fn flops(run: &Value, tokens: f64) -> f64 {
 }
 
 fn written(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    // Others are on their way to their names.
     let files = std::fs::read_dir(folder.join("out/runs")).unwrap().map(|file| file.unwrap());
+    let files = files.filter(|file| file.path().extension().is_some_and(|e| e == "json"));
     let mut all: Vec<_> =
         files.map(|f| (f.file_name().to_string_lossy().into_owned(), std::fs::read(f.path()).unwrap())).collect();
     all.sort();
