@@ -19,7 +19,7 @@ use crate::base::kv::{BLOCK, KvCache, LayerCache, value_width};
 use crate::base::paged::tiles::AttentionTiles;
 use crate::base::paged::{Heads, PagedAttention};
 use crate::base::parallel;
-use crate::base::simd::{self, GROUP, LANES, Rows, Simd};
+use crate::base::simd::{self, GROUP, Group, LANES, Rows, SIDE, Simd};
 
 /// The rows of a step that belong to one sequence.
 #[derive(Debug, Clone)]
@@ -190,12 +190,12 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
             for head in 0..kv_heads {
                 turn(1, row, &x[q_width + head * hd..][..hd], 1.0, normed, key);
                 // SAFETY: the blocks of a step's rows are theirs alone, and each position has its slot.
-                unsafe { key_writer.write((block * kv_heads + head) * hd * BLOCK + slot, BLOCK, key) };
+                unsafe { key_writer.write(simd, (block * kv_heads + head) * hd * BLOCK + slot, BLOCK, key) };
                 let value = &x[q_width + (kv_heads + head) * hd..][..hd];
                 let at = (block * kv_heads + head) * vw * BLOCK + slot * LANES;
                 for (panel, value) in value.chunks(LANES).enumerate() {
                     // SAFETY: likewise.
-                    unsafe { value_writer.write(at + panel * BLOCK * LANES, 1, value) };
+                    unsafe { value_writer.write(simd, at + panel * BLOCK * LANES, 1, value) };
                 }
             }
         }
@@ -231,11 +231,16 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
         let mut scores = Buffer::new(heads * span);
         scores.fill(0.0);
         let mut scratch = [0.0; GROUP * LANES];
-        for (i, &block) in blocks.iter().enumerate() {
-            let at = (block as usize * kv_heads + head) * hd * BLOCK;
+        let at = |block: u32| block as usize * kv_heads + head;
+        for (i, side) in blocks.chunks(SIDE).enumerate() {
             for d in (0..hd).step_by(GROUP) {
-                let (k, q) = (keys.group(at + d * BLOCK, GROUP.min(hd - d)), Rows { data: &queries[d..], stride: hd });
-                simd::multiply_group(simd, heads, q, k, &mut scores[i * BLOCK..], span, &mut scratch);
+                let q = Rows { data: &queries[d..], stride: hd };
+                let mut k = [Group::F32(&[]); SIDE];
+                for (k, &block) in k.iter_mut().zip(side) {
+                    *k = keys.group((at(block) * hd + d) * BLOCK, GROUP.min(hd - d));
+                }
+                let scores = &mut scores[i * SIDE * BLOCK..];
+                simd::multiply_groups(simd, heads, q, &k[..side.len()], scores, span, BLOCK, &mut scratch);
             }
         }
         let softmax = |(h, scores): (usize, &mut [f32])| {
@@ -251,21 +256,29 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
             simd::softmax(simd, scores)
         };
         let sums: Vec<f32> = scores.chunks_exact_mut(span).enumerate().map(softmax).collect();
-        let mut acc = Buffer::new(heads * LANES);
-        for panel in (0..hd).step_by(LANES) {
-            acc.fill(0.0);
-            for (i, &block) in blocks.iter().enumerate() {
-                // Slots past the last row's position may hold anything, so they are left out, not multiplied by 0.
-                let (from, to) = (first.saturating_sub(i * BLOCK), BLOCK.min(end - i * BLOCK));
-                let at = (block as usize * kv_heads + head) * vw * BLOCK + panel * BLOCK;
-                let p = Rows { data: &scores[i * BLOCK + from..], stride: span };
-                let v = values.group(at + from * LANES, to - from);
-                simd::multiply_group(simd, heads, p, v, &mut acc, LANES, &mut scratch);
+        // `[panels][heads][LANES]`
+        let (panels, of_panel) = (vw / LANES, heads * LANES);
+        let mut acc = Buffer::new(panels * of_panel);
+        acc.fill(0.0);
+        for (i, &block) in blocks.iter().enumerate() {
+            // Slots past the last row's position may hold anything, so they are left out, not multiplied by 0.
+            let (from, to) = (first.saturating_sub(i * BLOCK), BLOCK.min(end - i * BLOCK));
+            let p = Rows { data: &scores[i * BLOCK + from..], stride: span };
+            for panel in (0..panels).step_by(SIDE) {
+                let mut v = [Group::F32(&[]); SIDE];
+                let side = SIDE.min(panels - panel);
+                for (s, v) in v[..side].iter_mut().enumerate() {
+                    *v = values.group((at(block) * vw + (panel + s) * LANES) * BLOCK + from * LANES, to - from);
+                }
+                let acc = &mut acc[panel * of_panel..];
+                simd::multiply_groups(simd, heads, p, &v[..side], acc, LANES, of_panel, &mut scratch);
             }
+        }
+        for (panel, acc) in acc.chunks_exact(of_panel).enumerate() {
             for (h, (acc, sum)) in acc.chunks_exact(LANES).zip(&sums).enumerate() {
-                let (row, column) = (rows.start + h / group, (head * group + h % group) * hd + panel);
+                let (row, column) = (rows.start + h / group, (head * group + h % group) * hd + panel * LANES);
                 // SAFETY: these numbers lie inside the output, and are this task's alone.
-                let out = unsafe { target.part(row * q_width + column, LANES.min(hd - panel)) };
+                let out = unsafe { target.part(row * q_width + column, LANES.min(hd - panel * LANES)) };
                 out.iter_mut().zip(acc).for_each(|(out, acc)| *out = acc / sum);
             }
         }

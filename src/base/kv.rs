@@ -3,12 +3,10 @@
 use std::marker::PhantomData;
 
 use candle_core::{DType, Device, Tensor};
-use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 use crate::Result;
 use crate::base::ModelConfig;
-use crate::base::simd::{Group, LANES};
+use crate::base::simd::{self, Group, LANES, Simd};
 
 /// Positions a block holds. On the CPU a block of keys is one panel of the matrix kernels.
 pub const BLOCK: usize = LANES;
@@ -75,7 +73,7 @@ impl Writer<'_> {
     ///
     /// # Panics
     /// If there are not so many.
-    pub unsafe fn write(&self, at: usize, stride: usize, x: &[f32]) {
+    pub unsafe fn write(&self, simd: Simd, at: usize, stride: usize, x: &[f32]) {
         assert!(x.is_empty() || at + (x.len() - 1) * stride < self.len);
         // SAFETY: the assert, and the caller's promise.
         match self.start {
@@ -84,13 +82,12 @@ impl Writer<'_> {
             }
             Start::F16(start) => {
                 const CHUNK: usize = 64;
-                let (mut kept, mut halves) = ([0.0; CHUNK], [f16::ZERO; CHUNK]);
+                let mut bits = [0; CHUNK];
                 for (i, x) in x.chunks(CHUNK).enumerate() {
-                    let (kept, halves) = (&mut kept[..x.len()], &mut halves[..x.len()]);
-                    kept.iter_mut().zip(x).for_each(|(kept, x)| *kept = x.clamp(-65504.0, 65504.0));
-                    halves.convert_from_f32_slice(kept);
-                    for (j, half) in halves.iter().enumerate() {
-                        unsafe { *start.add(at + (i * CHUNK + j) * stride) = half.to_bits() };
+                    let bits = &mut bits[..x.len()];
+                    simd::to_f16(simd, x, bits);
+                    for (j, bits) in bits.iter().enumerate() {
+                        unsafe { *start.add(at + (i * CHUNK + j) * stride) = *bits };
                     }
                 }
             }

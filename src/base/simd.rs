@@ -228,6 +228,7 @@ mod lanes512 {
         unsafe fn lanes(&self, i: usize) -> __m512;
     }
 
+    pub struct F32<'a>(pub &'a [f32]);
     pub struct Bf16<'a>(pub &'a [u16]);
     pub struct F16<'a>(pub &'a [u16]);
     pub struct Q8<'a> {
@@ -250,6 +251,16 @@ mod lanes512 {
     pub fn load(v: &[f32; LANES]) -> __m512 {
         // SAFETY: the array has LANES numbers.
         unsafe { _mm512_loadu_ps(v.as_ptr()) }
+    }
+
+    impl Weights for F32<'_> {
+        #[inline]
+        #[target_feature(enable = "avx512f")]
+        unsafe fn lanes(&self, i: usize) -> __m512 {
+            debug_assert!((i + 1) * LANES <= self.0.len());
+            // SAFETY: the caller's promise.
+            unsafe { _mm512_loadu_ps(self.0.as_ptr().add(i * LANES)) }
+        }
     }
 
     impl Weights for Bf16<'_> {
@@ -352,6 +363,39 @@ fn unpack_avx512(group: Group, out: &mut [f32; GROUP * LANES]) {
         // SAFETY: `i` is below the group's number of terms; `out` has LANES numbers.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), weights.lanes(i)) };
     }, F32(_w) => unpack_body(group, out))
+}
+
+/// Writes `x` as bits of f16; what is larger than f16's numbers becomes the largest. Two slices of one length.
+pub fn to_f16(simd: Simd, x: &[f32], out: &mut [u16]) {
+    #[cfg(target_arch = "x86_64")]
+    if simd != Simd::Portable {
+        // SAFETY: `Avx2` and `Avx512` are only made where the CPU has avx2 and f16c.
+        return unsafe { to_f16_avx2(x, out) };
+    }
+    let _ = simd;
+    x.iter().zip(out).for_each(|(x, out)| *out = nearest_f16(*x));
+}
+
+fn nearest_f16(x: f32) -> u16 {
+    half::f16::from_f32(x.clamp(-LARGEST_F16, LARGEST_F16)).to_bits()
+}
+
+const LARGEST_F16: f32 = 65504.0;
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+fn to_f16_avx2(x: &[f32], out: &mut [u16]) {
+    use std::arch::x86_64::*;
+    let ((chunks, rest), (outs, rest_out)) = (x.as_chunks::<8>(), out.as_chunks_mut::<8>());
+    let (least, most) = (_mm256_set1_ps(-LARGEST_F16), _mm256_set1_ps(LARGEST_F16));
+    for (x, out) in chunks.iter().zip(outs) {
+        // SAFETY: loads and stores are of 8 numbers. NaN, the second operand, stays.
+        unsafe {
+            let x = _mm256_min_ps(most, _mm256_max_ps(least, _mm256_loadu_ps(x.as_ptr())));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
+        }
+    }
+    rest.iter().zip(rest_out).for_each(|(x, out)| *out = nearest_f16(*x));
 }
 
 /// A view of rows: row `r` starts at `r * stride`.
@@ -568,6 +612,112 @@ unsafe fn direct_avx512<const R: usize>(
     }
 }
 
+/// Groups that are multiplied side by side.
+pub const SIDE: usize = 4;
+
+/// [`multiply_group`] for groups of as many terms each, whose sums lie `step` numbers after those of the group before: a CPU
+/// that waits for one chain of additions then has others to go on with.
+///
+/// # Panics
+/// As [`multiply_group`].
+#[expect(clippy::too_many_arguments)]
+pub fn multiply_groups(
+    simd: Simd,
+    rows: usize,
+    x: Rows,
+    groups: &[Group],
+    acc: &mut [f32],
+    acc_stride: usize,
+    step: usize,
+    scratch: &mut [f32; GROUP * LANES],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if let ([first @ (Group::F16(_) | Group::F32(_)), ..], Simd::Avx512, 1..=MAX_DIRECT) = (groups, simd, rows) {
+        let k = first.terms();
+        assert!(groups.iter().all(|group| std::mem::discriminant(group) == std::mem::discriminant(first)));
+        assert!(k > 0 && groups.iter().all(|group| group.terms() == k));
+        assert!(x.data.len() >= (rows - 1) * x.stride + k);
+        assert!(acc.len() >= (groups.len() - 1) * step + (rows - 1) * acc_stride + LANES);
+        macro_rules! sides {
+            ($($rows:literal)*) => {
+                [$([side_avx512::<$rows, 1>, side_avx512::<$rows, 2>, side_avx512::<$rows, 3>, side_avx512::<$rows, 4>]),*]
+            };
+        }
+        let sides = sides!(1 2 3 4)[rows - 1];
+        for (i, groups) in groups.chunks(SIDE).enumerate() {
+            let acc = acc[i * SIDE * step..].as_mut_ptr();
+            // SAFETY: the asserts bound every access; `Avx512` is only made where the CPU has the features.
+            unsafe { sides[groups.len() - 1](x.data.as_ptr(), x.stride, groups, acc, acc_stride, step) };
+        }
+        return;
+    }
+    for (i, &group) in groups.iter().enumerate() {
+        multiply_group(simd, rows, x, group, &mut acc[i * step..], acc_stride, scratch);
+    }
+}
+
+/// For `R` rows and `S` groups.
+///
+/// # Safety
+/// The CPU has avx512f and avx512bw; there are `S` groups, all of f16 or all of f32, of as many terms each; `x` is good for `R` rows of these, `acc` for
+/// `R` rows of [`LANES`] of each group.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+unsafe fn side_avx512<const R: usize, const S: usize>(
+    x: *const f32,
+    x_stride: usize,
+    groups: &[Group],
+    acc: *mut f32,
+    acc_stride: usize,
+    step: usize,
+) {
+    use lanes512::Weights;
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// As above.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+    unsafe fn add<const R: usize, const S: usize, W: Weights>(
+        (x, x_stride): (*const f32, usize),
+        weights: [W; S],
+        terms: usize,
+        (acc, acc_stride, step): (*mut f32, usize, usize),
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums: [[__m512; S]; R] =
+                std::array::from_fn(|r| std::array::from_fn(|s| _mm512_loadu_ps(acc.add(r * acc_stride + s * step))));
+            for i in 0..terms {
+                let w: [__m512; S] = std::array::from_fn(|s| weights[s].lanes(i));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = _mm512_set1_ps(*x.add(r * x_stride + i));
+                    for (sum, w) in sums.iter_mut().zip(w) {
+                        *sum = _mm512_fmadd_ps(x, w, *sum);
+                    }
+                }
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (s, sum) in sums.iter().enumerate() {
+                    _mm512_storeu_ps(acc.add(r * acc_stride + s * step), *sum);
+                }
+            }
+        }
+    }
+
+    let terms = groups[0].terms();
+    let (x, out) = ((x, x_stride), (acc, acc_stride, step));
+    let f16 = |s: usize| lanes512::F16(if let Group::F16(w) = groups[s] { w } else { &[] });
+    let f32 = |s: usize| lanes512::F32(if let Group::F32(w) = groups[s] { w } else { &[] });
+    // SAFETY: the caller's promise.
+    unsafe {
+        match groups[0] {
+            Group::F16(_) => add::<R, S, _>(x, std::array::from_fn(f16), terms, out),
+            _ => add::<R, S, _>(x, std::array::from_fn(f32), terms, out),
+        }
+    }
+}
+
 /// A tile of some number of rows: `k`, `x` and its stride, `w` and its stride, `acc` and its stride.
 #[cfg(target_arch = "x86_64")]
 type Tile = unsafe fn(usize, *const f32, usize, *const f32, usize, *mut f32, usize);
@@ -649,8 +799,10 @@ fn exp(x: f32) -> f32 {
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = p * r + c;
     }
-    // A cast saturates, so no argument can make an exponent that is out of range.
-    let power = f32::from_bits((((n as i32).clamp(-127, 127) + 127) as u32) << 23);
+    // No argument can make an exponent that is out of range. Adding 1.5 * 2^23 leaves a whole number in the low bits; of a cast,
+    // which saturates, the compiler makes 16 single ones.
+    let whole = (n.clamp(-127.0, 127.0) + 12_582_912.0).to_bits().wrapping_sub(0x4B40_0000);
+    let power = f32::from_bits(whole.wrapping_add(127) << 23);
     if x < -87.0 { 0.0 } else { p * power }
 }
 
@@ -780,10 +932,16 @@ fn softmax_body(scores: &mut [f32]) -> f32 {
             *sum += *s;
         }
     }
-    for (s, sum) in chunks.into_remainder().iter_mut().zip(&mut sums) {
+    // Those left over are the beginning of a whole chunk, whose other numbers become 0: number by number they would take as
+    // long as many chunks.
+    let rest = chunks.into_remainder();
+    let mut last = [f32::NEG_INFINITY; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    for (s, sum) in last.iter_mut().zip(&mut sums) {
         *s = exp(*s - max);
         *sum += *s;
     }
+    rest.copy_from_slice(&last[..rest.len()]);
     sums.iter().sum()
 }
 
@@ -932,6 +1090,24 @@ mod tests {
                 let total: f64 = want.iter().sum();
                 for (g, w) in got.iter().zip(&want) {
                     prop_assert!(close(g / sum, (w / total) as f32, 1.0));
+                }
+            }
+        }
+
+        #[test]
+        fn f16_forms_agree(x in prop::collection::vec(prop::num::f32::ANY, 0..40)) {
+            let mut want = vec![0; x.len()];
+            to_f16(Simd::Portable, &x, &mut want);
+            for (x, &bits) in x.iter().zip(&want) {
+                let (got, want) = (half::f16::from_bits(bits).to_f32(), x.clamp(-65504.0, 65504.0));
+                let is_nearest = got == half::f16::from_f32(want).to_f32();
+                prop_assert!(is_nearest || x.is_nan() && got.is_nan(), "{got}, not {want}");
+            }
+            for simd in Simd::all() {
+                let mut got = vec![0; x.len()];
+                to_f16(simd, &x, &mut got);
+                for ((got, want), x) in got.iter().zip(&want).zip(&x) {
+                    prop_assert!(got == want || x.is_nan() && half::f16::from_bits(*got).is_nan(), "{simd:?}: {x}");
                 }
             }
         }
