@@ -8,6 +8,7 @@ use std::ops::{Deref, DerefMut, Range};
 use half::f16;
 use rayon::prelude::*;
 
+use super::buffer::Buffer;
 use super::parallel;
 use super::simd::{LANES, Simd, Target};
 use crate::memory::place;
@@ -46,7 +47,6 @@ const STEP: usize = 4;
 /// Bytes of rows that stay in a near cache until all panels are multiplied with them.
 #[cfg(target_arch = "x86_64")]
 const NEAR: usize = 48 << 10;
-#[cfg(target_arch = "x86_64")]
 const CACHE_LINE: usize = 64;
 /// Bytes of codes that are fetched ahead: the processor's own prefetching ends with the page.
 #[cfg(target_arch = "x86_64")]
@@ -62,7 +62,8 @@ pub fn group(k: usize) -> Option<usize> {
 }
 
 /// What the numbers of a row's group have in common: `x = scale * q`.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
 struct RowGroup {
     scale: f32,
     /// Of `q`.
@@ -71,20 +72,18 @@ struct RowGroup {
     total: f32,
 }
 
-/// Bytes from the start of a cache line on: of rows that are whole lines, none lies in one more than it has to.
+/// Bytes from the start of a cache line on: of rows that are whole lines, none lies in one more than it has to. What they are
+/// at first means nothing.
 struct Lines {
-    lines: Vec<Line>,
+    memory: Buffer,
+    first: usize,
     len: usize,
 }
 
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-#[expect(dead_code, reason = "it is read as one of many bytes")]
-struct Line([i8; 64]);
-
 impl Lines {
-    fn zeros(len: usize) -> Self {
-        Lines { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    fn new(len: usize) -> Self {
+        let memory = Buffer::new(len.div_ceil(4) + CACHE_LINE / 4);
+        Lines { first: memory.as_ptr().cast::<u8>().align_offset(CACHE_LINE), memory, len }
     }
 }
 
@@ -92,15 +91,45 @@ impl Deref for Lines {
     type Target = [i8];
 
     fn deref(&self) -> &[i8] {
-        // SAFETY: lines are nothing but their bytes, and there are at least so many.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+        // SAFETY: numbers are nothing but their bytes, and there are at least so many after the first line's start.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().cast::<i8>().add(self.first), self.len) }
     }
 }
 
 impl DerefMut for Lines {
     fn deref_mut(&mut self) -> &mut [i8] {
         // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast::<i8>().add(self.first), self.len) }
+    }
+}
+
+/// [`RowGroup`]s, in memory of earlier ones.
+struct Groups {
+    memory: Buffer,
+    len: usize,
+}
+
+const _: () = assert!(size_of::<RowGroup>() == 3 * size_of::<f32>() && align_of::<RowGroup>() == align_of::<f32>());
+
+impl Groups {
+    fn new(len: usize) -> Self {
+        Groups { memory: Buffer::new(3 * len), len }
+    }
+}
+
+impl Deref for Groups {
+    type Target = [RowGroup];
+
+    fn deref(&self) -> &[RowGroup] {
+        // SAFETY: each is three numbers of any bits, and there are at least so many.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().cast(), self.len) }
+    }
+}
+
+impl DerefMut for Groups {
+    fn deref_mut(&mut self) -> &mut [RowGroup] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast(), self.len) }
     }
 }
 
@@ -112,7 +141,7 @@ pub struct Rounded {
     /// `[rows, k]`.
     q: Lines,
     /// `[rows, k / group]`.
-    groups: Vec<RowGroup>,
+    groups: Groups,
 }
 
 impl Rounded {
@@ -130,18 +159,10 @@ impl Rounded {
         const GRAIN: usize = 1 << 12;
         assert!(k.is_multiple_of(group));
         let groups = k / group;
-        let mut rounded = Rounded {
-            k,
-            group,
-            groups_per_row: groups,
-            q: Lines::zeros(rows * k),
-            groups: vec![RowGroup::default(); rows * groups],
-        };
+        let mut rounded =
+            Rounded { k, group, groups_per_row: groups, q: Lines::new(rows * k), groups: Groups::new(rows * groups) };
         let row = |row: usize, q: &mut [i8], groups: &mut [RowGroup]| {
-            let x = &x[row * stride..][..k];
-            for ((x, q), out) in x.chunks_exact(group).zip(q.chunks_exact_mut(group)).zip(groups) {
-                *out = round(simd, x, q);
-            }
+            round(simd, &x[row * stride..][..k], group, q, groups);
         };
         if rows * k < 2 * GRAIN {
             let parts = rounded.q.chunks_exact_mut(k).zip(rounded.groups.chunks_exact_mut(groups)).enumerate();
@@ -160,43 +181,79 @@ fn whole(x: f32) -> i32 {
     (x + 12_582_912.0).to_bits().wrapping_sub(0x4B40_0000) as i32
 }
 
+/// Rounds a row, whose groups are of `group` numbers.
 #[inline(always)]
-fn round_body(x: &[f32], q: &mut [i8]) -> RowGroup {
-    // As bits, an absolute value that is NaN is larger than all others.
-    let max = x.iter().fold(0u32, |max, x| max.max(x.abs().to_bits()));
-    let scale = f32::from_bits(max) / 127.0;
-    let factor = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    let mut sum = 0;
-    for (q, x) in q.iter_mut().zip(x) {
-        *q = whole(x * factor) as i8;
-        sum += i32::from(*q);
+fn round_body(x: &[f32], group: usize, q: &mut [i8], groups: &mut [RowGroup]) {
+    for ((x, q), out) in x.chunks_exact(group).zip(q.chunks_exact_mut(group)).zip(groups) {
+        // As bits, an absolute value that is NaN is larger than all others.
+        let max = x.iter().fold(0u32, |max, x| max.max(x.abs().to_bits()));
+        let scale = f32::from_bits(max) / 127.0;
+        let factor = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        let mut sum = 0;
+        for (q, x) in q.iter_mut().zip(x) {
+            *q = whole(x * factor) as i8;
+            sum += i32::from(*q);
+        }
+        *out = RowGroup { scale, sum, total: scale * sum as f32 };
     }
-    RowGroup { scale, sum, total: scale * sum as f32 }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn round_avx2(x: &[f32], q: &mut [i8]) -> RowGroup {
-    round_body(x, q)
+fn round_avx2(x: &[f32], group: usize, q: &mut [i8], groups: &mut [RowGroup]) {
+    round_body(x, group, q, groups)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
-fn round_avx512(x: &[f32], q: &mut [i8]) -> RowGroup {
-    round_body(x, q)
+fn round_avx512(x: &[f32], group: usize, q: &mut [i8], groups: &mut [RowGroup]) {
+    match group {
+        16 => round_vectors::<1>(x, q, groups),
+        32 => round_vectors::<2>(x, q, groups),
+        64 => round_vectors::<4>(x, q, groups),
+        _ => round_body(x, group, q, groups),
+    }
 }
 
-fn round(simd: Simd, x: &[f32], q: &mut [i8]) -> RowGroup {
+/// [`round_body`] for groups of `V` vectors, in which the compiler sees too little to do.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+fn round_vectors<const V: usize>(x: &[f32], q: &mut [i8], groups: &mut [RowGroup]) {
+    use std::arch::x86_64::*;
+    let (xs, qs) = (x.as_chunks::<LANES>().0.as_chunks::<V>().0, q.as_chunks_mut::<LANES>().0.as_chunks_mut::<V>().0);
+    // As in `whole`.
+    let (shift, bits) = (_mm512_set1_ps(12_582_912.0), _mm512_set1_epi32(0x4B40_0000));
+    for ((x, q), out) in xs.iter().zip(qs).zip(groups) {
+        // SAFETY: loads and stores are of LANES numbers.
+        let x: [__m512; V] = std::array::from_fn(|v| unsafe { _mm512_loadu_ps(x[v].as_ptr()) });
+        let size = |v: usize| _mm512_castps_si512(_mm512_abs_ps(x[v]));
+        let max = (1..V).fold(size(0), |max, v| _mm512_max_epu32(max, size(v)));
+        let scale = f32::from_bits(_mm512_reduce_max_epu32(max)) / 127.0;
+        let factor = _mm512_set1_ps(if scale == 0.0 { 0.0 } else { 1.0 / scale });
+        let mut sums = _mm512_setzero_si512();
+        for v in 0..V {
+            let moved = _mm512_add_ps(_mm512_mul_ps(x[v], factor), shift);
+            let number = _mm512_sub_epi32(_mm512_castps_si512(moved), bits);
+            let bytes = _mm512_cvtepi32_epi8(number);
+            sums = _mm512_add_epi32(sums, _mm512_cvtepi8_epi32(bytes));
+            unsafe { _mm_storeu_si128(q[v].as_mut_ptr().cast(), bytes) };
+        }
+        let sum = _mm512_reduce_add_epi32(sums);
+        *out = RowGroup { scale, sum, total: scale * sum as f32 };
+    }
+}
+
+fn round(simd: Simd, x: &[f32], group: usize, q: &mut [i8], groups: &mut [RowGroup]) {
     match simd {
-        Simd::Portable => round_body(x, q),
+        Simd::Portable => round_body(x, group, q, groups),
         // SAFETY: `Avx2` is only made where the CPU has avx2.
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx2 => unsafe { round_avx2(x, q) },
+        Simd::Avx2 => unsafe { round_avx2(x, group, q, groups) },
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 if !has_vnni() => unsafe { round_avx2(x, q) },
+        Simd::Avx512 if !has_vnni() => unsafe { round_avx2(x, group, q, groups) },
         // SAFETY: `has_vnni` asks for all of these.
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => unsafe { round_avx512(x, q) },
+        Simd::Avx512 => unsafe { round_avx512(x, group, q, groups) },
     }
 }
 
@@ -250,8 +307,8 @@ impl Form {
 enum Codes {
     /// `q + 128` of 8 bits, `[panels][k / STEP][LANES][STEP]`: the instruction multiplies numbers without a sign by ones with.
     Bytes(Vec<u8>),
-    /// 4 bits without a sign, `[panels][k / STEP][LANES / 2][STEP]`: the low half of a byte belongs to a lane of the first
-    /// half of the panel, the high half to the same lane of the second half.
+    /// 4 bits without a sign, `[panels][k / (2 * STEP)][LANES][STEP]`: the low half of a byte belongs to the first of two
+    /// steps, the high half to the same place of the second.
     Nibbles(Vec<u8>),
 }
 
@@ -350,7 +407,7 @@ impl Weights {
     /// `min(row, group)`. `bits` is 4 where the whole numbers are 0 to 15, else 8.
     ///
     /// # Panics
-    /// If `k` is not in whole groups, or groups are not in whole steps of 4 or too long.
+    /// If `k` is not in whole groups, or groups are too long or not in whole steps of 4, of 4 bits in pairs of steps.
     pub fn exact(
         (n, k, group, bits): (usize, usize, usize, u32),
         q: impl Fn(usize, usize) -> i8 + Sync,
@@ -359,7 +416,7 @@ impl Weights {
     ) -> Self {
         assert!(k.is_multiple_of(group) && group.is_multiple_of(STEP) && group <= MAX_GROUP);
         let codes = if bits == 4 {
-            assert!(group <= MAX_NIBBLE_GROUP);
+            assert!(group <= MAX_NIBBLE_GROUP && group.is_multiple_of(2 * STEP));
             nibbles(n, k, q)
         } else {
             bytes(n, k, q)
@@ -467,9 +524,8 @@ impl Weights {
                 i32::from(codes[(panel * self.k + i / STEP * STEP) * LANES + lane * STEP + i % STEP]) - 128
             }
             Codes::Nibbles(codes) => {
-                let half = LANES / 2;
-                let byte = codes[(panel * self.k + i / STEP * STEP) * half + lane % half * STEP + i % STEP];
-                i32::from(if lane < half { byte & 15 } else { byte >> 4 })
+                let byte = codes[(panel * self.k / 2 + i / (2 * STEP) * STEP) * LANES + lane * STEP + i % STEP];
+                i32::from(if (i / STEP).is_multiple_of(2) { byte & 15 } else { byte >> 4 })
             }
         }
     }
@@ -515,30 +571,30 @@ fn in_memory(sums: *mut f32) -> *mut f32 {
 
 /// Lays out `q(row, i)` for `n` features; 0 beyond them.
 fn bytes(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Codes {
-    let mut codes = vec![128u8; n.div_ceil(LANES) * k * LANES];
-    codes.par_chunks_mut((k * LANES).max(1)).enumerate().for_each(|(panel, codes)| {
-        for (index, code) in codes.iter_mut().enumerate() {
-            let (row, i) = (panel * LANES + index / STEP % LANES, index / (STEP * LANES) * STEP + index % STEP);
-            if row < n {
-                *code = (i16::from(q(row, i)) + 128) as u8;
-            }
-        }
-    });
-    Codes::Bytes(codes)
+    Codes::Bytes(in_steps(n, k, 128, |row, i| (i16::from(q(row, i)) + 128) as u8))
 }
 
 /// The same for whole numbers from 0 to 15.
 fn nibbles(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Codes {
-    let half = LANES / 2;
-    let mut codes = vec![0u8; n.div_ceil(LANES) * k * half];
-    codes.par_chunks_mut((k * half).max(1)).enumerate().for_each(|(panel, codes)| {
-        for (index, code) in codes.iter_mut().enumerate() {
-            let (row, i) = (panel * LANES + index / STEP % half, index / (STEP * half) * STEP + index % STEP);
-            let nibble = |row: usize| if row < n { q(row, i) as u8 & 15 } else { 0 };
-            *code = nibble(row) | nibble(row + half) << 4;
+    let nibble = |row: usize, i: usize| q(row, i) as u8 & 15;
+    Codes::Nibbles(in_steps(n, k / 2, 0, |row, i| {
+        let first = i / STEP * 2 * STEP + i % STEP;
+        nibble(row, first) | nibble(row, first + STEP) << 4
+    }))
+}
+
+/// `code(row, i)` for `n` features of `k` codes, `[panels][k / STEP][LANES][STEP]`; `other` beyond them.
+fn in_steps(n: usize, k: usize, other: u8, code: impl Fn(usize, usize) -> u8 + Sync) -> Vec<u8> {
+    let mut codes = vec![other; n.div_ceil(LANES) * k * LANES];
+    codes.par_chunks_mut((k * LANES).max(1)).enumerate().for_each(|(panel, codes)| {
+        for (index, out) in codes.iter_mut().enumerate() {
+            let (row, i) = (panel * LANES + index / STEP % LANES, index / (STEP * LANES) * STEP + index % STEP);
+            if row < n {
+                *out = code(row, i);
+            }
         }
     });
-    Codes::Nibbles(codes)
+    codes
 }
 
 #[cfg(test)]
@@ -607,7 +663,7 @@ mod tests {
             rows in 1usize..40, panels in 1usize..7, steps in 1usize..=8, groups in 1usize..16,
             four in any::<bool>(), has_min in any::<bool>(), in_f16 in any::<bool>(), seed in any::<u64>(),
         ) {
-            let group = steps * STEP;
+            let group = if four { steps.next_multiple_of(2) } else { steps } * STEP;
             let (n, k) = (panels * LANES - seed as usize % 5, group * groups);
             let mut next = noise(seed);
             // Also the largest ones, all over, so that sums are the largest there can be.
@@ -647,7 +703,7 @@ mod tests {
         let rounded = Rounded::new(Simd::Portable, x, k + 1, rows, k, group);
         for simd in Simd::all() {
             let other = Rounded::new(simd, x, k + 1, rows, k, group);
-            prop_assert!(*other.q == *rounded.q && other.groups == rounded.groups, "{simd:?} rounds otherwise");
+            prop_assert!(*other.q == *rounded.q && *other.groups == *rounded.groups, "{simd:?} rounds otherwise");
         }
         for form in Form::all() {
             // A number more than features, which nothing is added to.

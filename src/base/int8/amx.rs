@@ -9,13 +9,11 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::{AHEAD, CACHE_LINE, Codes, Rounded, RowGroup, STEP, Weights, has_vnni};
+use super::{AHEAD, CACHE_LINE, Codes, Lines, Rounded, STEP, Weights, has_vnni};
+use crate::base::buffer::Buffer;
 use crate::base::simd::{LANES, Target};
 use crate::base::tiles::{self, Numbers, ROWS};
 
-/// Groups whose sums are made before they are scaled: tiles and vectors take turns, since a vector that waits for the sums of
-/// a tile keeps the next tile waiting too. So many stay in the nearest cache.
-const CHUNK: usize = 12;
 /// Fewer rows, or fewer weights that share a scale, are multiplied sooner by vector instructions.
 pub const MIN_ROWS: usize = 12;
 pub const MIN_GROUP: usize = 32;
@@ -35,27 +33,28 @@ pub fn is_there() -> bool {
 #[repr(C, align(64))]
 struct Sums([[i32; LANES]; ROWS]);
 
-/// A step of a panel, a byte with a sign for each number.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Step([u8; STEP_BYTES]);
+/// Rows that stay in a near cache until all panels are multiplied with them.
+const NEAR_ROWS: usize = 128;
+/// Sums of tiles between the instruction that stores them and those that scale them: so many that these need not wait.
+const RING: usize = 4;
+
+/// [`unrolled`] for the rows of a tile.
+macro_rules! each_row {
+    ($r:ident < $n:expr, $body:block) => {
+        unrolled!($r < $n, $body, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+    };
+}
 
 /// Rows that are multiplied with a panel at once.
 struct Tile<'a> {
-    /// Of [`Rounded::q`] and [`Rounded::groups`], what belongs to the first row and those after it.
+    /// Their numbers, rows of `k`.
     q: &'a [i8],
-    groups: &'a [RowGroup],
-    rows: usize,
-    /// Of these, how many at the beginning are another tile's too.
-    done: usize,
+    /// What the rows of each group have in common, 0 for rows that are not there.
+    scales: &'a [[f32; ROWS]],
+    totals: &'a [[f32; ROWS]],
+    rows: Range<usize>,
     /// Whether the next panel is to be fetched meanwhile.
     next: bool,
-}
-
-/// Room for a panel and for the sums of a tile.
-struct Room {
-    steps: Vec<Step>,
-    sums: [Sums; CHUNK],
 }
 
 impl Weights {
@@ -63,28 +62,59 @@ impl Weights {
     /// [`is_there`]; there are such rows, at least one, and panels; `y` is as for [`Self::multiply`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     pub(super) unsafe fn amx(&self, x: &Rounded, rows: Range<usize>, panels: Range<usize>, scale: f32, y: Target) {
+        let near = rows.len().div_ceil(rows.len().div_ceil(NEAR_ROWS));
+        for start in rows.clone().step_by(near) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                self.amx_rows(x, start..rows.end.min(start + near), panels.clone(), scale, y.at(start - rows.start, 0))
+            };
+        }
+    }
+
+    /// # Safety
+    /// As for [`Self::amx`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn amx_rows(&self, x: &Rounded, rows: Range<usize>, panels: Range<usize>, scale: f32, y: Target) {
         // All tiles have as many rows, so the last one may begin before the one before ends.
-        let tiles = rows.len().div_ceil(ROWS);
+        let (tiles, groups) = (rows.len().div_ceil(ROWS), self.k / self.group);
         let height = rows.len().div_ceil(tiles);
+        let start = |tile: usize| rows.start + (tile * height).min(rows.len() - height);
         // Sums, numbers of so many rows, weights.
         let shapes = [(height, STEP_BYTES), (height, self.group), (self.group / STEP, STEP_BYTES)];
         // SAFETY: the caller's promise.
         unsafe { tiles::shape(&shapes) };
-        let steps = vec![Step([0; STEP_BYTES]); self.k / STEP];
-        let mut room = Room { steps, sums: [Sums([[0; LANES]; ROWS]); CHUNK] };
+        let (mut scales, mut totals) = (Buffer::new(tiles * groups * ROWS), Buffer::new(tiles * groups * ROWS));
+        let (scales, totals) = (scales.as_chunks_mut::<ROWS>().0, totals.as_chunks_mut::<ROWS>().0);
+        for (tile, (scales, totals)) in scales.chunks_mut(groups).zip(totals.chunks_mut(groups)).enumerate() {
+            for (g, (scales, totals)) in scales.iter_mut().zip(totals).enumerate() {
+                (*scales, *totals) = ([0.0; ROWS], [0.0; ROWS]);
+                let common = x.groups[start(tile) * groups + g..].iter().step_by(groups);
+                for ((scale, total), common) in scales.iter_mut().zip(totals).zip(common).take(height) {
+                    (*scale, *total) = (common.scale, common.total);
+                }
+            }
+        }
+        let mut steps = Lines::new(self.k * LANES);
         for p in panels.clone() {
-            self.prepare(p, &mut room.steps);
-            for i in 0..tiles {
-                let next = rows.start + i * height;
-                let row = next.min(rows.end - height);
-                let (q, groups) = (&x.q[row * self.k..], &x.groups[row * x.groups_per_row..]);
-                let tile = Tile { q, groups, rows: height, done: next - row, next: i == 0 && p + 1 < panels.end };
+            self.prepare(p, &mut steps);
+            for tile in 0..tiles {
+                let (first, of_tile) = (start(tile), tile * groups..(tile + 1) * groups);
+                let tile = Tile {
+                    q: &x.q[first * self.k..][..height * self.k],
+                    scales: &scales[of_tile.clone()],
+                    totals: &totals[of_tile],
+                    // Those before are another tile's too.
+                    rows: rows.start + tile * height - first..height,
+                    next: tile == 0 && p + 1 < panels.end,
+                };
                 // SAFETY: the caller's promise.
                 unsafe {
-                    let y = y.at(row - rows.start, (p - panels.start) * LANES);
-                    match self.mins {
-                        None => self.amx_tile::<false>(&tile, p, &mut room, scale, y),
-                        Some(_) => self.amx_tile::<true>(&tile, p, &mut room, scale, y),
+                    let y = y.at(first - rows.start, (p - panels.start) * LANES);
+                    match (self.mins.is_some(), height > ROWS / 2) {
+                        (false, false) => self.amx_tile::<false, { ROWS / 2 }>(&tile, p, &steps, scale, y),
+                        (false, true) => self.amx_tile::<false, ROWS>(&tile, p, &steps, scale, y),
+                        (true, false) => self.amx_tile::<true, { ROWS / 2 }>(&tile, p, &steps, scale, y),
+                        (true, true) => self.amx_tile::<true, ROWS>(&tile, p, &steps, scale, y),
                     }
                 }
             }
@@ -93,86 +123,70 @@ impl Weights {
         unsafe { tiles::release() };
     }
 
+    /// For `R` rows or fewer.
+    ///
     /// # Safety
     /// [`is_there`], and tiles have the shapes of this one; there are minima or not; `y` is as for [`Self::multiply`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn amx_tile<const MINS: bool>(&self, tile: &Tile, panel: usize, room: &mut Room, scale: f32, y: Target) {
+    unsafe fn amx_tile<const MINS: bool, const R: usize>(
+        &self,
+        tile: &Tile,
+        panel: usize,
+        steps: &[i8],
+        scale: f32,
+        y: Target,
+    ) {
         let groups = self.k / self.group;
-        assert!(tile.rows <= ROWS && room.steps.len() * STEP == self.k);
-        assert!(tile.q.len() >= tile.rows * self.k && tile.groups.len() >= tile.rows * groups);
-        let mut acc = [_mm512_setzero_ps(); ROWS];
-        for first in (0..groups).step_by(CHUNK) {
-            let chunk = first..groups.min(first + CHUNK);
-            for (g, sums) in chunk.clone().zip(&mut room.sums) {
+        assert!(tile.rows.end <= R && steps.len() == self.k * LANES && tile.q.len() >= tile.rows.end * self.k);
+        assert!(tile.scales.len() == groups && tile.totals.len() == groups);
+        let mut ring = [Sums([[0; LANES]; ROWS]); RING];
+        let mut acc = [_mm512_setzero_ps(); R];
+        for g in 0..groups + RING - 1 {
+            if g < groups {
                 if tile.next {
                     self.fetch(panel + 1, g);
                 }
                 // SAFETY: the asserts; the tiles' shapes.
                 unsafe {
-                    let steps = room.steps.as_ptr().add(g * self.group / STEP);
-                    product(tile.q.as_ptr().add(g * self.group), self.k, steps, sums);
+                    let (q, steps) = (tile.q.as_ptr().add(g * self.group), steps.as_ptr().add(g * self.group * LANES));
+                    product(q, self.k, steps, &mut ring[g % RING]);
                 }
             }
-            let mut row = tile.done;
-            while row < tile.rows {
-                let sums = &room.sums[..chunk.len()];
-                // SAFETY: the asserts; the panel has so many groups.
-                row += unsafe {
-                    match tile.rows - row {
-                        8.. => self.scaled::<MINS, 8>(sums, tile, row, panel, first, &mut acc),
-                        4.. => self.scaled::<MINS, 4>(sums, tile, row, panel, first, &mut acc),
-                        2.. => self.scaled::<MINS, 2>(sums, tile, row, panel, first, &mut acc),
-                        _ => self.scaled::<MINS, 1>(sums, tile, row, panel, first, &mut acc),
-                    }
-                };
-            }
-        }
-        for (r, acc) in acc[..tile.rows].iter().enumerate().skip(tile.done) {
-            let mut sums = [0.0f32; LANES];
-            // SAFETY: the caller's promise.
+            let Some(g) = g.checked_sub(RING - 1) else { continue };
+            // SAFETY: the asserts; the panel has so many groups.
             unsafe {
-                _mm512_storeu_ps(sums.as_mut_ptr(), *acc);
-                y.at(r, 0).put(&sums, self.features(panel), scale);
-            }
-        }
-    }
-
-    /// Adds the sums of groups from `first` on, scaled, to `R` rows from `row` on, and returns `R`.
-    ///
-    /// # Safety
-    /// There are such rows and groups.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    unsafe fn scaled<const MINS: bool, const R: usize>(
-        &self,
-        sums: &[Sums],
-        tile: &Tile,
-        row: usize,
-        panel: usize,
-        first: usize,
-        out: &mut [__m512; ROWS],
-    ) -> usize {
-        let groups = self.k / self.group;
-        let mut acc: [__m512; R] = std::array::from_fn(|r| out[row + r]);
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut common = tile.groups.as_ptr().add(row * groups + first);
-            for (g, sums) in sums.iter().enumerate() {
-                let index = panel * groups + first + g;
-                let scales = self.scales.lanes(index);
-                let mins = if MINS && let Some(mins) = &self.mins { mins.lanes(index) } else { _mm512_setzero_ps() };
-                unrolled!(r < R, {
-                    let common = &*common.add(r * groups);
-                    let sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums.0[row + r].as_ptr().cast()));
-                    acc[r] = _mm512_fmadd_ps(_mm512_mul_ps(sum, scales), _mm512_set1_ps(common.scale), acc[r]);
+                let sums = &ring[g % RING];
+                let scales = self.scales.lanes(panel * groups + g);
+                let mins = match &self.mins {
+                    Some(mins) if MINS => mins.lanes(panel * groups + g),
+                    _ => _mm512_setzero_ps(),
+                };
+                let (of_rows, totals) = (tile.scales.get_unchecked(g), tile.totals.get_unchecked(g));
+                each_row!(r < R, {
+                    let sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums.0[r].as_ptr().cast()));
+                    acc[r] = _mm512_fmadd_ps(_mm512_mul_ps(sum, scales), _mm512_set1_ps(of_rows[r]), acc[r]);
                     if MINS {
-                        acc[r] = _mm512_fmadd_ps(mins, _mm512_set1_ps(common.total), acc[r]);
+                        acc[r] = _mm512_fmadd_ps(mins, _mm512_set1_ps(totals[r]), acc[r]);
                     }
                 });
-                common = common.add(1);
             }
         }
-        out[row..row + R].copy_from_slice(&acc);
-        R
+        let (factor, features) = (_mm512_set1_ps(scale), self.features(panel));
+        let mut sums = [[0.0f32; LANES]; R];
+        // SAFETY: the caller's promise.
+        unsafe {
+            each_row!(r < R, { _mm512_storeu_ps(sums[r].as_mut_ptr(), acc[r]) });
+            for r in tile.rows.clone() {
+                let y = y.at(r, 0);
+                if features < LANES {
+                    y.put(&sums[r], features, scale);
+                    continue;
+                }
+                let product = _mm512_mul_ps(factor, _mm512_loadu_ps(sums[r].as_ptr()));
+                let sum = if y.add { _mm512_add_ps(_mm512_loadu_ps(y.start), product) } else { product };
+                _mm512_storeu_ps(y.start, sum);
+            }
+        }
     }
 
     /// Has the codes of a panel's group on their way.
@@ -188,32 +202,33 @@ impl Weights {
         }
     }
 
-    /// Lays a panel out in bytes with a sign.
+    /// Lays a panel out in bytes with a sign, `[k / STEP][LANES][STEP]`.
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn prepare(&self, panel: usize, steps: &mut [Step]) {
-        let all = panel * steps.len()..(panel + 1) * steps.len();
-        // SAFETY of what follows: loads and stores are of a whole step.
+    fn prepare(&self, panel: usize, steps: &mut [i8]) {
+        // SAFETY of what follows: loads and stores are of a whole step, which may begin anywhere.
         match &self.codes {
             Codes::Bytes(codes) => {
                 // From 0 to 255 to -128 to 127.
                 let sign = _mm512_set1_epi8(-128);
-                for (codes, step) in codes.as_chunks::<STEP_BYTES>().0[all].iter().zip(steps) {
+                let codes = codes[panel * steps.len()..].as_chunks::<STEP_BYTES>().0;
+                for (codes, step) in codes.iter().zip(steps.as_chunks_mut::<STEP_BYTES>().0) {
                     _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
                     unsafe {
                         let codes = _mm512_loadu_si512(codes.as_ptr().cast());
-                        _mm512_store_si512(step.0.as_mut_ptr().cast(), _mm512_xor_si512(codes, sign));
+                        _mm512_storeu_si512(step.as_mut_ptr().cast(), _mm512_xor_si512(codes, sign));
                     }
                 }
             }
             Codes::Nibbles(codes) => {
-                let mask = _mm256_set1_epi8(15);
-                for (codes, step) in codes.as_chunks::<{ STEP_BYTES / 2 }>().0[all].iter().zip(steps) {
-                    _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
+                let mask = _mm512_set1_epi8(15);
+                let codes = codes[panel * steps.len() / 2..].as_chunks::<STEP_BYTES>().0;
+                for (both, steps) in codes.iter().zip(steps.as_chunks_mut::<{ 2 * STEP_BYTES }>().0) {
+                    _mm_prefetch::<_MM_HINT_T0>(both.as_ptr().wrapping_add(AHEAD).cast());
                     unsafe {
-                        let both = _mm256_loadu_si256(codes.as_ptr().cast());
-                        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
-                        let low = _mm512_castsi256_si512(_mm256_and_si256(both, mask));
-                        _mm512_store_si512(step.0.as_mut_ptr().cast(), _mm512_inserti64x4::<1>(low, high));
+                        let both = _mm512_loadu_si512(both.as_ptr().cast());
+                        let second = _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask);
+                        _mm512_storeu_si512(steps.as_mut_ptr().cast(), _mm512_and_si512(both, mask));
+                        _mm512_storeu_si512(steps[STEP_BYTES..].as_mut_ptr().cast(), second);
                     }
                 }
             }
@@ -226,7 +241,7 @@ impl Weights {
 /// # Safety
 /// [`tiles::shape`] was called; there are as many rows and steps as it was told.
 #[inline]
-unsafe fn product(q: *const i8, k: usize, steps: *const Step, sums: &mut Sums) {
+unsafe fn product(q: *const i8, k: usize, steps: *const i8, sums: &mut Sums) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(

@@ -52,14 +52,16 @@ impl Apart {
     fn take(&mut self, weights: &Weights, codes: &[u8], panel: usize) {
         let mask = _mm256_set1_epi8(15);
         let length = weights.k * HALF;
-        let steps = codes[panel * length..][..length].as_chunks::<{ STEP * HALF }>().0;
-        for (both, out) in steps.iter().zip(self.codes.as_chunks_mut::<{ STEP * LANES }>().0) {
-            // SAFETY: a step has so many bytes.
-            unsafe {
-                let both = _mm256_loadu_si256(both.as_ptr().cast());
-                let halves = [both, _mm256_srli_epi16::<4>(both)].map(|half| _mm256_and_si256(half, mask));
-                _mm256_storeu_si256(out.as_mut_ptr().cast(), halves[0]);
-                _mm256_storeu_si256(out[STEP * HALF..].as_mut_ptr().cast(), halves[1]);
+        let pairs = codes[panel * length..][..length].as_chunks::<{ STEP * LANES }>().0;
+        for (pair, out) in pairs.iter().zip(self.codes.as_chunks_mut::<{ 2 * STEP * LANES }>().0) {
+            for at in [0, STEP * HALF] {
+                // SAFETY: half a step has so many bytes.
+                unsafe {
+                    let both = _mm256_loadu_si256(pair[at..].as_ptr().cast());
+                    let steps = [both, _mm256_srli_epi16::<4>(both)].map(|step| _mm256_and_si256(step, mask));
+                    _mm256_storeu_si256(out[at..].as_mut_ptr().cast(), steps[0]);
+                    _mm256_storeu_si256(out[STEP * LANES + at..].as_mut_ptr().cast(), steps[1]);
+                }
             }
         }
         let groups = self.numbers.len();
@@ -199,7 +201,11 @@ unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize>(
     y: Target,
 ) {
     let groups = x.groups_per_row;
-    let (steps, unroll) = if STEPS == 0 { (x.group / STEP, 1) } else { (STEPS, 4) };
+    let (steps, unroll) = match (STEPS, LAYOUT) {
+        (0, NIBBLES) => (x.group / STEP, 2),
+        (0, _) => (x.group / STEP, 1),
+        _ => (STEPS, 4),
+    };
     let bytes = if LAYOUT == NIBBLES { STEP * HALF } else { STEP * LANES };
     let (ones, flip, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128), _mm256_set1_epi8(15));
     // SAFETY: the caller's promise.
@@ -222,12 +228,12 @@ unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize>(
                 _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD + line).cast());
             }
             for _ in 0..steps / unroll {
-                for _ in 0..unroll {
-                    let both = _mm256_loadu_si256(w.cast());
-                    let codes = if LAYOUT == NIBBLES {
-                        [both, _mm256_srli_epi16::<4>(both)].map(|half| _mm256_and_si256(half, mask))
-                    } else {
-                        [both, _mm256_loadu_si256(w.add(STEP * HALF).cast())]
+                for turn in 0..unroll {
+                    let codes = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(STEP * HALF).cast())];
+                    let codes = match (LAYOUT, turn % 2) {
+                        (NIBBLES, 0) => codes.map(|both| _mm256_and_si256(both, mask)),
+                        (NIBBLES, _) => codes.map(|both| _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask)),
+                        _ => codes,
                     };
                     let signed = codes.map(|codes| _mm256_xor_si256(codes, flip));
                     let sizes = signed.map(|codes| _mm256_abs_epi8(codes));
@@ -246,7 +252,9 @@ unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize>(
                             in_order(&mut sums[r][h]);
                         });
                     });
-                    (w, q) = (w.add(bytes), q.add(STEP));
+                    // Two steps of nibbles lie together.
+                    w = w.add(if LAYOUT == NIBBLES && turn % 2 == 0 { 0 } else { STEP * LANES });
+                    q = q.add(STEP);
                 }
             }
             let (scales, mins) = match weights.numbers {

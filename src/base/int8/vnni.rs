@@ -139,14 +139,14 @@ impl Weights {
         y: Target,
     ) {
         let groups = x.groups_per_row;
-        let (steps, unroll) = if STEPS == 0 { (self.group / STEP, 1) } else { (STEPS, 4) };
+        let (steps, unroll) = if STEPS == 0 { (self.group / STEP, if NIBBLES { 2 } else { 1 }) } else { (STEPS, 4) };
         let bytes = if NIBBLES { STEP * LANES / 2 } else { STEP * LANES };
         // Panels are so many codes apart.
         let apart = self.k / STEP * bytes;
         // Short panels end before what is ahead in them: the same place of the next ones, then.
         let ahead = if P * apart <= NEXT { P * apart } else { AHEAD };
         debug_assert!(codes.len() >= (panel + P) * apart && row + R <= x.rows());
-        let mask = _mm256_set1_epi8(15);
+        let mask = _mm512_set1_epi8(15);
         // SAFETY: the caller's promise.
         let (mut w, mut q, mut common) = unsafe {
             let w = codes.as_ptr().add(panel * apart);
@@ -177,15 +177,17 @@ impl Weights {
                     }
                 }
                 for _ in 0..steps / unroll {
-                    for _ in 0..unroll {
+                    for turn in 0..unroll {
                         let mut codes = [_mm512_setzero_si512(); P];
                         unrolled!(p < P, {
-                            codes[p] = if NIBBLES {
-                                let both = _mm256_loadu_si256(w.add(p * apart).cast());
-                                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask);
-                                _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_and_si256(both, mask)), high)
-                            } else {
-                                _mm512_loadu_si512(w.add(p * apart).cast())
+                            let w = w.add(p * apart);
+                            codes[p] = match (NIBBLES, turn % 2) {
+                                (false, _) => _mm512_loadu_si512(w.cast()),
+                                (true, 0) => _mm512_and_si512(_mm512_loadu_si512(w.cast()), mask),
+                                (true, _) => {
+                                    let both = _mm512_loadu_si512(w.cast());
+                                    _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask)
+                                }
                             };
                         });
                         unrolled!(r < R, {
@@ -195,7 +197,9 @@ impl Weights {
                                 in_order(&mut sums[r][p]);
                             });
                         });
-                        (w, q) = (w.add(bytes), q.add(STEP));
+                        // Two steps of nibbles lie together.
+                        w = w.add(if NIBBLES && turn % 2 == 0 { 0 } else { STEP * LANES });
+                        q = q.add(STEP);
                     }
                 }
                 let mut scales = [_mm512_setzero_ps(); P];
