@@ -3,7 +3,7 @@
 //!     cargo bench --bench decode            # the weights as the file has them
 //!     cargo bench --bench decode -- int8    # as `--quantize q8` has them
 //!     cargo bench --bench decode -- int8 model=llama-1b.gguf   # see serve/shape.py
-//!     cargo bench --bench decode -- 8 32 steps=300    # only so many rows, and longer, to profile
+//!     cargo bench --bench decode -- 8 32 steps=300 only=base   # only so many rows, longer, without adapters: to profile
 //!     cargo bench --bench decode -- prompt=512 threads=4 json   # one prompt of so many tokens; a JSON object a line
 //!     cargo bench --features cuda --bench decode -- device=cuda dtype=bf16
 
@@ -42,6 +42,15 @@ fn median<T>(calls: usize, mut call: impl FnMut() -> T) -> f64 {
         .collect();
     seconds.sort_by(f64::total_cmp);
     seconds[calls / 2]
+}
+
+/// [`median`] of calls without adapters and with them; NaN for those that `only=base` or `only=adapters` leaves out.
+fn medians<T>(calls: usize, mut call: impl FnMut(bool) -> T) -> [f64; 2] {
+    let only = value("only");
+    [("base", false), ("adapters", true)].map(|(name, with)| match &only {
+        Some(only) if only != name => f64::NAN,
+        _ => median(calls, || call(with)),
+    })
 }
 
 /// Seconds of steps of the base alone, and with an adapter for each sequence.
@@ -114,10 +123,12 @@ fn main() {
     if !json {
         println!("prompts  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
     }
-    let prompts = number("prompt").map_or(vec![(1, 128), (1, 512), (8, 64)], |tokens| vec![(1, tokens)]);
+    let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
+    let usual = if asked.is_empty() { vec![(1, 128), (1, 512), (8, 64)] } else { vec![] };
+    let prompts = number("prompt").map_or(usual, |tokens| vec![(1, tokens)]);
     for (prompts, tokens) in prompts {
         let blocks = tokens.div_ceil(runner.block_size());
-        let mut time = |with: bool| {
+        let [base, adapters] = medians(steps.min(5), |with| {
             let work = |i: usize| Work {
                 tokens: (0..tokens).map(|j| 100 + (i * tokens + j) as u32).collect(),
                 start: 0,
@@ -125,10 +136,9 @@ fn main() {
                 adapter: with.then(|| adapters[i].clone()),
                 output: Output::LastLogits,
             };
-            let work: Vec<Work> = (0..prompts).map(work).collect();
-            median(steps.min(5), || runner.step(&work).expect("step"))
-        };
-        let pair = Pair { base: time(false), adapters: time(true), tokens: prompts * tokens };
+            runner.step(&(0..prompts).map(work).collect::<Vec<Work>>()).expect("step")
+        });
+        let pair = Pair { base, adapters, tokens: prompts * tokens };
         match json {
             true => pair.print_json(json!({ "prompts": prompts, "tokens": tokens })),
             false => println!("{prompts} x {tokens:3}  {pair}"),
@@ -137,14 +147,11 @@ fn main() {
     if !json {
         println!("rows  start  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
     }
-    let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
     for rows in if asked.is_empty() { vec![1, 2, 4, 8, 16, 32] } else { asked } {
         assert!(rows * 8 <= runner.blocks() && START < 8 * runner.block_size());
-        let mut time = |with: bool| {
-            let work = decoding(rows, with.then_some(&adapters));
-            median(steps, || runner.step(&work).expect("step"))
-        };
-        let pair = Pair { base: time(false), adapters: time(true), tokens: rows };
+        let [base, adapters] =
+            medians(steps, |with| runner.step(&decoding(rows, with.then_some(&adapters))).expect("step"));
+        let pair = Pair { base, adapters, tokens: rows };
         match json {
             true => pair.print_json(json!({ "rows": rows, "start": START })),
             false => println!("{rows:4}    {START}  {pair}"),

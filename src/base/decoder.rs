@@ -627,17 +627,22 @@ impl Decoder {
         match (&self.lm_head.as_ref().unwrap_or(&self.embedding).matrices, states, self.options.kernels) {
             (Matrices::Packed(parts), Rows::Host { data: hidden, width: k }, Kernels::Packed(simd)) => {
                 let (k, rows) = (*k, hidden.len() / k);
-                let mut y = vec![0.0; rows * width];
-                let base = delta.base_logits(rows).into_iter();
+                let mut y = Buffer::new(rows * width);
+                let base = delta.base_logits(rows);
+                // What the base does not write begins with 0.
+                for (row, y) in y.chunks_exact_mut(width).enumerate() {
+                    let of_base = if base.iter().any(|rows| rows.contains(&row)) { vocab } else { 0 };
+                    y[of_base..].fill(0.0);
+                }
                 let product = |rows| Product { matrix: &parts[0], rows, x_column: 0, y_column: 0, scale: 1.0 };
-                let products: Vec<_> = base.map(product).collect();
+                let products: Vec<_> = base.into_iter().map(product).collect();
                 let batch = Batch { products: &products, y: &mut y, y_stride: width, add: false };
                 matmul::multiply(simd, hidden, k, &mut [batch]);
                 delta.logits(hidden, &mut y, rows);
                 if let Some(cap) = cap {
                     simd::softcap(simd, &mut y, cap as f32);
                 }
-                Ok(Rows::Host { data: y.into(), width })
+                Ok(Rows::Host { data: y, width })
             }
             (Matrices::Tensor(w), Rows::Device(x), _) => {
                 let mut y = x.matmul(&w.t()?)?;
@@ -759,6 +764,22 @@ impl Decoder {
             *x = Rows::Device(sum);
             return Ok(Rows::Device(normed));
         }
+        if let (Rows::Host { data: x, width }, Some(Rows::Host { data: h, .. }), Kernels::Packed(simd)) =
+            (&mut *x, &h, self.options.kernels)
+        {
+            let (width, mut out) = (*width, Buffer::new(x.len()));
+            let of_row = |row: usize, x: &mut [f32], out: &mut [f32]| {
+                x.iter_mut().zip(&h[row * width..]).for_each(|(x, h)| *x += h);
+                norm.of_row(row).row(simd, x, out);
+            };
+            if x.len() < PARALLEL {
+                let rows = x.chunks_exact_mut(width).zip(out.chunks_exact_mut(width)).enumerate();
+                rows.for_each(|(row, (x, out))| of_row(row, x, out));
+            } else {
+                parallel::chunk_pairs((x, width), (&mut out, width), of_row);
+            }
+            return Ok(Rows::Host { data: out, width });
+        }
         if let Some(h) = h {
             add(x, h)?;
         }
@@ -778,9 +799,14 @@ impl Decoder {
                 let from = if gated { 2 * width } else { width };
                 let mut out = Buffer::new(data.len() / from * width);
                 parallel::chunks(&mut out, width, |row, out| {
-                    let x = &data[row * from..][..from];
-                    simd::activate(simd, activation, &x[..width], out);
-                    out.iter_mut().zip(&x[width..]).for_each(|(o, up)| *o *= up);
+                    let (first, up) = data[row * from..][..from].split_at(width);
+                    match activation {
+                        Activation::Silu if gated => simd::silu_mul(simd, first, up, out),
+                        _ => {
+                            simd::activate(simd, activation, first, out);
+                            out.iter_mut().zip(up).for_each(|(o, up)| *o *= up);
+                        }
+                    }
                 });
                 Ok(Rows::Host { data: out, width })
             }
@@ -814,6 +840,14 @@ impl Rows {
                 Rows::Device(t.to_dtype(options.dtype)?)
             }
         })
+    }
+
+    /// The numbers on the host.
+    pub fn into_buffer(self) -> Result<Buffer> {
+        match self {
+            Rows::Host { data, .. } => Ok(data),
+            rows => Ok(rows.into_f32()?.into()),
+        }
     }
 
     pub fn into_f32(self) -> Result<Vec<f32>> {
@@ -864,4 +898,4 @@ fn add(x: &mut Rows, y: Rows) -> Result<()> {
 }
 
 /// Numbers of which a cheap operation is worth a parallel region.
-const PARALLEL: usize = 1 << 15;
+const PARALLEL: usize = 1 << 12;

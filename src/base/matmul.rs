@@ -563,6 +563,8 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
     const GRAIN: usize = 1 << 16;
     /// As many as take the time that a panel takes however small it is.
     const PER_PANEL: usize = 1 << 10;
+    /// As many as take the time that a weight takes to come from memory.
+    const PER_WEIGHT: usize = 8;
     let mut products = Vec::with_capacity(batches.iter().map(|batch| batch.products.len()).sum());
     for Batch { products: of_batch, y, y_stride, add } in batches {
         let mut last: Option<&Product> = None;
@@ -578,27 +580,28 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
         }
     }
     let (places, rounded) = round(simd, products.iter().map(|(p, _)| *p), x, x_stride);
-    let threads = parallel::threads();
-    // Multiply-adds of a panel, and what else it costs.
-    let per_panel = |p: &Product| p.rows.len() * LANES * p.matrix.k + PER_PANEL;
+    // Multiply-adds of a panel, and as many as what else it costs.
+    let per_panel = |p: &Product| (p.rows.len() + PER_WEIGHT) * LANES * p.matrix.k + PER_PANEL;
     let total: usize = products.iter().map(|(p, _)| per_panel(p) * p.matrix.panels()).sum();
-    // A few tasks a thread even out what other programs take of the cores; more would cost more than they save.
-    let task = (total / (4 * threads)).max(GRAIN);
-    // Panels of products, and which of these are one task: several of small products, a part of a large one's.
-    let (mut parts, mut tasks, mut left) = (Vec::with_capacity(products.len() + 6 * threads), vec![], 0);
+    // Panels of products, and which of these are one task: several of small products, a part of a large one's. Tasks become
+    // smaller towards the end, so that no thread has a long one left when the others are done.
+    let share = 3 * parallel::threads();
+    let (mut parts, mut tasks, mut left, mut of_task) =
+        (Vec::with_capacity(products.len() + 8 * share), vec![], total, 0);
     for (i, (p, _)) in products.iter().enumerate() {
-        let per_panel = per_panel(p);
-        let step = (task / per_panel).max(1).next_multiple_of(4);
-        let panels = p.matrix.panels();
-        for start in (0..panels).step_by(step) {
-            let part = start..(start + step).min(panels);
-            if left == 0 {
+        let (per_panel, panels) = (per_panel(p), p.matrix.panels());
+        let mut start = 0;
+        while start < panels {
+            if of_task == 0 {
                 tasks.push(parts.len()..parts.len());
-                left = task;
+                of_task = (left / share).max(GRAIN);
             }
-            left = left.saturating_sub(per_panel * part.len());
-            parts.push((i, part));
+            let end = panels.min(start + (of_task / per_panel).max(1).next_multiple_of(4));
+            let taken = per_panel * (end - start);
+            (left, of_task) = (left - taken, of_task.saturating_sub(taken));
+            parts.push((i, start..end));
             tasks.last_mut().expect("one was begun").end = parts.len();
+            start = end;
         }
     }
     let run = |(i, panels): &(usize, Range<usize>)| {

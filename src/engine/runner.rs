@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::DType;
 
+use crate::base::parallel;
 use crate::base::simd::Simd;
 use crate::base::{Decoder, Head, Kernels, KvCache, Rows, SequenceRows};
 use crate::engine::draws::{self, Row};
@@ -142,16 +143,24 @@ impl Model for Runner {
                 Rows::Host { .. } => None,
             };
             let numbers = match (wanted.is_empty(), asked.is_empty()) {
-                (true, _) => logits.into_f32()?,
-                (false, true) => vec![],
-                (false, false) => logits.select(&asked.iter().flat_map(|&i| own(i)).collect::<Vec<_>>())?.into_f32()?,
+                (true, _) => logits.into_buffer()?,
+                (false, true) => vec![].into(),
+                (false, false) => {
+                    logits.select(&asked.iter().flat_map(|&i| own(i)).collect::<Vec<_>>())?.into_buffer()?
+                }
             };
             let width = numbers.len() / asked.iter().map(|&i| share[i].len()).sum::<usize>().max(1);
             let mut rows = numbers.chunks_exact(width.max(1));
-            for &i in &asked {
-                let vocab = vocab(&work[i]);
-                let mut own = Vec::with_capacity(share[i].len() * vocab);
-                rows.by_ref().take(share[i].len()).for_each(|row| own.extend_from_slice(&row[..vocab]));
+            // Memory from this thread, whose allocator keeps it for the next step; written by all.
+            let copies = asked.iter().map(|&i| {
+                let (count, vocab) = (share[i].len(), vocab(&work[i]));
+                (rows.by_ref().take(count).collect::<Vec<_>>(), vocab, Vec::with_capacity(count * vocab))
+            });
+            let copies = parallel::map(copies.collect(), |(rows, vocab, mut own): (Vec<&[f32]>, usize, Vec<f32>)| {
+                rows.into_iter().for_each(|row| own.extend_from_slice(&row[..vocab]));
+                own
+            });
+            for (&i, own) in asked.iter().zip(copies) {
                 computed[i] = Computed::Numbers(own);
             }
             if !wanted.is_empty() {
