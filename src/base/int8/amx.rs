@@ -17,6 +17,10 @@ use crate::base::tiles::{self, Numbers, ROWS};
 /// Fewer rows, or fewer weights that share a scale, are multiplied sooner by vector instructions.
 pub const MIN_ROWS: usize = 12;
 pub const MIN_GROUP: usize = 32;
+/// Rows that stay in a near cache until all panels are multiplied with them.
+const NEAR_ROWS: usize = 128;
+/// Sums of tiles between the instruction that stores them and those that scale them: so many that these need not wait.
+const RING: usize = 4;
 
 /// Bytes of a panel's step: a row of a tile of weights, which has 64.
 const STEP_BYTES: usize = STEP * LANES;
@@ -32,11 +36,6 @@ pub fn is_there() -> bool {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Sums([[i32; LANES]; ROWS]);
-
-/// Rows that stay in a near cache until all panels are multiplied with them.
-const NEAR_ROWS: usize = 128;
-/// Sums of tiles between the instruction that stores them and those that scale them: so many that these need not wait.
-const RING: usize = 4;
 
 /// [`unrolled`] for the rows of a tile.
 macro_rules! each_row {
