@@ -80,7 +80,12 @@ impl Weights {
             let end = rows.end.min(start + near);
             let mut p = panel;
             while p < panels.end {
-                let side = if panels.end - p >= PANELS { PANELS } else { 1 };
+                let side = match panels.end - p {
+                    PANELS.. => PANELS,
+                    // An adapter's A, which has few.
+                    left if rows.len() == 1 => left,
+                    _ => 1,
+                };
                 let mut r = start;
                 while r < end {
                     let take = if end - r >= ROWS { ROWS } else { (end - r).min(ROWS / 2) };
@@ -106,6 +111,8 @@ impl Weights {
                             (3, 1) => tile!(3, 1, 0),
                             (4, 1) => tile!(4, 1, 0),
                             (_, 1) => tile!(8, 1, 0),
+                            (1, 2) => tile!(1, 2, 0),
+                            (1, 3) => tile!(1, 3, 0),
                             (1, _) => tile!(1, 4, 0),
                             (2, _) => tile!(2, 4, 0),
                             (3, _) => tile!(3, 4, 0),
@@ -143,8 +150,9 @@ impl Weights {
         let bytes = if NIBBLES { STEP * LANES / 2 } else { STEP * LANES };
         // Panels are so many codes apart.
         let apart = self.k / STEP * bytes;
-        // Short panels end before what is ahead in them: the same place of the next ones, then.
-        let ahead = if P * apart <= NEXT { P * apart } else { AHEAD };
+        // Short panels end before what is ahead in them: the same place of the next ones, then, if there are any.
+        let is_last = codes.len() <= (panel + P) * apart;
+        let ahead = if P * apart <= NEXT && !is_last { P * apart } else { AHEAD };
         debug_assert!(codes.len() >= (panel + P) * apart && row + R <= x.rows());
         let mask = _mm512_set1_epi8(15);
         // SAFETY: the caller's promise.
