@@ -13,6 +13,9 @@ use crate::engine::{Computed, Draw, Model, Output, Work};
 use crate::lora::{BatchDelta, Segment};
 use crate::{Error, Result};
 
+/// Logits whose memory is kept for the next step. More are of a whole prompt, which few ask for.
+const KEPT_LOGITS: usize = 1 << 23;
+
 /// A decoder with its KV cache.
 pub struct Runner {
     decoder: Arc<Decoder>,
@@ -162,6 +165,9 @@ impl Model for Runner {
             });
             for (&i, own) in asked.iter().zip(copies) {
                 computed[i] = Computed::Numbers(own);
+            }
+            if numbers.len() > KEPT_LOGITS {
+                drop(Vec::<f32>::from(numbers));
             }
             if !wanted.is_empty() {
                 let logits = device.ok_or_else(|| Error::internal("a draw that the model cannot make"))?;
