@@ -2,7 +2,7 @@
 
     pip install --requirement benches/serve/requirements.txt
     python3 benches/serve/shape.py --like SmolLM2-135M-Instruct.Q4_1.gguf --out llama-1b.gguf
-    cargo bench --bench decode -- int8 model=llama-1b.gguf 1 8
+    cargo bench --bench decode -- int8 model=llama-1b.gguf 1 8 32 prompt=512
 
 The defaults are those of Llama 3.2 1B but for the vocabulary, which is the other file's.
 """

@@ -594,20 +594,47 @@ unsafe fn direct_avx512<const R: usize>(
     acc: *mut f32,
     acc_stride: usize,
 ) {
-    use lanes512::Weights;
-    use std::arch::x86_64::*;
-    // SAFETY: the caller's promise; every `i` is below the group's number of terms.
+    let (x, terms, acc) = ((x, x_stride), group.terms(), (acc, acc_stride, 0));
+    // SAFETY: the caller's promise.
     unsafe {
-        let mut sum: [__m512; R] = std::array::from_fn(|r| _mm512_loadu_ps(acc.add(r * acc_stride)));
-        let terms = group.terms();
-        with_lanes512!(group, |weights| for i in 0..terms {
-            let w = weights.lanes(i);
-            for (r, sum) in sum.iter_mut().enumerate() {
-                *sum = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(r * x_stride + i)), w, *sum);
+        with_lanes512!(group, |weights| add_avx512::<R, 1, _>(x, [weights], terms, acc),
+            F32(_w) => unreachable!("f32 needs no unpacking"));
+    }
+}
+
+/// `acc += x W` for `R` rows and `S` groups: `x` and the distance of its rows, and `acc`, that of its rows and of the groups'
+/// sums.
+///
+/// # Safety
+/// The CPU has avx512f and avx512bw; each group has so many terms; `x` is good for `R` rows of these, `acc` for `R` rows of
+/// [`LANES`] of each group.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+unsafe fn add_avx512<const R: usize, const S: usize, W: lanes512::Weights>(
+    (x, x_stride): (*const f32, usize),
+    weights: [W; S],
+    terms: usize,
+    (acc, acc_stride, step): (*mut f32, usize, usize),
+) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise; every `i` is below the groups' number of terms.
+    unsafe {
+        let mut sums: [[__m512; S]; R] =
+            std::array::from_fn(|r| std::array::from_fn(|s| _mm512_loadu_ps(acc.add(r * acc_stride + s * step))));
+        for i in 0..terms {
+            let w: [__m512; S] = std::array::from_fn(|s| weights[s].lanes(i));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = _mm512_set1_ps(*x.add(r * x_stride + i));
+                for (sum, w) in sums.iter_mut().zip(w) {
+                    *sum = _mm512_fmadd_ps(x, w, *sum);
+                }
             }
-        }, F32(_w) => unreachable!("f32 needs no unpacking"));
-        for (r, sum) in sum.iter().enumerate() {
-            _mm512_storeu_ps(acc.add(r * acc_stride), *sum);
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (s, sum) in sums.iter().enumerate() {
+                _mm512_storeu_ps(acc.add(r * acc_stride + s * step), *sum);
+            }
         }
     }
 }
@@ -671,40 +698,6 @@ unsafe fn side_avx512<const R: usize, const S: usize>(
     acc_stride: usize,
     step: usize,
 ) {
-    use lanes512::Weights;
-    use std::arch::x86_64::*;
-
-    /// # Safety
-    /// As above.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-    unsafe fn add<const R: usize, const S: usize, W: Weights>(
-        (x, x_stride): (*const f32, usize),
-        weights: [W; S],
-        terms: usize,
-        (acc, acc_stride, step): (*mut f32, usize, usize),
-    ) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut sums: [[__m512; S]; R] =
-                std::array::from_fn(|r| std::array::from_fn(|s| _mm512_loadu_ps(acc.add(r * acc_stride + s * step))));
-            for i in 0..terms {
-                let w: [__m512; S] = std::array::from_fn(|s| weights[s].lanes(i));
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*x.add(r * x_stride + i));
-                    for (sum, w) in sums.iter_mut().zip(w) {
-                        *sum = _mm512_fmadd_ps(x, w, *sum);
-                    }
-                }
-            }
-            for (r, sums) in sums.iter().enumerate() {
-                for (s, sum) in sums.iter().enumerate() {
-                    _mm512_storeu_ps(acc.add(r * acc_stride + s * step), *sum);
-                }
-            }
-        }
-    }
-
     let terms = groups[0].terms();
     let (x, out) = ((x, x_stride), (acc, acc_stride, step));
     let f16 = |s: usize| lanes512::F16(if let Group::F16(w) = groups[s] { w } else { &[] });
@@ -712,8 +705,8 @@ unsafe fn side_avx512<const R: usize, const S: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         match groups[0] {
-            Group::F16(_) => add::<R, S, _>(x, std::array::from_fn(f16), terms, out),
-            _ => add::<R, S, _>(x, std::array::from_fn(f32), terms, out),
+            Group::F16(_) => add_avx512::<R, S, _>(x, std::array::from_fn(f16), terms, out),
+            _ => add_avx512::<R, S, _>(x, std::array::from_fn(f32), terms, out),
         }
     }
 }
@@ -1090,6 +1083,39 @@ mod tests {
                 let total: f64 = want.iter().sum();
                 for (g, w) in got.iter().zip(&want) {
                     prop_assert!(close(g / sum, (w / total) as f32, 1.0));
+                }
+            }
+        }
+
+        #[test]
+        fn groups_side_by_side_equal_groups_alone(
+            (rows, count, terms) in (1usize..8, 1usize..10, 1usize..=GROUP), in_f16 in any::<bool>(), seed in any::<u64>(),
+        ) {
+            let mut state = seed;
+            let mut next = || {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            };
+            let weights: Vec<f32> = (0..count * terms * LANES).map(|_| next()).collect();
+            let bits: Vec<u16> = weights.iter().map(|&w| half::f16::from_f32(w).to_bits()).collect();
+            let x: Vec<f32> = (0..rows * (terms + 1)).map(|_| next()).collect();
+            let x = Rows { data: &x, stride: terms + 1 };
+            let group = |i: usize| match in_f16 {
+                true => Group::F16(&bits[i * terms * LANES..][..terms * LANES]),
+                false => Group::F32(&weights[i * terms * LANES..][..terms * LANES]),
+            };
+            let groups: Vec<Group> = (0..count).map(group).collect();
+            let before: Vec<f32> = (0..count * rows * LANES).map(|_| next()).collect();
+            let mut scratch = [0.0; GROUP * LANES];
+            // Sums of a row side by side, as of keys, and those of a group, as of values.
+            for (stride, step) in [(count * LANES, LANES), (LANES, rows * LANES)] {
+                for simd in Simd::all() {
+                    let (mut got, mut want) = (before.clone(), before.clone());
+                    multiply_groups(simd, rows, x, &groups, &mut got, stride, step, &mut scratch);
+                    for (i, &group) in groups.iter().enumerate() {
+                        multiply_group(simd, rows, x, group, &mut want[i * step..], stride, &mut scratch);
+                    }
+                    prop_assert_eq!(got, want, "{:?}", simd);
                 }
             }
         }
