@@ -631,7 +631,7 @@ def chart_options(args):
     config = {"adapter-memory": "2GiB", "allow-local-paths": True, "allow-origin": ["https://app.example"],
               "allow-uploaded-templates": False, "audit-log": "/var/lib/loramux/audit.jsonl", "device": "cpu",
               "dtype": "auto", "gpu-memory-utilization": 0.85, "kv-memory": 1 << 30,
-              "max-batch-tokens": 1024, "max-queue": 2_000_000, "max-sequences": 64, "max-upload": "512MiB",
+              "max-batch-tokens": 1024, "max-prefill-tokens": 256, "max-queue": 2_000_000, "max-sequences": 64, "max-upload": "512MiB",
               "quantize": "q8", "request-timeout": 300, "served-model-name": ["tgi"],
               "source": ["s3://bucket/adapters"], "source-cache": "1GiB", "source-refresh": 2, "tenant-slowdown": 1.5, "threads": 0}
     config = {key: config.get(key, True) for key in known}

@@ -102,6 +102,7 @@ impl Host {
             let options = EngineOptions {
                 max_sequences: 8,
                 max_batch_tokens: 64,
+                max_prefill_tokens: 64,
                 max_queue: 64,
                 tenant_slowdown: 1.0,
                 eos_tokens: base.config.eos_tokens.clone(),

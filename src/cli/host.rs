@@ -18,11 +18,17 @@ use crate::lora::Pool;
 use crate::metrics::Metrics;
 use crate::{Error, Result, memory};
 
+/// [`Limits::max_prefill_tokens`] of a CPU, where twice the tokens take twice the time. With fewer, what a step costs in any
+/// case is more than a small part of it.
+const CPU_PREFILL_TOKENS: usize = 64;
+
 /// Limits that only a server has.
 pub struct Limits {
     pub store: PathBuf,
     pub max_sequences: usize,
     pub max_batch_tokens: usize,
+    /// `None` is what suits the device.
+    pub max_prefill_tokens: Option<usize>,
     pub max_queue: usize,
     pub tenant_slowdown: f64,
     pub max_upload: u64,
@@ -118,6 +124,10 @@ impl Host {
         let options = EngineOptions {
             max_sequences: limits.max_sequences,
             max_batch_tokens: limits.max_batch_tokens,
+            max_prefill_tokens: limits.max_prefill_tokens.unwrap_or(match device_name {
+                "cpu" => CPU_PREFILL_TOKENS,
+                _ => limits.max_batch_tokens,
+            }),
             max_queue: limits.max_queue,
             tenant_slowdown: limits.tenant_slowdown,
             eos_tokens: base.config.eos_tokens.clone(),

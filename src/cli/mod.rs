@@ -107,6 +107,7 @@ fn serve(args: ServeArgs) -> Result<()> {
         store,
         max_sequences: args.max_sequences,
         max_batch_tokens: args.max_batch_tokens,
+        max_prefill_tokens: args.max_prefill_tokens,
         tenant_slowdown: args.tenant_slowdown,
         max_queue: args.max_queue,
         max_upload: args.max_upload.0,

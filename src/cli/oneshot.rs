@@ -28,6 +28,7 @@ pub(super) async fn start(
         store: store.path().join("store"),
         max_sequences: 64,
         max_batch_tokens: 512,
+        max_prefill_tokens: None,
         max_queue: 1 << 20,
         tenant_slowdown: f64::INFINITY,
         max_upload: u64::MAX,

@@ -23,6 +23,8 @@ pub struct EngineOptions {
     pub max_sequences: usize,
     /// Tokens in a step at most, prefill chunks and decode tokens together.
     pub max_batch_tokens: usize,
+    /// Of these, prefill at most where a sequence that generates is not alone.
+    pub max_prefill_tokens: usize,
     /// Requests that wait at most; one more is refused with [`crate::ErrorKind::QueueFull`].
     pub max_queue: usize,
     /// How many times as long a step for tenants within their share may take because of others that want more than theirs;
@@ -195,6 +197,7 @@ impl Engine {
         let sizes = [
             ("max_sequences", options.max_sequences),
             ("max_batch_tokens", options.max_batch_tokens),
+            ("max_prefill_tokens", options.max_prefill_tokens),
             ("max_queue", options.max_queue),
             ("the vocabulary's size", model.vocab_size()),
             ("the model's context", model.context()),

@@ -2,7 +2,9 @@
 //!
 //! Every step takes first one token of each sequence that is decoding, then chunks of prompts. Half of what remains of
 //! the step goes to the oldest prompt, so that it always advances; the other half to the prompts with the least left to
-//! do, so that a short prompt does not wait for a long one. Which of those that wait runs next, [`Queue`] decides.
+//! do, so that a short prompt does not wait for a long one. Beside a sequence that generates, prompts have less of the step:
+//! its reader waits for all of it (Sarathi-Serve, arXiv 2403.02310), and of many prompts at once the first are done sooner.
+//! Which of those that wait runs next, [`Queue`] decides.
 //!
 //! Where tenants share the engine, one that wants more than its share neither keeps others from their places nor makes their
 //! steps much longer: see [`Scheduler::admit`] and [`Bound`].
@@ -153,6 +155,9 @@ pub struct SchedulerOptions {
     pub max_sequences: usize,
     /// Tokens in a step at most.
     pub max_batch_tokens: usize,
+    /// Of these, tokens of prompts at most where a sequence that generates is not alone: it waits for what a step computes
+    /// beside its own tokens.
+    pub max_prefill_tokens: usize,
     /// Rows of logits that [`Rows::From`] sequences may ask for in a step, all together.
     pub max_rows: usize,
     pub block_size: usize,
@@ -313,7 +318,11 @@ impl<P> Scheduler<P> {
             }
             i += 1;
         }
-        self.prefill(self.options.max_batch_tokens - step.len(), bound, &mut step);
+        let mut budget = self.options.max_batch_tokens - step.len();
+        if self.running.len() > 1 && self.running.iter().any(|sequence| sequence.rows == Rows::Last) {
+            budget = budget.min(self.options.max_prefill_tokens);
+        }
+        self.prefill(budget, bound, &mut step);
         step
     }
 
@@ -632,8 +641,15 @@ mod tests {
         blocks: usize,
         slowdown: f64,
     ) -> Scheduler<()> {
-        let max_rows = 5;
-        Scheduler::new(SchedulerOptions { max_sequences, max_batch_tokens, max_rows, block_size, blocks, slowdown })
+        Scheduler::new(SchedulerOptions {
+            max_sequences,
+            max_batch_tokens,
+            max_prefill_tokens: max_batch_tokens,
+            max_rows: 5,
+            block_size,
+            blocks,
+            slowdown,
+        })
     }
 
     fn prompt(number: u64, length: usize) -> Sequence<()> {
@@ -665,6 +681,29 @@ mod tests {
         scheduler.add(prompt(3, 6));
         assert_eq!(run(&mut scheduler), [(0, 1), (1, 10), (2, 3), (3, 6)]);
         assert_eq!(run(&mut scheduler), [(0, 1), (1, 9), (2, 9), (3, 1)]);
+    }
+
+    #[test]
+    fn prompts_beside_one_that_generates_have_a_part_of_the_step() {
+        let mut scheduler = scheduler(8, 100, 4, 1000);
+        scheduler.options.max_prefill_tokens = 6;
+        scheduler.add(prompt(0, 30));
+        assert_eq!(run(&mut scheduler), [(0, 30)], "nobody waits for this step");
+        scheduler.add(prompt(1, 8));
+        scheduler.add(prompt(2, 9));
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 6)]);
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 2), (2, 4)]);
+        assert_eq!(run(&mut scheduler), [(0, 1), (1, 1), (2, 5)]);
+        scheduler.add(prompt(3, 50));
+        scheduler.remove(|s| s.order.0 < 3);
+        assert_eq!(run(&mut scheduler), [(3, 50)]);
+        scheduler.remove(|_| true);
+        // Also where none has its first token yet, but not where no tokens are asked for.
+        (4..6).for_each(|i| scheduler.add(prompt(i, 20)));
+        assert_eq!(run(&mut scheduler), [(4, 6)]);
+        scheduler.remove(|_| true);
+        (6..8).for_each(|i| scheduler.add(Sequence { rows: Rows::Head, ..prompt(i, 20) }));
+        assert_eq!(run(&mut scheduler), [(6, 20), (7, 20)]);
     }
 
     #[test]
@@ -865,7 +904,7 @@ mod tests {
         fn every_sequence_finds_its_own_prefix_in_its_blocks(
             ops in prop::collection::vec(op(), 1..120),
             max_sequences in 1usize..6,
-            max_batch_tokens in 1usize..20,
+            (max_batch_tokens, max_prefill_tokens) in (1usize..20, 1usize..20),
             block_size in 1usize..5,
             spare in 0usize..12,
             slowdown in 1.0f64..3.0,
@@ -873,6 +912,7 @@ mod tests {
             // The longest sequence fits alone: 24 tokens of a prompt and 8 drawn.
             let blocks = 32usize.div_ceil(block_size) + spare;
             let mut scheduler = bounded(max_sequences, max_batch_tokens, block_size, blocks, slowdown);
+            scheduler.options.max_prefill_tokens = max_prefill_tokens;
             let clients = [1.0, 2.0, 0.5].map(|share| Client { tenant: Some(share.to_string().into()), share });
             let adapters = [None, Some(adapter("a", 0)), Some(adapter("b", 0))];
             let mut memory: Vec<(usize, Vec<u32>)> = vec![(9, vec![]); blocks * block_size];
@@ -881,12 +921,17 @@ mod tests {
             }).unwrap();
             let (mut next, mut added, mut ended) = (0, 0, 0);
             let step = |scheduler: &mut Scheduler<()>, memory: &mut Vec<(usize, Vec<u32>)>| {
+                let decoding: Vec<Order> = scheduler.running().iter().filter(|s| s.decodes()).map(|s| s.order).collect();
                 let step = scheduler.schedule();
                 scheduler.check();
                 let tokens = step.iter().map(|p| p.tokens).sum::<usize>();
                 // What must be computed in one step may be longer.
                 let whole = step.iter().any(|p| scheduler.running()[p.index].rows == Rows::Whole);
                 assert!(tokens <= max_batch_tokens || whole);
+                // Of one token may also be what is left of a prompt.
+                let prompts = step.iter().map(|p| p.tokens).filter(|&tokens| tokens > 1).sum::<usize>();
+                let waits = step.iter().any(|p| decoding.contains(&scheduler.running()[p.index].order));
+                assert!(!waits || whole || prompts <= max_prefill_tokens);
                 scheduler.observe(&step, Duration::from_millis(3 + tokens as u64));
                 for part in &step {
                     let work = scheduler.work(part);

@@ -113,6 +113,7 @@ impl Stepper {
         let scheduler = Scheduler::new(SchedulerOptions {
             max_sequences: options.max_sequences,
             max_batch_tokens: options.max_batch_tokens,
+            max_prefill_tokens: options.max_prefill_tokens,
             max_rows: (MAX_SCORE_LOGITS / model.vocab_size()).max(1),
             block_size,
             blocks,

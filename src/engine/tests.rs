@@ -236,13 +236,21 @@ struct Sizes {
     blocks: usize,
     max_sequences: usize,
     max_batch_tokens: usize,
+    max_prefill_tokens: usize,
     max_queue: usize,
     /// Whether the model draws tokens itself.
     draws: bool,
 }
 
-const ROOMY: Sizes =
-    Sizes { block_size: 4, blocks: 1000, max_sequences: 32, max_batch_tokens: 64, max_queue: 1000, draws: false };
+const ROOMY: Sizes = Sizes {
+    block_size: 4,
+    blocks: 1000,
+    max_sequences: 32,
+    max_batch_tokens: 64,
+    max_prefill_tokens: 64,
+    max_queue: 1000,
+    draws: false,
+};
 
 fn bench(sizes: &Sizes) -> Bench {
     bench_with(sizes, Toy::new())
@@ -256,6 +264,7 @@ fn bench_with(sizes: &Sizes, vocabulary: Toy) -> Bench {
     let options = EngineOptions {
         max_sequences: sizes.max_sequences,
         max_batch_tokens: sizes.max_batch_tokens,
+        max_prefill_tokens: sizes.max_prefill_tokens,
         max_queue: sizes.max_queue,
         tenant_slowdown: 1.0,
         eos_tokens: vec![EOS],
@@ -428,11 +437,11 @@ fn any_request() -> impl Strategy<Value = Request> {
 }
 
 fn any_sizes() -> impl Strategy<Value = Sizes> {
-    let sizes = (1usize..9, 0usize..40, 1usize..33, 1usize..64, any::<bool>());
-    sizes.prop_map(|(block_size, spare, max_sequences, max_batch_tokens, draws)| {
+    let sizes = (1usize..9, 0usize..40, 1usize..33, (1usize..64, 1usize..64), any::<bool>());
+    sizes.prop_map(|(block_size, spare, max_sequences, (max_batch_tokens, max_prefill_tokens), draws)| {
         // Room for the longest request, 39 prompt tokens and 29 drawn, and little more: preemption is common.
         let blocks = 68usize.div_ceil(block_size) + spare;
-        Sizes { block_size, blocks, max_sequences, max_batch_tokens, max_queue: 1000, draws }
+        Sizes { block_size, blocks, max_sequences, max_batch_tokens, max_prefill_tokens, max_queue: 1000, draws }
     })
 }
 
@@ -779,6 +788,7 @@ fn a_panic_of_the_thread_ends_what_runs_and_is_told() {
     let options = EngineOptions {
         max_sequences: 4,
         max_batch_tokens: 8,
+        max_prefill_tokens: 8,
         max_queue: 4,
         tenant_slowdown: 1.0,
         eos_tokens: vec![EOS],

@@ -100,6 +100,7 @@ pub fn engine(base: &Base, runner: &SharedRunner, max_batch_tokens: usize) -> En
     let options = EngineOptions {
         max_sequences: 64,
         max_batch_tokens,
+        max_prefill_tokens: max_batch_tokens,
         max_queue: 10_000,
         tenant_slowdown: f64::INFINITY,
         eos_tokens: base.config.eos_tokens.clone(),
