@@ -22,6 +22,7 @@ mod cuda;
 pub mod engine;
 pub mod error;
 pub mod hosting;
+mod large_pages;
 pub mod lora;
 pub mod memory;
 pub mod metrics;

@@ -15,7 +15,6 @@ use crate::base::matmul::{self, Batch, Format, PackedMatrix, Product};
 use crate::base::parallel;
 use crate::base::simd::{self, Simd};
 use crate::base::{Activation, LM_HEAD, ModelConfig, Module, NormKind, NormSite, Projection, RawTensor, Site, Weights};
-use crate::memory;
 use crate::{Error, Result};
 
 /// What the adapters of some rows change. Rows that no adapter changes keep the base's result.
@@ -183,14 +182,6 @@ impl Linear {
             Matrices::Tensor(t) => t.elem_count() * t.dtype().size_in_bytes(),
         };
         matrices + self.bias.as_ref().map_or(0, Vector::bytes)
-    }
-
-    /// Where the matrices lie in the host's memory.
-    fn places(&self) -> Vec<Range<usize>> {
-        match &self.matrices {
-            Matrices::Packed(parts) => parts.iter().flat_map(PackedMatrix::places).collect(),
-            Matrices::Tensor(_) => vec![],
-        }
     }
 }
 
@@ -397,9 +388,7 @@ impl Decoder {
             false => Some(loader.table(LM_HEAD, config.vocab_size)?),
         };
         let pooler = names.pooler.map(|_| loader.site(0, Site::Pooler)).transpose()?;
-        let decoder = Decoder { config: config.clone(), embedding, positions, layers, norm, lm_head, pooler, options };
-        memory::in_large_pages(decoder.linears().flat_map(Linear::places).collect());
-        Ok(decoder)
+        Ok(Decoder { config: config.clone(), embedding, positions, layers, norm, lm_head, pooler, options })
     }
 
     pub fn config(&self) -> &ModelConfig {

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::buffer::Buffer;
 use super::parallel;
 use super::simd::{LANES, Simd, Target};
-use crate::memory::place;
+use crate::large_pages::{Large, collected, repeated};
 
 /// The body for every `$i` below `$n`, which is 8 at most, each time with `$i` known to the compiler: an array that is read
 /// at a place it doesn't know lies in memory, not in registers.
@@ -306,25 +306,25 @@ impl Form {
 #[derive(Debug)]
 enum Codes {
     /// `q + 128` of 8 bits, `[panels][k / STEP][LANES][STEP]`: the instruction multiplies numbers without a sign by ones with.
-    Bytes(Vec<u8>),
+    Bytes(Large<u8>),
     /// 4 bits without a sign, `[panels][k / (2 * STEP)][LANES][STEP]`: the low half of a byte belongs to the first of two
     /// steps, the high half to the same place of the second.
-    Nibbles(Vec<u8>),
+    Nibbles(Large<u8>),
 }
 
 /// A number for each feature and group, `[panels][k / group]`, in f16 where that keeps them all.
 #[derive(Debug)]
 enum Scales {
-    F16(Vec<[u16; LANES]>),
-    F32(Vec<[f32; LANES]>),
+    F16(Large<[u16; LANES]>),
+    F32(Large<[f32; LANES]>),
 }
 
 impl Scales {
     fn new(numbers: Vec<[f32; LANES]>) -> Self {
         let half = |x: f32| f16::from_f32(x);
         match numbers.as_flattened().iter().all(|&x| half(x).to_f32() == x) {
-            true => Scales::F16(numbers.iter().map(|group| group.map(|x| half(x).to_bits())).collect()),
-            false => Scales::F32(numbers),
+            true => Scales::F16(collected(numbers.iter().map(|group| group.map(|x| half(x).to_bits())))),
+            false => Scales::F32(collected(numbers.into_iter())),
         }
     }
 
@@ -339,13 +339,6 @@ impl Scales {
         match self {
             Scales::F16(numbers) => 2 * LANES * numbers.len(),
             Scales::F32(numbers) => 4 * LANES * numbers.len(),
-        }
-    }
-
-    fn place(&self) -> Range<usize> {
-        match self {
-            Scales::F16(numbers) => place(numbers),
-            Scales::F32(numbers) => place(numbers),
         }
     }
 
@@ -378,7 +371,7 @@ impl Weights {
         assert_eq!(rows.len(), n * k);
         let group = group(k).expect("k has groups");
         let (panels, groups) = (n.div_ceil(LANES), k / group);
-        let mut codes = vec![128u8; panels * k * LANES];
+        let mut codes = repeated(128u8, panels * k * LANES);
         let mut scales = vec![[0.0; LANES]; panels * groups];
         let parts = codes.par_chunks_mut(k * LANES).zip(scales.par_chunks_mut(groups));
         parts.zip(rows.par_chunks(k * LANES)).for_each(|((codes, scales), rows)| {
@@ -437,12 +430,6 @@ impl Weights {
             Codes::Bytes(codes) | Codes::Nibbles(codes) => codes.len(),
         };
         codes + self.scales.bytes() + self.mins.as_ref().map_or(0, Scales::bytes)
-    }
-
-    /// The addresses of all that.
-    pub fn places(&self) -> Vec<Range<usize>> {
-        let (Codes::Bytes(codes) | Codes::Nibbles(codes)) = &self.codes;
-        [place(codes), self.scales.place()].into_iter().chain(self.mins.as_ref().map(Scales::place)).collect()
     }
 
     /// Writes the weights of output feature `row` to `out`, `[k]`.
@@ -584,8 +571,8 @@ fn nibbles(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Codes {
 }
 
 /// `code(row, i)` for `n` features of `k` codes, `[panels][k / STEP][LANES][STEP]`; `other` beyond them.
-fn in_steps(n: usize, k: usize, other: u8, code: impl Fn(usize, usize) -> u8 + Sync) -> Vec<u8> {
-    let mut codes = vec![other; n.div_ceil(LANES) * k * LANES];
+fn in_steps(n: usize, k: usize, other: u8, code: impl Fn(usize, usize) -> u8 + Sync) -> Large<u8> {
+    let mut codes = repeated(other, n.div_ceil(LANES) * k * LANES);
     codes.par_chunks_mut((k * LANES).max(1)).enumerate().for_each(|(panel, codes)| {
         for (index, out) in codes.iter_mut().enumerate() {
             let (row, i) = (panel * LANES + index / STEP % LANES, index / (STEP * LANES) * STEP + index % STEP);

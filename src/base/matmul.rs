@@ -9,7 +9,7 @@ use crate::base::int8::{self, Rounded};
 use crate::base::parallel;
 use crate::base::simd::{self, GROUP, Group, LANES, Rows, Simd, Target};
 use crate::base::{RawTensor, Stored};
-use crate::memory::place;
+use crate::large_pages::{Large, repeated};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 
@@ -45,24 +45,24 @@ impl Format {
 
 #[derive(Debug)]
 enum Data {
-    F32(Vec<f32>),
+    F32(Large<f32>),
     /// bf16 or f16 bits.
-    Half(Vec<u16>),
+    Half(Large<u16>),
     Q8 {
         /// Weights along `k` that share a scale.
         group: usize,
-        scales: Vec<[f32; LANES]>,
-        q: Vec<i8>,
+        scales: Large<[f32; LANES]>,
+        q: Large<i8>,
     },
     Q5 {
-        scales: Vec<[f32; LANES]>,
-        mins: Vec<[f32; LANES]>,
-        q: Vec<u8>,
+        scales: Large<[f32; LANES]>,
+        mins: Large<[f32; LANES]>,
+        q: Large<u8>,
     },
     Q4 {
-        scales: Vec<[f32; LANES]>,
-        mins: Vec<[f32; LANES]>,
-        q: Vec<u8>,
+        scales: Large<[f32; LANES]>,
+        mins: Large<[f32; LANES]>,
+        q: Large<u8>,
     },
     Whole(int8::Weights),
 }
@@ -208,17 +208,6 @@ impl PackedMatrix {
         }
     }
 
-    /// The addresses of that memory.
-    pub fn places(&self) -> Vec<Range<usize>> {
-        match &self.data {
-            Data::F32(w) => vec![place(w)],
-            Data::Half(w) => vec![place(w)],
-            Data::Q8 { scales, q, .. } => vec![place(scales), place(q)],
-            Data::Q5 { scales, mins, q } | Data::Q4 { scales, mins, q } => vec![place(scales), place(mins), place(q)],
-            Data::Whole(weights) => weights.places(),
-        }
-    }
-
     fn panels(&self) -> usize {
         self.n.div_ceil(LANES)
     }
@@ -338,8 +327,8 @@ impl PackedMatrix {
 }
 
 /// `f(panel, i, lane)` for every weight, in the order of the packed layout. Panels are filled in parallel.
-fn fill<T: Copy + Default + Send>(panels: usize, k: usize, f: impl Fn(usize, usize, usize) -> T + Sync) -> Vec<T> {
-    let mut out = vec![T::default(); panels * k * LANES];
+fn fill<T: Copy + Default + Send>(panels: usize, k: usize, f: impl Fn(usize, usize, usize) -> T + Sync) -> Large<T> {
+    let mut out = repeated(T::default(), panels * k * LANES);
     out.par_chunks_mut((k * LANES).max(1)).enumerate().for_each(|(panel, out)| {
         for (i, out) in out.chunks_exact_mut(LANES).enumerate() {
             for (lane, out) in out.iter_mut().enumerate() {
@@ -351,7 +340,7 @@ fn fill<T: Copy + Default + Send>(panels: usize, k: usize, f: impl Fn(usize, usi
 }
 
 /// The same for weights of 4 bits: a byte `[i][lane]` of a group holds `k = i` and `k = i + GROUP / 2`.
-fn fill_nibbles(panels: usize, k: usize, f: impl Fn(usize, usize, usize) -> u8 + Sync) -> Vec<u8> {
+fn fill_nibbles(panels: usize, k: usize, f: impl Fn(usize, usize, usize) -> u8 + Sync) -> Large<u8> {
     let half = GROUP / 2;
     fill(panels, k / 2, |panel, i, lane| {
         let k = i / half * GROUP + i % half;
@@ -365,10 +354,14 @@ fn per_group(
     k: usize,
     group: usize,
     f: impl Fn(usize, usize, usize) -> f32 + Sync,
-) -> Vec<[f32; LANES]> {
+) -> Large<[f32; LANES]> {
     assert_eq!(k % group, 0);
     let groups = k / group;
-    (0..panels * groups).into_par_iter().map(|i| std::array::from_fn(|lane| f(i / groups, i % groups, lane))).collect()
+    let mut out = repeated([0.0; LANES], panels * groups);
+    out.par_iter_mut()
+        .enumerate()
+        .for_each(|(i, out)| *out = std::array::from_fn(|lane| f(i / groups, i % groups, lane)));
+    out
 }
 
 /// A matrix in one of ggml's block formats whose numbers are a small integer times a scale, plus a minimum or not.
@@ -586,41 +579,46 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
     // Panels of products, and which of these are one task: several of small products, a part of a large one's. Tasks become
     // smaller towards the end, so that no thread has a long one left when the others are done.
     let share = 3 * parallel::threads();
-    let (mut parts, mut tasks, mut left, mut of_task) =
-        (Vec::with_capacity(products.len() + 8 * share), vec![], total, 0);
+    // In few bytes: what is large the allocator looks for.
+    let mut parts: Vec<(u32, Range<u32>)> = Vec::with_capacity(products.len() + 8 * share);
+    let (mut tasks, mut left, mut of_task): (Vec<Range<u32>>, _, _) = (Vec::with_capacity(8 * share), total, 0);
     for (i, (p, _)) in products.iter().enumerate() {
         let (per_panel, panels) = (per_panel(p), p.matrix.panels());
         let mut start = 0;
         while start < panels {
             if of_task == 0 {
-                tasks.push(parts.len()..parts.len());
+                tasks.push(parts.len() as u32..0);
                 of_task = (left / share).max(GRAIN);
             }
             let end = panels.min(start + (of_task / per_panel).max(1).next_multiple_of(4));
             let taken = per_panel * (end - start);
             (left, of_task) = (left - taken, of_task.saturating_sub(taken));
-            parts.push((i, start..end));
-            tasks.last_mut().expect("one was begun").end = parts.len();
+            parts.push((i as u32, start as u32..end as u32));
+            tasks.last_mut().expect("one was begun").end = parts.len() as u32;
             start = end;
         }
     }
-    let run = |(i, panels): &(usize, Range<usize>)| {
-        let (p, y) = products[*i];
+    let run = |(i, panels): &(u32, Range<u32>)| {
+        let (i, panels) = (*i as usize, panels.start as usize..panels.end as usize);
+        let (p, y) = products[i];
         let (x, m) = (&x[p.rows.start * x_stride + p.x_column..], p.rows.len());
-        let x = match places[*i] {
+        let x = match places[i] {
             Some(place) => Input::Rounded(&rounded[place].1, p.rows.start - rounded[place].0),
             None => Input::Plain(Rows { data: x, stride: x_stride }),
         };
         // SAFETY: the asserts above keep the elements inside `y`; panels of one product are disjoint, and so are products.
         unsafe {
             let y = y.at(p.rows.start, p.y_column + panels.start * LANES);
-            p.matrix.multiply_panels(simd, panels.clone(), m, x, p.scale, y);
+            p.matrix.multiply_panels(simd, panels, m, x, p.scale, y);
         }
     };
     if total < 2 * GRAIN {
         parts.iter().for_each(run);
     } else {
-        parallel::run(tasks.len(), |i| parts[tasks[i].clone()].iter().for_each(run));
+        parallel::run(tasks.len(), |i| {
+            let Range { start, end } = tasks[i];
+            parts[start as usize..end as usize].iter().for_each(run)
+        });
     }
 }
 

@@ -365,6 +365,18 @@ fn unpack_avx512(group: Group, out: &mut [f32; GROUP * LANES]) {
     }, F32(_w) => unpack_body(group, out))
 }
 
+/// Has the memory of something on its way to a near cache.
+pub fn fetch<T>(of: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(of)).step_by(64) {
+        use std::arch::x86_64::*;
+        // SAFETY: every x86-64 has it, and it does nothing but that.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(of.as_ptr().cast::<i8>().wrapping_add(line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = of;
+}
+
 /// Writes `x` as bits of f16; what is larger than f16's numbers becomes the largest. Two slices of one length.
 pub fn to_f16(simd: Simd, x: &[f32], out: &mut [u16]) {
     #[cfg(target_arch = "x86_64")]

@@ -1,5 +1,6 @@
 //! The delta of a step: rows grouped by adapter, each group's through its own factors.
 
+use std::cell::RefCell;
 use std::ops::Range;
 #[cfg(feature = "cuda")]
 use std::sync::OnceLock;
@@ -9,13 +10,13 @@ use candle_core::Tensor;
 use candle_core::{CudaDevice, DType, Device};
 
 use super::op::AddDelta;
-use super::packed::{Finish, PackedAdapter, PackedSite, Part};
+use super::packed::{Factor, Finish, PackedAdapter, PackedSite, Part};
 use super::table::{self, Embedding, LmHead, finish};
 #[cfg(feature = "cuda")]
 use super::tiles::StepTiles;
 use crate::Result;
 use crate::base::matmul::{self, Batch, Product};
-use crate::base::simd::Simd;
+use crate::base::simd::{self, Simd};
 use crate::base::{Delta, Norm, NormSite, Site};
 #[cfg(feature = "cuda")]
 use crate::cuda::gpu::{GpuMemory, tensor_address};
@@ -37,6 +38,8 @@ pub struct BatchDelta<'a> {
     simd: Simd,
     /// In ascending order of rows.
     segments: Vec<Segment<'a>>,
+    /// Those of [`Delta::up`], here for its memory.
+    products: RefCell<Vec<Product<'a>>>,
     #[cfg(feature = "cuda")]
     on_gpu: OnceLock<(StepTiles, GpuMemory)>,
 }
@@ -48,6 +51,7 @@ impl<'a> BatchDelta<'a> {
         BatchDelta {
             simd,
             segments,
+            products: RefCell::default(),
             #[cfg(feature = "cuda")]
             on_gpu: OnceLock::new(),
         }
@@ -58,8 +62,9 @@ impl<'a> BatchDelta<'a> {
         self.segments.iter().filter_map(|s| Some((&s.rows, part(s.adapter)?))).collect()
     }
 
-    fn sites(&self, layer: usize, site: Site) -> Vec<(&Range<usize>, &'a PackedSite)> {
-        self.with(|adapter| adapter.sites.get(&(layer, site)))
+    /// The segments whose adapter changes the layer, and how.
+    fn sites(&self, layer: usize, site: Site) -> impl Iterator<Item = (&Range<usize>, &'a PackedSite)> + Clone {
+        self.segments.iter().filter_map(move |s| Some((&s.rows, s.adapter.sites.get(layer, site)?)))
     }
 
     /// The launches of all layers, laid out and uploaded when the first one asks.
@@ -72,11 +77,12 @@ impl<'a> BatchDelta<'a> {
             return Err(crate::Error::internal("an adapter whose pages are not written yet"));
         }
         let mut step = StepTiles::default();
-        let mut places: Vec<_> = self.segments.iter().flat_map(|s| s.adapter.sites.keys().copied()).collect();
+        let mut places: Vec<_> = self.segments.iter().flat_map(|s| s.adapter.sites.places()).collect();
         places.sort_unstable();
         places.dedup();
         for (layer, site) in places {
-            step.add((layer, site), &self.sites(layer, site), dtype, &mut tensor_address)?;
+            let sites: Vec<_> = self.sites(layer, site).collect();
+            step.add((layer, site), &sites, dtype, &mut tensor_address)?;
         }
         let words = device.upload(&step.words)?;
         Ok(self.on_gpu.get_or_init(|| (step, words)))
@@ -93,24 +99,30 @@ impl<'a> BatchDelta<'a> {
 
 impl<'a> Delta for BatchDelta<'a> {
     fn down(&self, layer: usize, site: Site) -> (Vec<Product<'_>>, usize) {
-        let product = |(rows, site): (&Range<usize>, &'a PackedSite)| {
-            let matrix = site.a.as_ref()?.packed();
-            Some(Product { matrix, rows: rows.clone(), x_column: 0, y_column: 0, scale: 1.0 })
-        };
-        let products: Vec<_> = self.sites(layer, site).into_iter().filter_map(product).collect();
-        let width = products.iter().map(|p| p.matrix.n()).max().unwrap_or(0);
+        let (mut products, mut width) = (Vec::with_capacity(self.segments.len()), 0);
+        for (rows, site) in self.sites(layer, site) {
+            // For `up`.
+            simd::fetch(&site.parts);
+            if let Some(matrix) = site.a.as_ref().map(Factor::packed) {
+                width = width.max(matrix.n());
+                products.push(Product { matrix, rows: rows.clone(), x_column: 0, y_column: 0, scale: 1.0 });
+            }
+        }
         (products, width)
     }
 
-    fn up(&self, layer: usize, site: Site, h: &[f32], y: &mut [f32], rows: usize) {
-        let sites = self.sites(layer, site);
+    fn up(&self, layer: usize, place: Site, h: &[f32], y: &mut [f32], rows: usize) {
+        let sites = self.sites(layer, place);
         let (width, y_stride) = (h.len() / rows, y.len() / rows);
-        let parts = sites.iter().flat_map(|&(rows, site)| site.parts.iter().map(move |part| (rows, part)));
-        let product = |(rows, part): (&Range<usize>, &'a Part)| {
-            let (x_column, y_column) = (part.rank_start, part.column);
-            Product { matrix: part.b.packed(), rows: rows.clone(), x_column, y_column, scale: part.scale }
-        };
-        let products: Vec<_> = parts.map(product).collect();
+        let mut products = self.products.borrow_mut();
+        products.clear();
+        for (rows, site) in sites.clone() {
+            for Part { b, rank_start, column, scale } in &site.parts {
+                let (x_column, y_column) = (*rank_start, *column);
+                products.push(Product { matrix: b.packed(), rows: rows.clone(), x_column, y_column, scale: *scale });
+            }
+        }
+        self.segments.iter().for_each(|s| s.adapter.sites.fetch_next(layer, place));
         if !products.is_empty() {
             matmul::multiply(self.simd, h, width, &mut [Batch { products: &products, y, y_stride, add: true }]);
         }
@@ -122,7 +134,7 @@ impl<'a> Delta for BatchDelta<'a> {
     }
 
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor> {
-        let sites = self.sites(layer, site);
+        let sites: Vec<_> = self.sites(layer, site).collect();
         if sites.is_empty() {
             return Ok(y);
         }
@@ -186,7 +198,6 @@ mod tests {
     use crate::base::matmul::Format;
     use crate::base::testing::{decoder, noise, options};
     use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Module, Rope};
-    use crate::lora::packed::Factor;
 
     fn config(heads: usize, kv_heads: usize, head_dim: usize, hidden: usize, ffn: usize) -> ModelConfig {
         ModelConfig {
@@ -341,7 +352,7 @@ mod tests {
             let base = DecoderOptions { dtype, ..options(Kernels::Tensor) };
             let packed = PackedAdapter::new(adapter.clone(), &decoder(&config, base, 1)).unwrap();
             assert_eq!(packed.bytes, 6 * dtype.size_in_bytes());
-            let site = &packed.sites[&(0, Site::Qkv)];
+            let site = &packed.sites.get(0, Site::Qkv).unwrap();
             for factor in [site.a.as_ref().unwrap(), &site.parts[0].b] {
                 assert!(matches!(factor, Factor::Tensor(t) if t.dtype() == dtype), "{factor:?}");
             }

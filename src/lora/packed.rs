@@ -11,6 +11,7 @@ use super::pool::{Block, Blocks, Layout, Pages, Pool};
 use super::table::{Embedding, LmHead};
 use crate::adapter::{Adapter, Generation, OwnNorm};
 use crate::base::matmul::{Format, PackedMatrix};
+use crate::base::simd;
 use crate::base::{Decoder, DecoderOptions, Head, Kernels, Language, Module, Norm, NormSite, Site};
 use crate::{Error, Result};
 
@@ -23,6 +24,53 @@ pub(super) struct PackedSite {
     pub finishes: Vec<Finish>,
     /// Outputs of the fused layer.
     pub width: usize,
+}
+
+/// The fused layers that an adapter changes.
+#[derive(Debug, Default)]
+pub(super) struct Sites(Vec<Option<PackedSite>>);
+
+impl Sites {
+    /// In the order in which a step comes to them.
+    fn index(layer: usize, site: Site) -> usize {
+        layer * Site::ALL.len() + site as usize
+    }
+
+    pub fn get(&self, layer: usize, site: Site) -> Option<&PackedSite> {
+        self.0.get(Self::index(layer, site))?.as_ref()
+    }
+
+    fn insert(&mut self, layer: usize, site: Site, packed: PackedSite) {
+        let index = Self::index(layer, site);
+        self.0.resize_with(self.0.len().max(index + 1), || None);
+        self.0[index] = Some(packed);
+    }
+
+    /// Layers and sites with something, in ascending order.
+    #[cfg(feature = "cuda")]
+    pub fn places(&self) -> impl Iterator<Item = (usize, Site)> {
+        let there = self.0.iter().enumerate().filter(|(_, site)| site.is_some());
+        there.map(|(index, _)| (index / Site::ALL.len(), Site::ALL[index % Site::ALL.len()]))
+    }
+
+    fn values(&self) -> impl Iterator<Item = &PackedSite> {
+        self.0.iter().flatten()
+    }
+
+    fn values_mut(&mut self) -> impl Iterator<Item = &mut PackedSite> {
+        self.0.iter_mut().flatten()
+    }
+
+    /// Has what tells of the next one on its way: between two steps' looks at it, all adapters' numbers have passed.
+    pub fn fetch_next(&self, layer: usize, site: Site) {
+        let next = match site {
+            Site::Down => Self::index(layer + 1, Site::Qkv),
+            _ => Self::index(layer, site) + 1,
+        };
+        if let Some(next) = self.0.get(next) {
+            simd::fetch(std::slice::from_ref(next));
+        }
+    }
 }
 
 impl PackedSite {
@@ -241,7 +289,7 @@ pub struct PackedAdapter {
     pub bytes: usize,
     /// Tokens it knows, the base's and its own.
     pub vocab_size: usize,
-    pub(super) sites: HashMap<(usize, Site), PackedSite>,
+    pub(super) sites: Sites,
     pub(super) norms: HashMap<NormSite, Norm>,
     pub(super) embedding: Option<Embedding>,
     pub(super) lm_head: Option<LmHead>,
@@ -280,7 +328,7 @@ impl PackedAdapter {
     fn pack(mut adapter: Adapter, base: &Decoder, page: Option<usize>) -> Result<Self> {
         let (config, options) = (base.config(), base.options());
         let mut linears = Linears { base: options, blocks: page.map(|page| Blocks::new(options.dtype, page)) };
-        let mut sites = HashMap::new();
+        let mut sites = Sites::default();
         for layer in 0..config.layers {
             for site in Site::ALL {
                 let (mut a, mut parts, mut finishes, mut ranks, mut column, mut width) =
@@ -316,7 +364,7 @@ impl PackedAdapter {
                 }
                 if !(parts.is_empty() && finishes.is_empty()) {
                     let a = (ranks > 0).then(|| linears.by_rows(&a, ranks, width)).transpose()?;
-                    sites.insert((layer, site), PackedSite { a, parts, finishes, width: column });
+                    sites.insert(layer, site, PackedSite { a, parts, finishes, width: column });
                 }
             }
         }
