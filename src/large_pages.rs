@@ -40,7 +40,7 @@ mod heap {
     /// A cache line, of which all that is lent has whole ones.
     pub const LINE: usize = 64;
 
-    pub static HEAP: Mutex<Heap> = Mutex::new(Heap::new());
+    static HEAP: Mutex<Heap> = Mutex::new(Heap::new());
 
     pub fn heap() -> MutexGuard<'static, Heap> {
         HEAP.lock().unwrap_or_else(|e| e.into_inner())
