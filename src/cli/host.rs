@@ -94,6 +94,7 @@ impl Host {
         tracing::info!("loading {} on {}", base.id, device_name);
         let held = DecoderOptions { device, kernels, format, dtype };
         let decoder = Arc::new(Decoder::load(&base.config, &base.weights, held)?);
+        memory::release();
         metrics.base_bytes.set(decoder.bytes() as i64);
         metrics.kv_block_bytes.set(decoder.kv_block_bytes() as i64);
         tracing::info!("weights take {:.1} MB", decoder.bytes() as f64 / 1e6);
