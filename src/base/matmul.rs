@@ -579,7 +579,7 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
     // Panels of products, and which of these are one task: several of small products, a part of a large one's. Tasks become
     // smaller towards the end, so that no thread has a long one left when the others are done.
     let share = 3 * parallel::threads();
-    // In few bytes: what is large the allocator looks for.
+    // In small numbers: the allocator is quickest with what is below a kilobyte.
     let mut parts: Vec<(u32, Range<u32>)> = Vec::with_capacity(products.len() + 8 * share);
     let (mut tasks, mut left, mut of_task): (Vec<Range<u32>>, _, _) = (Vec::with_capacity(8 * share), total, 0);
     for (i, (p, _)) in products.iter().enumerate() {

@@ -130,7 +130,7 @@ pub struct ServeArgs {
     pub max_batch_tokens: usize,
     /// Of these, tokens of prompts at most where one that generates is not alone, as it waits for the whole step: fewer even
     /// out the time between tokens, more end long prompts sooner [default: 64 on a CPU, as --max-batch-tokens on a GPU]
-    #[arg(long, env = "LORAMUX_MAX_PREFILL_TOKENS", value_name = "MAX_PREFILL_TOKENS")]
+    #[arg(long, env = "LORAMUX_MAX_PREFILL_TOKENS")]
     pub max_prefill_tokens: Option<usize>,
     /// Requests that wait at most; one more is answered 429
     #[arg(long, env = "LORAMUX_MAX_QUEUE", default_value_t = 1024)]

@@ -352,7 +352,7 @@ mod tests {
             let base = DecoderOptions { dtype, ..options(Kernels::Tensor) };
             let packed = PackedAdapter::new(adapter.clone(), &decoder(&config, base, 1)).unwrap();
             assert_eq!(packed.bytes, 6 * dtype.size_in_bytes());
-            let site = &packed.sites.get(0, Site::Qkv).unwrap();
+            let site = packed.sites.get(0, Site::Qkv).unwrap();
             for factor in [site.a.as_ref().unwrap(), &site.parts[0].b] {
                 assert!(matches!(factor, Factor::Tensor(t) if t.dtype() == dtype), "{factor:?}");
             }
