@@ -128,7 +128,7 @@ fn main() {
     let prompts = number("prompt").map_or(usual, |tokens| vec![(1, tokens)]);
     for (prompts, tokens) in prompts {
         let blocks = tokens.div_ceil(runner.block_size());
-        let [base, adapters] = medians(steps.min(5), |with| {
+        let [base, adapters] = medians(if value("steps").is_some() { steps } else { 5 }, |with| {
             let work = |i: usize| Work {
                 tokens: (0..tokens).map(|j| 100 + (i * tokens + j) as u32).collect(),
                 start: 0,

@@ -176,32 +176,32 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
             rotation.rotate(row, normed, scale, out);
         }
     };
-    let places = sequences.iter().flat_map(|s| {
-        let slots = s.rows.clone().enumerate().map(|(i, row)| (row, s.slot(s.start + i)));
-        slots.map(|(row, slot)| (row, slot / BLOCK, slot % BLOCK))
-    });
-    let places: Vec<(usize, usize, usize)> = places.collect();
-    let (key_writer, value_writer) = (keys.writer(), values.writer());
-    parallel::run(places.len().div_ceil(ROWS), |task| {
-        let mut scratch = Buffer::new(2 * hd);
+    let (keys, values) = (keys.split(), values.split());
+    // Writes the key and the value of a row's head.
+    let store = |s: &SequenceRows, row: usize, head: usize, scratch: &mut [f32]| {
         let (key, normed) = scratch.split_at_mut(hd);
-        for &(row, block, slot) in places[task * ROWS..].iter().take(ROWS) {
-            let x = &qkv[row * width..][..width];
-            for head in 0..kv_heads {
-                turn(1, row, &x[q_width + head * hd..][..hd], 1.0, normed, key);
-                // SAFETY: the blocks of a step's rows are theirs alone, and each position has its slot.
-                unsafe { key_writer.write(simd, (block * kv_heads + head) * hd * BLOCK + slot, BLOCK, key) };
-                let value = &x[q_width + (kv_heads + head) * hd..][..hd];
-                let at = (block * kv_heads + head) * vw * BLOCK + slot * LANES;
-                for (panel, value) in value.chunks(LANES).enumerate() {
-                    // SAFETY: likewise.
-                    unsafe { value_writer.write(simd, at + panel * BLOCK * LANES, 1, value) };
-                }
-            }
+        let (x, slot) = (&qkv[row * width..][..width], s.slot(s.start + row - s.rows.start));
+        let (at, slot) = (slot / BLOCK * kv_heads + head, slot % BLOCK);
+        turn(1, row, &x[q_width + head * hd..][..hd], 1.0, normed, key);
+        // SAFETY: the blocks of a step's rows are theirs alone, and each position has its slot.
+        unsafe { keys.write(simd, at * hd * BLOCK + slot, BLOCK, key) };
+        let value = &x[q_width + (kv_heads + head) * hd..][..hd];
+        for (panel, value) in value.chunks(LANES).enumerate() {
+            // SAFETY: likewise.
+            unsafe { values.write(simd, (at * vw + panel * LANES) * BLOCK + slot * LANES, 1, value) };
+        }
+    };
+    // Where a sequence's rows are one tile, the task that reads what a head has seen is the only one, and writes it too.
+    let is_one = |s: &SequenceRows| s.rows.len() <= ROWS;
+    let before: Vec<(&SequenceRows, usize)> =
+        sequences.iter().filter(|s| !is_one(s)).flat_map(|s| s.rows.clone().map(move |row| (s, row))).collect();
+    parallel::run(before.len().div_ceil(ROWS), |task| {
+        let mut scratch = Buffer::new(2 * hd);
+        for &(s, row) in before[task * ROWS..].iter().take(ROWS) {
+            (0..kv_heads).for_each(|head| store(s, row, head, &mut scratch));
         }
     });
 
-    let (keys, values) = (&*keys, &*values);
     let mut out = Buffer::new(rows * q_width);
     let target = Target(out.as_mut_ptr());
     // Heads that share keys and values, of neighbouring rows of a sequence, share the reading of them.
@@ -210,7 +210,11 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
         .flat_map(|s| s.rows.clone().step_by(ROWS).map(move |row| (s, row..(row + ROWS).min(s.rows.end))))
         .collect();
     parallel::run(tiles.len() * kv_heads, |task| {
-        let ((s, rows), head) = (&tiles[task / kv_heads], task % kv_heads);
+        let (&(s, ref rows), head) = (&tiles[task / kv_heads], task % kv_heads);
+        if is_one(s) {
+            let mut scratch = Buffer::new(2 * hd);
+            rows.clone().for_each(|row| store(s, row, head, &mut scratch));
+        }
         let seen = |row: usize| {
             let end = s.seen(config, s.start + row - s.rows.start);
             end.saturating_sub(window)..end
@@ -237,7 +241,8 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
                 let q = Rows { data: &queries[d..], stride: hd };
                 let mut k = [Group::F32(&[]); SIDE];
                 for (k, &block) in k.iter_mut().zip(side) {
-                    *k = keys.group((at(block) * hd + d) * BLOCK, GROUP.min(hd - d));
+                    // SAFETY: what a sequence has seen is written by now, or by this task.
+                    *k = unsafe { keys.group((at(block) * hd + d) * BLOCK, GROUP.min(hd - d)) };
                 }
                 let scores = &mut scores[i * SIDE * BLOCK..];
                 simd::multiply_groups(simd, heads, q, &k[..side.len()], scores, span, BLOCK, &mut scratch);
@@ -268,7 +273,9 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
                 let mut v = [Group::F32(&[]); SIDE];
                 let side = SIDE.min(panels - panel);
                 for (s, v) in v[..side].iter_mut().enumerate() {
-                    *v = values.group((at(block) * vw + (panel + s) * LANES) * BLOCK + from * LANES, to - from);
+                    let first = (at(block) * vw + (panel + s) * LANES) * BLOCK + from * LANES;
+                    // SAFETY: likewise.
+                    *v = unsafe { values.group(first, to - from) };
                 }
                 let acc = &mut acc[panel * of_panel..];
                 simd::multiply_groups(simd, heads, p, &v[..side], acc, LANES, of_panel, &mut scratch);
@@ -300,7 +307,7 @@ pub fn alone(
 }
 
 /// Rows of a sequence that are computed together.
-const ROWS: usize = 4;
+const ROWS: usize = 12;
 
 /// Where tasks write.
 struct Target(*mut f32);

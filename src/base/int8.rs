@@ -47,7 +47,7 @@ const STEP: usize = 4;
 /// Bytes of rows that stay in a near cache until all panels are multiplied with them.
 #[cfg(target_arch = "x86_64")]
 const NEAR: usize = 48 << 10;
-const CACHE_LINE: usize = 64;
+pub const CACHE_LINE: usize = 64;
 /// Bytes of codes that are fetched ahead: the processor's own prefetching ends with the page.
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 2048;
@@ -74,14 +74,14 @@ struct RowGroup {
 
 /// Bytes from the start of a cache line on: of rows that are whole lines, none lies in one more than it has to. What they are
 /// at first means nothing.
-struct Lines {
+pub struct Lines {
     memory: Buffer,
     first: usize,
     len: usize,
 }
 
 impl Lines {
-    fn new(len: usize) -> Self {
+    pub fn new(len: usize) -> Self {
         let memory = Buffer::new(len.div_ceil(4) + CACHE_LINE / 4);
         Lines { first: memory.as_ptr().cast::<u8>().align_offset(CACHE_LINE), memory, len }
     }
@@ -177,7 +177,7 @@ impl Rounded {
 
 /// The nearest whole number of one below 2^22, ties to even: adding 1.5 * 2^23 leaves it in the low bits.
 #[inline(always)]
-fn whole(x: f32) -> i32 {
+pub fn whole(x: f32) -> i32 {
     (x + 12_582_912.0).to_bits().wrapping_sub(0x4B40_0000) as i32
 }
 
@@ -410,7 +410,7 @@ impl Weights {
         assert!(k.is_multiple_of(group) && group.is_multiple_of(STEP) && group <= MAX_GROUP);
         let codes = if bits == 4 {
             assert!(group <= MAX_NIBBLE_GROUP && group.is_multiple_of(2 * STEP));
-            nibbles(n, k, q)
+            Codes::Nibbles(nibbles(n, k, q))
         } else {
             bytes(n, k, q)
         };
@@ -537,7 +537,7 @@ impl Weights {
 }
 
 /// `f(row, group)` for every group of `n` features; 0 beyond them.
-fn per_group(n: usize, groups: usize, f: impl Fn(usize, usize) -> f32 + Sync) -> Vec<[f32; LANES]> {
+pub fn per_group(n: usize, groups: usize, f: impl Fn(usize, usize) -> f32 + Sync) -> Vec<[f32; LANES]> {
     let of = |index: usize| {
         std::array::from_fn(|lane| {
             let row = index / groups * LANES + lane;
@@ -562,16 +562,16 @@ fn bytes(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Codes {
 }
 
 /// The same for whole numbers from 0 to 15.
-fn nibbles(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Codes {
+pub fn nibbles(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Large<u8> {
     let nibble = |row: usize, i: usize| q(row, i) as u8 & 15;
-    Codes::Nibbles(in_steps(n, k / 2, 0, |row, i| {
+    in_steps(n, k / 2, 0, |row, i| {
         let first = i / STEP * 2 * STEP + i % STEP;
         nibble(row, first) | nibble(row, first + STEP) << 4
-    }))
+    })
 }
 
 /// `code(row, i)` for `n` features of `k` codes, `[panels][k / STEP][LANES][STEP]`; `other` beyond them.
-fn in_steps(n: usize, k: usize, other: u8, code: impl Fn(usize, usize) -> u8 + Sync) -> Large<u8> {
+pub fn in_steps(n: usize, k: usize, other: u8, code: impl Fn(usize, usize) -> u8 + Sync) -> Large<u8> {
     let mut codes = repeated(other, n.div_ceil(LANES) * k * LANES);
     codes.par_chunks_mut((k * LANES).max(1)).enumerate().for_each(|(panel, codes)| {
         for (index, out) in codes.iter_mut().enumerate() {

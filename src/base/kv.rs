@@ -32,26 +32,18 @@ impl Numbers {
         if in_f16 { Numbers::F16(vec![0; count]) } else { Numbers::F32(vec![0.0; count]) }
     }
 
-    /// For tasks that write different numbers at the same time.
-    pub fn writer(&mut self) -> Writer<'_> {
+    /// For tasks that write and read different numbers at the same time.
+    pub fn split(&mut self) -> Split<'_> {
         let (start, len) = match self {
             Numbers::F32(numbers) => (Start::F32(numbers.as_mut_ptr()), numbers.len()),
             Numbers::F16(bits) => (Start::F16(bits.as_mut_ptr()), bits.len()),
         };
-        Writer { start, len, numbers: PhantomData }
-    }
-
-    /// `k` rows of [`LANES`] numbers, from `at` on.
-    pub fn group(&self, at: usize, k: usize) -> Group<'_> {
-        match self {
-            Numbers::F32(numbers) => Group::F32(&numbers[at..][..k * LANES]),
-            Numbers::F16(bits) => Group::F16(&bits[at..][..k * LANES]),
-        }
+        Split { start, len, numbers: PhantomData }
     }
 }
 
-/// Writes [`Numbers`].
-pub(super) struct Writer<'a> {
+/// [`Numbers`] that tasks have parts of.
+pub(super) struct Split<'a> {
     start: Start,
     len: usize,
     numbers: PhantomData<&'a mut Numbers>,
@@ -62,14 +54,32 @@ enum Start {
     F16(*mut u16),
 }
 
-// SAFETY: tasks write different numbers, as they promise.
-unsafe impl Sync for Writer<'_> {}
+// SAFETY: tasks touch different numbers, as they promise.
+unsafe impl Sync for Split<'_> {}
 
-impl Writer<'_> {
+impl Split<'_> {
+    /// `k` rows of [`LANES`] numbers, from `at` on.
+    ///
+    /// # Safety
+    /// Nobody writes these numbers meanwhile.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub unsafe fn group(&self, at: usize, k: usize) -> Group<'_> {
+        assert!(at + k * LANES <= self.len);
+        // SAFETY: the assert, and the caller's promise.
+        unsafe {
+            match self.start {
+                Start::F32(start) => Group::F32(std::slice::from_raw_parts(start.add(at), k * LANES)),
+                Start::F16(start) => Group::F16(std::slice::from_raw_parts(start.add(at), k * LANES)),
+            }
+        }
+    }
+
     /// Writes `x` from `at` on, `stride` apart.
     ///
     /// # Safety
-    /// Nobody else writes these numbers meanwhile.
+    /// Nobody else reads or writes these numbers meanwhile.
     ///
     /// # Panics
     /// If there are not so many.

@@ -28,6 +28,7 @@ pub mod simd;
 mod source;
 #[cfg(test)]
 pub mod testing;
+pub mod tiled;
 #[cfg(target_arch = "x86_64")]
 pub mod tiles;
 mod tokenizer;
