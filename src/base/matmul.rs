@@ -609,6 +609,8 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
     const PER_PANEL: usize = 1 << 10;
     /// As many as take the time that a weight takes to come from memory.
     const PER_WEIGHT: usize = 8;
+    /// Tasks of a thread's share of the largest products, and a few more.
+    const MOST: usize = 24;
     let mut products = Vec::with_capacity(batches.iter().map(|batch| batch.products.len()).sum());
     for Batch { products: of_batch, y, y_stride, add } in batches {
         let mut last: Option<&Product> = None;
@@ -627,19 +629,21 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
     // Multiply-adds of a panel, and as many as what else it costs.
     let per_panel = |p: &Product| (p.rows.len() + PER_WEIGHT) * LANES * p.matrix.k + PER_PANEL;
     let total: usize = products.iter().map(|(p, _)| per_panel(p) * p.matrix.panels()).sum();
-    // Panels of products, and which of these are one task: several of small products, a part of a large one's. Tasks become
-    // smaller towards the end, so that no thread has a long one left when the others are done.
-    let share = 3 * parallel::threads();
+    // Panels of products, and which of these are one task: several of small products, a part of a large one's. The tasks of a
+    // thread's share become smaller towards its end, so that no thread has a long one left when the others are done.
+    let threads = parallel::threads();
     // In small numbers: the allocator is quickest with what is below a kilobyte.
-    let mut parts: Vec<(u32, Range<u32>)> = Vec::with_capacity(products.len() + 8 * share);
-    let (mut tasks, mut left, mut of_task): (Vec<Range<u32>>, _, _) = (Vec::with_capacity(8 * share), total, 0);
+    let mut parts: Vec<(u32, Range<u32>)> = Vec::with_capacity(products.len() + MOST * threads);
+    let (mut tasks, mut left, mut of_task): (Vec<Range<u32>>, _, _) = (Vec::with_capacity(MOST * threads), total, 0);
     for (i, (p, _)) in products.iter().enumerate() {
         let (per_panel, panels) = (per_panel(p), p.matrix.panels());
         let mut start = 0;
         while start < panels {
             if of_task == 0 {
                 tasks.push(parts.len() as u32..0);
-                of_task = (left / share).max(GRAIN);
+                let done = total - left;
+                let end_of_share = (done * threads / total + 1) * total / threads;
+                of_task = ((end_of_share - done) / 3).max(GRAIN);
             }
             let end = panels.min(start + (of_task / per_panel).max(1).next_multiple_of(4));
             let taken = per_panel * (end - start);

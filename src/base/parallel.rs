@@ -5,8 +5,9 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -124,7 +125,6 @@ impl<'a, T> Parts<'a, T> {
 struct Job {
     call: unsafe fn(*const (), usize),
     data: *const (),
-    tasks: usize,
 }
 
 /// In [`Shared::state`]: threads may join the region.
@@ -132,12 +132,41 @@ const OPEN: usize = 1 << 16;
 /// In [`Shared::state`]: the number of the region is above, the number of threads that are in it below [`OPEN`].
 const REGION: usize = 1 << 17;
 
+/// Tasks of a region that nobody has taken: the first in the low half, the one after the last in the high one. One for each
+/// thread, in a cache line of its own.
+#[repr(align(64))]
+struct Left(AtomicU64);
+
+impl Left {
+    const HALF: u32 = 32;
+
+    fn set(&self, tasks: Range<usize>) {
+        self.0.store(tasks.start as u64 | (tasks.end as u64) << Self::HALF, SeqCst);
+    }
+
+    /// The first of `left`, and the one after the last.
+    fn ends(left: u64) -> (usize, usize) {
+        (left as u32 as usize, (left >> Self::HALF) as usize)
+    }
+
+    fn first(&self) -> Option<usize> {
+        let rest = |left| Some(Self::ends(left)).filter(|(first, end)| first < end).map(|_| left + 1);
+        self.0.fetch_update(SeqCst, SeqCst, rest).ok().map(|left| Self::ends(left).0)
+    }
+
+    fn last(&self) -> Option<usize> {
+        let rest = |left| Some(Self::ends(left)).filter(|(first, end)| first < end).map(|_| left - (1 << Self::HALF));
+        self.0.fetch_update(SeqCst, SeqCst, rest).ok().map(|left| Self::ends(left).1 - 1)
+    }
+}
+
 struct Shared {
     state: AtomicUsize,
     /// Written by the caller while the region is closed and nobody is in it, read by those who are in it.
     job: UnsafeCell<Job>,
-    /// The next task that nobody has taken.
-    next: AtomicUsize,
+    /// Each thread's share of the tasks: as they lie side by side, it reads weights on from where it was, and as its share
+    /// is about the same one from region to region, what it wrote is in its core's cache when it reads it.
+    left: Box<[Left]>,
     sleeping: AtomicUsize,
     /// Held by a thread from its last look at `state` until it sleeps.
     sleep: Mutex<()>,
@@ -151,20 +180,23 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
+    /// Takes a task of a thread's own share, else the last one of another's.
+    fn take(&self, thread: usize) -> Option<usize> {
+        let (before, own) = self.left.split_at(thread);
+        let others = own[1..].iter().chain(before);
+        own[0].first().or_else(|| others.into_iter().find_map(Left::last))
+    }
+
     /// Takes tasks until there are none.
-    fn work(&self, job: Job) {
+    fn work(&self, job: Job, thread: usize) {
         let tasks = || {
-            loop {
-                let task = self.next.fetch_add(1, SeqCst);
-                if task >= job.tasks {
-                    return;
-                }
+            while let Some(task) = self.take(thread) {
                 // SAFETY: the region is not over before this thread has left it, so the closure is there.
                 unsafe { (job.call)(job.data, task) };
             }
         };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(tasks)) {
-            self.next.store(job.tasks, SeqCst);
+            self.left.iter().for_each(|left| left.set(0..0));
             self.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(payload);
         }
     }
@@ -217,11 +249,11 @@ impl Team {
     /// With so many threads beside the caller's.
     fn new(others: usize) -> Self {
         unsafe fn nothing(_: *const (), _: usize) {}
-        let job = UnsafeCell::new(Job { call: nothing, data: std::ptr::null(), tasks: 0 });
+        let job = UnsafeCell::new(Job { call: nothing, data: std::ptr::null() });
         let shared = Arc::new(Shared {
             state: AtomicUsize::new(0),
             job,
-            next: AtomicUsize::new(0),
+            left: (0..=others).map(|_| Left(AtomicU64::new(0))).collect(),
             sleeping: AtomicUsize::new(0),
             sleep: Mutex::new(()),
             wake: Condvar::new(),
@@ -234,7 +266,7 @@ impl Team {
                 loop {
                     region = shared.join(region);
                     // SAFETY: this thread is in the region.
-                    shared.work(unsafe { *shared.job.get() });
+                    shared.work(unsafe { *shared.job.get() }, i + 1);
                     shared.state.fetch_sub(1, SeqCst);
                 }
             };
@@ -247,6 +279,7 @@ impl Team {
     }
 
     fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: &F) {
+        assert!(tasks <= u32::MAX as usize);
         let _caller = match self.caller.try_lock() {
             Ok(caller) => caller,
             // Its data is nothing.
@@ -258,17 +291,18 @@ impl Team {
             unsafe { (*data.cast::<F>())(task) }
         }
         let shared = &*self.shared;
-        let job = Job { call: call::<F>, data: std::ptr::from_ref(task).cast(), tasks };
+        let job = Job { call: call::<F>, data: std::ptr::from_ref(task).cast() };
         // SAFETY: the last region is closed and left, and this caller is the only one.
         unsafe { *shared.job.get() = job };
-        shared.next.store(0, SeqCst);
+        let share = |thread: usize| thread * tasks / shared.left.len();
+        shared.left.iter().enumerate().for_each(|(i, left)| left.set(share(i)..share(i + 1)));
         let region = (shared.state.load(SeqCst) / REGION).wrapping_add(1);
         shared.state.store(region * REGION + OPEN, SeqCst);
         if shared.sleeping.load(SeqCst) > 0 {
             drop(shared.sleep.lock());
             shared.wake.notify_all();
         }
-        shared.work(job);
+        shared.work(job, 0);
         shared.state.fetch_and(!OPEN, SeqCst);
         let mut turns = 0u32;
         while !shared.state.load(SeqCst).is_multiple_of(OPEN) {

@@ -90,15 +90,16 @@ impl Weights {
         let acc: &mut [Acc] = acc.as_chunks_mut::<LANES>().0.as_chunks_mut::<SIDE>().0;
         let mut quads = [[[Sums([[[0; LANES]; 2]; HEIGHT]); SIDE]; 2]; 2];
         // Two panels' chunks, one after the other.
-        let blocks = panels.len().div_ceil(SIDE) * chunks;
+        let (blocks, all) = (panels.len().div_ceil(SIDE) * chunks, self.n.div_ceil(LANES));
         let place = |block: usize| {
             let (p, c) = (panels.start + block / chunks * SIDE, block % chunks);
-            // The last of an odd number is multiplied twice.
-            ([p, (p + 1).min(panels.end - 1)], c * chunk..self.k.min((c + 1) * chunk), c)
+            // The last of an odd number is multiplied twice. Beyond the last is what this thread may be given next.
+            let end = if block < blocks { panels.end } else { all };
+            ([p, p + 1].map(|p| p.min(end - 1)), c * chunk..self.k.min((c + 1) * chunk), c)
         };
         let mut lay_out = |block: usize| {
             let (side, range, _) = place(block);
-            let (next, range_of_next, _) = place((block + 1).min(blocks - 1));
+            let (next, range_of_next, _) = place(block + 1);
             let mut weights = [std::ptr::null::<i8>(); SIDE];
             for (i, weights) in weights.iter_mut().enumerate() {
                 let out = &mut spread[(block % 2 * SIDE + i) * MAX_CHUNK * LANES..][..range.len() * LANES];
