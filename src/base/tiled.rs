@@ -18,6 +18,10 @@ use crate::large_pages::{Large, collected};
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod nibbles;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 /// Weights along `k` that a tile takes.
 const TILE: usize = 64;
@@ -293,9 +297,15 @@ impl Weights {
     ) {
         assert!(x.k == self.k && rows.end <= x.rows() && panels.end * self.chunks() <= self.scales.len());
         match simd {
-            // SAFETY: the CPU has what it needs, and the caller's promise.
+            // SAFETY: the CPU has what they need, and the caller's promise.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 if is_there() => unsafe { self.amx(x, rows, panels, scale, y) },
+            Simd::Avx512 if is_there() => unsafe {
+                // Tiles of one row would be laid out and read for next to nothing.
+                match rows.len() {
+                    1 => self.vnni(x, rows.start, panels, scale, y),
+                    _ => self.amx(x, rows, panels, scale, y),
+                }
+            },
             _ => {
                 let first = (rows.start, panels.start);
                 for (panel, row) in panels.flat_map(|p| rows.clone().map(move |r| (p, r))) {

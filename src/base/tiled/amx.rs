@@ -9,7 +9,8 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::{Codes, FRACTION, GROUP, LOW, MAX_CHUNK, Planes, TILE, Weights, chunk};
+use super::nibbles::Nibbles;
+use super::{Codes, GROUP, LOW, MAX_CHUNK, Planes, TILE, Weights, chunk};
 use crate::base::buffer::Buffer;
 use crate::base::int8::{CACHE_LINE, Lines};
 use crate::base::simd::{LANES, Target};
@@ -199,41 +200,21 @@ impl Weights {
                 let out = out.as_chunks_mut::<{ 2 * CACHE_LINE }>().0;
                 let out = out.as_chunks_mut::<{ GROUP * LANES / 2 / CACHE_LINE }>().0;
                 let lines = &lines[first / GROUP..][..range.len() / GROUP];
-                // A feature's bytes are two words.
-                let low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-                let slopes = _mm512_or_si512(low, _mm512_slli_epi32::<16>(low));
-                let offsets = _mm512_add_epi16(slopes, _mm512_set1_epi16(LANES as i16));
-                let (nibble, upper) = (_mm512_set1_epi16(15), _mm512_set1_epi16(-256));
+                let nibbles = Nibbles::new();
                 for ((codes, line), out) in codes.iter().zip(lines).zip(out) {
                     _mm_prefetch::<_MM_HINT_T0>(
                         (line as *const [i16; 2 * LANES]).cast::<i8>().wrapping_offset(ahead / GROUP as isize * 64),
                     );
-                    // SAFETY: loads and stores are of arrays of 64 bytes.
-                    let line = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
-                    let (slopes, offsets) =
-                        (_mm512_permutexvar_epi16(slopes, line), _mm512_permutexvar_epi16(offsets, line));
-                    let code = |word| _mm512_add_epi16(_mm512_mullo_epi16(word, slopes), offsets);
+                    let line = nibbles.line(line);
                     for (codes, out) in codes.iter().zip(out) {
                         _mm_prefetch::<_MM_HINT_T0>(
                             codes.as_ptr().wrapping_offset(ahead * (LANES / 2) as isize).cast(),
                         );
-                        // SAFETY: as above.
-                        let words = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
-                        // The low halves of bytes, then the high ones: of each the even bytes, then the odd ones.
-                        let of = [
-                            code(_mm512_and_si512(words, nibble)),
-                            code(_mm512_and_si512(_mm512_srli_epi16::<8>(words), nibble)),
-                            code(_mm512_and_si512(_mm512_srli_epi16::<4>(words), nibble)),
-                            code(_mm512_srli_epi16::<12>(words)),
-                        ];
-                        // even >> 8 | odd & upper.
-                        let both = |even, odd| {
-                            _mm512_ternarylogic_epi32::<0xF8>(_mm512_srli_epi16::<{ FRACTION }>(even), odd, upper)
-                        };
-                        // SAFETY: as above.
+                        let [low, high] = nibbles.bytes(codes, line);
+                        // SAFETY: the stores are of 64 bytes each.
                         unsafe {
-                            _mm512_storeu_si512(out.as_mut_ptr().cast(), both(of[0], of[1]));
-                            _mm512_storeu_si512(out[CACHE_LINE..].as_mut_ptr().cast(), both(of[2], of[3]));
+                            _mm512_storeu_si512(out.as_mut_ptr().cast(), low);
+                            _mm512_storeu_si512(out[CACHE_LINE..].as_mut_ptr().cast(), high);
                         }
                     }
                 }
