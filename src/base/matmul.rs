@@ -15,7 +15,7 @@ use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 
 /// How packed weights are stored. Products are computed in f32 but for [`Format::Int8`] and [`Format::Int4`], whose weights
-/// are multiplied in whole numbers with activations that are rounded to 8 bits ([`int8`]).
+/// are multiplied in whole numbers with activations that are rounded to 8 bits ([`int8`]), or on a CPU with AMX to 15 ([`tiled`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     F32,
@@ -162,7 +162,7 @@ impl PackedMatrix {
     /// formats of 4 to 8 bits, though some take more memory than in the file; those of fewer bits become f16.
     ///
     /// A matrix that the format does not fit becomes bf16. With [`Format::Int8`], block formats of 4 to 8 bits keep their
-    /// numbers: only the activations are rounded.
+    /// numbers but for [`tiled`] ones: only the activations are rounded.
     pub fn from_raw(raw: &RawTensor, format: Option<Format>) -> Result<Self> {
         let &[n, k] = raw.shape.as_slice() else {
             return Err(Error::unprocessable(format!("shape {:?}, where a matrix was expected", raw.shape)));

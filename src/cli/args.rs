@@ -59,7 +59,7 @@ pub enum Dtype {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Quantize {
     None,
-    /// 8 bits a weight, multiplied in whole numbers with activations rounded to 8 bits
+    /// 8 bits a weight, multiplied in whole numbers with activations rounded to 8 bits (15 on a CPU with AMX)
     Q8,
     /// 4 bits a weight, one scale and minimum for 32 weights
     Q4,
