@@ -15,7 +15,8 @@ use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 
 /// How packed weights are stored. Products are computed in f32 but for [`Format::Int8`] and [`Format::Int4`], whose weights
-/// are multiplied in whole numbers with activations that are rounded to 8 bits ([`int8`]), or on a CPU with AMX to 15 ([`tiled`]).
+/// are multiplied in whole numbers with activations that are rounded to 8 bits ([`int8`]), or on a CPU with AMX to 15
+/// ([`tiled`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     F32,

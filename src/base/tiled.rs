@@ -1,6 +1,6 @@
 //! Products in whole numbers for CPUs with AMX: weights of 8 bits, activations of 15.
 //!
-//! A tile adds up the products of a [chunk](chunk) of weights before anything has to be scaled, and its weights share a scale;
+//! A tile adds up the products of a [`chunk`] of weights before anything has to be scaled, and its weights share a scale;
 //! [`super::int8`]'s groups, of which one is half a tile, would leave most of the time to the scaling. Weights that a file
 //! holds in 4 bits stay 4 bits in memory, and become 8 where they are multiplied: `(q * slope + offset) >> 8`, the slope and
 //! the offset in place of their own scale and minimum.
@@ -377,7 +377,7 @@ mod tests {
         }
     }
 
-    /// What is multiplied in a product: its weights by row, and how far the weights may be from what they were made of.
+    /// The weights as they are multiplied, row by row.
     fn kept(weights: &Weights) -> Vec<f32> {
         let mut kept = vec![0.0; weights.n * weights.k];
         kept.chunks_exact_mut(weights.k).enumerate().for_each(|(row, out)| weights.row(row, out));

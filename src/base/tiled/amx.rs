@@ -25,11 +25,14 @@ const NEAR_ROWS: usize = 256;
 const PANEL_TILE: usize = TILE * LANES;
 const _: () = assert!(TILE == BYTES && LANES == ROWS && PANEL_TILE == ROWS * BYTES);
 
-/// Whether the CPU has it and the system lets this process use it.
+/// Whether the CPU has it, and VNNI for one row, and the system lets this process use it.
 pub fn is_there() -> bool {
     static THERE: OnceLock<bool> = OnceLock::new();
     *THERE.get_or_init(|| {
-        is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl") && tiles::multiply(Numbers::Int8)
+        is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && tiles::multiply(Numbers::Int8)
     })
 }
 
