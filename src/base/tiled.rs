@@ -362,19 +362,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::base::testing::noise;
 
     #[test]
     fn chunks_are_even_and_short() {
         assert_eq!([64, 256, 320, 576, 704, 1536, 2048, 5632].map(chunk), [64, 256, 192, 192, 256, 256, 256, 256]);
         assert!([64, 576, 1536].into_iter().all(fits) && ![0, 32, 96, 100].into_iter().any(fits));
-    }
-
-    fn noise(seed: u64) -> impl FnMut() -> f32 {
-        let mut state = seed;
-        move || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        }
     }
 
     /// The weights as they are multiplied, row by row.
