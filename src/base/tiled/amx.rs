@@ -19,6 +19,8 @@ use crate::base::tiles::{self, BYTES, Numbers, ROWS};
 /// Rows of activations that a tile takes, and panels side by side.
 const HEIGHT: usize = ROWS / 2;
 const SIDE: usize = 2;
+/// Of more tiles, each fetches a part of the weights that are multiplied next; of fewer, the first ones fetch all of them.
+const FEW_TILES: usize = 16;
 /// Rows whose sums stay in a near cache until they are whole.
 const NEAR_ROWS: usize = 256;
 /// Bytes of a tile of weights.
@@ -55,6 +57,18 @@ struct Unit<'a> {
     count: usize,
     /// Where the chunk's scales of each panel are.
     scales: [&'a [f32; LANES]; SIDE],
+}
+
+/// Where weights of each panel are in memory.
+type Next = [*const i8; SIDE];
+
+/// Weights that a unit's products fetch meanwhile: bunched, the processor would have no place for them all.
+enum Fetch {
+    Nothing,
+    /// A line of each panel for every step.
+    Lines(Next),
+    /// As many as it multiplies.
+    All(Next),
 }
 
 impl Weights {
@@ -101,15 +115,18 @@ impl Weights {
             let end = if block < blocks { panels.end } else { all };
             ([p, p + 1].map(|p| p.min(end - 1)), c * chunk..self.k.min((c + 1) * chunk), c)
         };
+        // Weights from a block's to those of the next one.
+        let ahead = |block: usize| -> [isize; SIDE] {
+            let first = |(side, range, _): ([usize; SIDE], Range<usize>, usize)| side.map(|p| p * self.k + range.start);
+            let (these, next) = (first(place(block)), first(place(block + 1)));
+            std::array::from_fn(|i| next[i] as isize - these[i] as isize)
+        };
         let mut lay_out = |block: usize| {
-            let (side, range, _) = place(block);
-            let (next, range_of_next, _) = place(block + 1);
+            let ((side, range, _), ahead) = (place(block), ahead(block));
             let mut weights = [std::ptr::null::<i8>(); SIDE];
             for (i, weights) in weights.iter_mut().enumerate() {
                 let out = &mut spread[(block % 2 * SIDE + i) * MAX_CHUNK * LANES..][..range.len() * LANES];
-                let ahead =
-                    (next[i] * self.k + range_of_next.start) as isize - (side[i] * self.k + range.start) as isize;
-                *weights = self.laid_out(side[i], range.clone(), ahead, out);
+                *weights = self.laid_out(side[i], range.clone(), ahead[i], out);
             }
             weights
         };
@@ -126,6 +143,19 @@ impl Weights {
                 acc.as_flattened_mut().as_flattened_mut().fill(0.0);
             }
             let scales = side.map(|panel| &self.scales[panel * chunks + c]);
+            let next: Option<Next> = matches!(self.codes, Codes::Bytes(_)).then(|| {
+                let ahead = ahead(block);
+                std::array::from_fn(|i| weights[i].wrapping_offset(ahead[i] * LANES as isize))
+            });
+            let steps = range.len() / TILE;
+            let fetch = |tile: usize| match next {
+                None => Fetch::Nothing,
+                Some(next) if tiles > FEW_TILES => {
+                    Fetch::Lines(next.map(|weights| weights.wrapping_add(tile / 2 * steps * CACHE_LINE)))
+                }
+                Some(next) if tile == 0 => Fetch::All(next),
+                Some(_) => Fetch::Nothing,
+            };
             let mut before: Option<Unit> = None;
             for tile in (0..tiles).step_by(2) {
                 let unit = Unit { tile, count: (tiles - tile).min(2), scales };
@@ -135,10 +165,19 @@ impl Weights {
                 };
                 // SAFETY: there are such lines and weights; the tiles' shapes.
                 unsafe {
-                    let steps = range.len() / TILE;
-                    match unit.count {
-                        1 => one(at(tile), x.stride, weights, steps, &mut quads[turn]),
-                        _ => two([at(tile), at(tile + 1)], x.stride, weights, steps, &mut quads[turn]),
+                    let (quad, stride) = (&mut quads[turn], x.stride);
+                    match (unit.count, fetch(tile)) {
+                        (1, Fetch::Nothing) => one(at(tile), stride, weights, weights, steps, quad),
+                        (1, Fetch::Lines(next)) => one_and_lines(at(tile), stride, weights, next, steps, quad),
+                        (1, Fetch::All(next)) => one_and_all(at(tile), stride, weights, next, steps, quad),
+                        (_, fetch) => {
+                            let tiles = [at(tile), at(tile + 1)];
+                            match fetch {
+                                Fetch::Nothing => two(tiles, stride, weights, weights, steps, quad),
+                                Fetch::Lines(next) => two_and_lines(tiles, stride, weights, next, steps, quad),
+                                Fetch::All(next) => two_and_all(tiles, stride, weights, next, steps, quad),
+                            }
+                        }
                     }
                 }
                 // Those before, so that the processor need not wait for these.
@@ -183,17 +222,13 @@ impl Weights {
         unsafe { tiles::release() };
     }
 
-    /// Weights of a panel in bytes, `[len / 4][LANES][4]`, laid out in `out` unless they are so already. Those that are `ahead`
+    /// Weights of a panel in bytes, `[len / 4][LANES][4]`: where they are, or laid out in `out`; then those that are `ahead`
     /// along `k` are fetched.
     #[target_feature(enable = "avx512f,avx512bw")]
     fn laid_out(&self, panel: usize, range: Range<usize>, ahead: isize, out: &mut [i8]) -> *const i8 {
         match &self.codes {
             Codes::Bytes(codes) => {
-                let codes = &codes[(panel * self.k + range.start) * LANES..][..range.len() * LANES];
-                for line in codes.chunks(CACHE_LINE) {
-                    _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_offset(ahead * LANES as isize).cast());
-                }
-                codes.as_ptr().cast()
+                codes[(panel * self.k + range.start) * LANES..][..range.len() * LANES].as_ptr().cast()
             }
             Codes::Nibbles { codes, lines } => {
                 let first = panel * self.k + range.start;
@@ -248,88 +283,132 @@ fn fold(quad: &Quad, unit: Unit, height: usize, acc: &mut [Acc]) {
     }
 }
 
-/// The sums of a tile of lines, `stride` apart, and two panels.
-///
-/// # Safety
-/// [`tiles::shape`] was called for these; there are as many lines, and steps of 64 bytes of them and of tiles of weights.
-#[inline]
-unsafe fn one(lines: *const i8, stride: usize, weights: [*const i8; SIDE], steps: usize, quad: &mut Quad) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "2:",
-            "tileloadd tmm4, [{lines} + {stride}]",
-            "tileloadd tmm6, [{first} + {line}]",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{second} + {line}]",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "add {lines}, {line}",
-            "add {first}, {tile}",
-            "add {second}, {tile}",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{sums} + {line}], tmm0",
-            "tilestored [{sums} + {line} + {tile}], tmm1",
-            lines = inout(reg) lines => _,
-            stride = in(reg) stride,
-            first = inout(reg) weights[0] => _,
-            second = inout(reg) weights[1] => _,
-            steps = inout(reg) steps => _,
-            sums = in(reg) quad,
-            line = in(reg) BYTES,
-            tile = const PANEL_TILE,
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        )
-    }
+/// The products of a unit. After each step of [`TILE`] weights comes `$fetch`, and what it fetches moves on by `$advance` bytes.
+macro_rules! products {
+    ($one:ident, $two:ident, $advance:expr $(, $fetch:literal)*) => {
+        /// The sums of a tile of lines, `stride` apart, and two panels.
+        ///
+        /// # Safety
+        /// [`tiles::shape`] was called for these; there are as many lines, and steps of 64 bytes of them and of tiles of
+        /// weights.
+        #[inline]
+        unsafe fn $one(
+            lines: *const i8,
+            stride: usize,
+            weights: [*const i8; SIDE],
+            next: Next,
+            steps: usize,
+            quad: &mut Quad,
+        ) {
+            // SAFETY: the caller's promise; what is not there is not fetched.
+            unsafe {
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "2:",
+                    "tileloadd tmm4, [{lines} + {stride}]",
+                    "tileloadd tmm6, [{first} + {line}]",
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{second} + {line}]",
+                    "tdpbssd tmm1, tmm4, tmm7",
+                    $($fetch,)*
+                    "add {lines}, {line}",
+                    "add {first}, {tile}",
+                    "add {second}, {tile}",
+                    "add {first_next}, {advance}",
+                    "add {second_next}, {advance}",
+                    "dec {steps}",
+                    "jnz 2b",
+                    "tilestored [{sums} + {line}], tmm0",
+                    "tilestored [{sums} + {line} + {tile}], tmm1",
+                    lines = inout(reg) lines => _,
+                    stride = in(reg) stride,
+                    first = inout(reg) weights[0] => _,
+                    second = inout(reg) weights[1] => _,
+                    first_next = inout(reg) next[0] => _,
+                    second_next = inout(reg) next[1] => _,
+                    steps = inout(reg) steps => _,
+                    sums = in(reg) quad,
+                    line = in(reg) BYTES,
+                    tile = const PANEL_TILE,
+                    advance = const $advance,
+                    out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                )
+            }
+        }
+
+        /// The same for two tiles of lines.
+        ///
+        /// # Safety
+        /// As for one.
+        #[inline]
+        unsafe fn $two(
+            lines: [*const i8; 2],
+            stride: usize,
+            weights: [*const i8; SIDE],
+            next: Next,
+            steps: usize,
+            quad: &mut Quad,
+        ) {
+            // SAFETY: as above.
+            unsafe {
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "2:",
+                    "tileloadd tmm4, [{upper} + {stride}]",
+                    "tileloadd tmm6, [{first} + {line}]",
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{second} + {line}]",
+                    "tdpbssd tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{lower} + {stride}]",
+                    "tdpbssd tmm2, tmm5, tmm6",
+                    "tdpbssd tmm3, tmm5, tmm7",
+                    $($fetch,)*
+                    "add {upper}, {line}",
+                    "add {lower}, {line}",
+                    "add {first}, {tile}",
+                    "add {second}, {tile}",
+                    "add {first_next}, {advance}",
+                    "add {second_next}, {advance}",
+                    "dec {steps}",
+                    "jnz 2b",
+                    "tilestored [{sums} + {line}], tmm0",
+                    "tilestored [{sums} + {line} + {tile}], tmm1",
+                    "tilestored [{sums} + {line} + 2 * {tile}], tmm2",
+                    "tilestored [{sums} + {line} + 3 * {tile}], tmm3",
+                    upper = inout(reg) lines[0] => _,
+                    lower = inout(reg) lines[1] => _,
+                    stride = in(reg) stride,
+                    first = inout(reg) weights[0] => _,
+                    second = inout(reg) weights[1] => _,
+                    first_next = inout(reg) next[0] => _,
+                    second_next = inout(reg) next[1] => _,
+                    steps = inout(reg) steps => _,
+                    sums = in(reg) quad,
+                    line = in(reg) BYTES,
+                    tile = const PANEL_TILE,
+                    advance = const $advance,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                )
+            }
+        }
+    };
 }
 
-/// The same for two tiles of lines.
-///
-/// # Safety
-/// As for [`one`].
-#[inline]
-unsafe fn two(lines: [*const i8; 2], stride: usize, weights: [*const i8; SIDE], steps: usize, quad: &mut Quad) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{upper} + {stride}]",
-            "tileloadd tmm6, [{first} + {line}]",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{second} + {line}]",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{lower} + {stride}]",
-            "tdpbssd tmm2, tmm5, tmm6",
-            "tdpbssd tmm3, tmm5, tmm7",
-            "add {upper}, {line}",
-            "add {lower}, {line}",
-            "add {first}, {tile}",
-            "add {second}, {tile}",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{sums} + {line}], tmm0",
-            "tilestored [{sums} + {line} + {tile}], tmm1",
-            "tilestored [{sums} + {line} + 2 * {tile}], tmm2",
-            "tilestored [{sums} + {line} + 3 * {tile}], tmm3",
-            upper = inout(reg) lines[0] => _,
-            lower = inout(reg) lines[1] => _,
-            stride = in(reg) stride,
-            first = inout(reg) weights[0] => _,
-            second = inout(reg) weights[1] => _,
-            steps = inout(reg) steps => _,
-            sums = in(reg) quad,
-            line = in(reg) BYTES,
-            tile = const PANEL_TILE,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        )
-    }
-}
+products!(one, two, 0);
+products!(one_and_lines, two_and_lines, CACHE_LINE, "prefetcht0 [{first_next}]", "prefetcht0 [{second_next}]");
+products!(
+    one_and_all,
+    two_and_all,
+    PANEL_TILE,
+    ".irp place, 0, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960",
+    "prefetcht1 [{first_next} + \\place]",
+    "prefetcht1 [{second_next} + \\place]",
+    ".endr"
+);
