@@ -450,8 +450,12 @@ impl Target {
         let y = unsafe { std::slice::from_raw_parts_mut(self.start, count) };
         match (y.as_chunks_mut::<LANES>(), self.add) {
             // Whole panels are the rule, and their length known to the compiler.
-            (([y], []), true) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += scale * sum),
-            (([y], []), false) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = scale * sum),
+            (([y], []), true) => {
+                // Read as a whole before it is written: for the compiler, the sums may lie in it.
+                let old = *y;
+                *y = std::array::from_fn(|lane| old[lane] + scale * sums[lane]);
+            }
+            (([y], []), false) => *y = sums.map(|sum| scale * sum),
             (_, true) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y += scale * sum),
             (_, false) => y.iter_mut().zip(sums).for_each(|(y, sum)| *y = scale * sum),
         }

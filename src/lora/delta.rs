@@ -342,6 +342,54 @@ mod tests {
         }
     }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        /// Whatever its rank.
+        #[test]
+        fn beside_a_base_in_whole_numbers_an_adapter_is_too(
+            ranks in prop::collection::vec(1usize..80, 3), rows in 1usize..20, seed in any::<u64>()
+        ) {
+            let config = config(2, 1, 32, 64, 32);
+            let kernels = Kernels::for_device(&Device::Cpu);
+            let base = decoder(&config, DecoderOptions { format: Some(Format::Int8), ..options(kernels) }, seed);
+            let mut next = noise(seed);
+            let site = Site::Qkv.projections(config.family);
+            let pairs: BTreeMap<_, _> = site.iter().zip(&ranks).map(|(&projection, &rank)| {
+                let (n, k) = config.shape(projection);
+                let mut numbers = |n: usize| (0..n).map(|_| next()).collect();
+                let (a, b) = (numbers(rank * k), numbers(n * rank));
+                ((0, projection), LoraPair { rank, scale: 2.0, a, b, ..LoraPair::default() })
+            }).collect();
+            let adapter = Adapter { pairs: pairs.clone(), ..Adapter::new(Generation::new("g")) };
+            let packed = PackedAdapter::new(adapter, &base).unwrap();
+            for part in &packed.sites.get(0, Site::Qkv).unwrap().parts {
+                prop_assert_eq!(part.b.packed().format(), Format::Int8);
+            }
+            let Kernels::Packed(simd) = kernels else { unreachable!("these are a CPU's") };
+            let delta = BatchDelta::new(simd, vec![Segment { rows: 0..rows, adapter: &packed }]);
+            let (k, n) = (64, site.iter().map(|&p| config.shape(p).0).sum::<usize>());
+            let x: Vec<f32> = (0..rows * k).map(|_| next()).collect();
+            let (products, width) = delta.down(0, Site::Qkv);
+            let (mut h, mut got) = (vec![f32::NAN; rows * width], vec![0.0; rows * n]);
+            matmul::multiply(simd, &x, k, &mut [Batch { products: &products, y: &mut h, y_stride: width, add: false }]);
+            delta.up(0, Site::Qkv, &h, &mut got, rows);
+            let (mut off, mut size) = (0.0, 0.0);
+            for (x, got) in x.chunks_exact(k).zip(got.chunks_exact(n)) {
+                let mut got = got.iter();
+                for &projection in site {
+                    let LoraPair { rank, a, b, .. } = &pairs[&(0, projection)];
+                    let dot = |a: &[f32], x: &[f32]| a.iter().zip(x).map(|(a, x)| a * x).sum::<f32>();
+                    let h: Vec<f32> = a.chunks_exact(k).map(|a| dot(a, x)).collect();
+                    for (b, got) in b.chunks_exact(*rank).zip(got.by_ref()) {
+                        let want = 2.0 * dot(b, &h);
+                        (off, size) = (off + (want - got).powi(2), size + want.powi(2));
+                    }
+                }
+            }
+            prop_assert!(off <= 1e-4 * size, "off by {} of it", (off / size).sqrt());
+        }
+    }
+
     #[test]
     fn factors_are_in_the_numbers_of_the_base() {
         let config = config(1, 1, 2, 4, 4);

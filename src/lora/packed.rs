@@ -1,5 +1,6 @@
 //! An adapter laid out for the kernels, ready for a batch.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use candle_core::{Device, Tensor};
 use super::dora;
 use super::pool::{Block, Blocks, Layout, Pages, Pool};
 use super::table::{Embedding, LmHead};
-use crate::adapter::{Adapter, Generation, OwnNorm};
+use crate::adapter::{Adapter, Generation, LoraPair, OwnNorm};
 use crate::base::matmul::{Format, PackedMatrix};
 use crate::base::simd;
 use crate::base::{Decoder, DecoderOptions, Head, Kernels, Language, Module, Norm, NormSite, Site};
@@ -233,6 +234,27 @@ fn tensor(numbers: &[f32], shape: (usize, usize), base: &DecoderOptions) -> Resu
     Ok(Tensor::from_slice(numbers, shape, &Device::Cpu)?.to_dtype(base.dtype)?.to_device(&base.device)?)
 }
 
+/// A pair's factors, `[rank, in_features]` and `[out_features, rank]`, and their rank: the least that the base's format has,
+/// the ranks more being 0.
+fn widened<'a>(pair: &'a LoraPair, base: &DecoderOptions) -> ((Cow<'a, [f32]>, Cow<'a, [f32]>), usize) {
+    let rank = match (base.kernels, base.format) {
+        (Kernels::Packed(_), Some(Format::Int8)) if pair.rank > 0 => {
+            (pair.rank..).find(|&rank| Format::Int8.fits(rank))
+        }
+        _ => None,
+    };
+    let Some(rank) = rank.filter(|&rank| rank > pair.rank) else {
+        return ((Cow::from(&pair.a), Cow::from(&pair.b)), pair.rank);
+    };
+    let mut a = pair.a.clone();
+    a.resize(pair.a.len() / pair.rank * rank, 0.0);
+    let mut b = vec![0.0; pair.b.len() / pair.rank * rank];
+    b.chunks_exact_mut(rank)
+        .zip(pair.b.chunks_exact(pair.rank))
+        .for_each(|(b, own)| b[..own.len()].copy_from_slice(own));
+    ((Cow::from(a), Cow::from(b)), rank)
+}
+
 /// Where that of an adapter goes which the kernels of linear layers read.
 struct Linears<'a> {
     base: &'a DecoderOptions,
@@ -344,10 +366,11 @@ impl PackedAdapter {
                         }
                         shift =
                             pair.bias.as_ref().map(|bias| bias.iter().map(|b| pair.scale * b).collect::<Vec<f32>>());
-                        a.extend_from_slice(&pair.a);
-                        let b = linears.by_columns(&pair.b, n, pair.rank).map_err(named)?;
+                        let (factors, rank) = widened(&pair, options);
+                        a.extend_from_slice(&factors.0);
+                        let b = linears.by_columns(&factors.1, n, rank).map_err(named)?;
                         parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
-                        ranks += pair.rank;
+                        ranks += rank;
                     }
                     if let Some(own) = adapter.biases.get(&(layer, projection))
                         && let Some(served) = base.bias(layer, projection)?
