@@ -75,7 +75,7 @@ fn products(criterion: &mut Criterion) {
                     bench.iter(|| {
                         let products = std::slice::from_ref(&product);
                         let batch = Batch { products, y: &mut y, y_stride: n, add: false };
-                        matmul::multiply(simd, black_box(x), k, &mut [batch]);
+                        matmul::multiply(simd, black_box(x), k, batch);
                     });
                 });
             }
@@ -189,8 +189,14 @@ fn deltas(criterion: &mut Criterion) {
                                 h.resize(ROWS * width, 0.0);
                                 if width > 0 {
                                     let batch = Batch { products: &products, y: &mut h, y_stride: width, add: false };
-                                    matmul::multiply(simd, black_box(x), x.len() / ROWS, &mut [batch]);
-                                    delta.up(0, site, &h, y, ROWS);
+                                    matmul::multiply(simd, black_box(x), x.len() / ROWS, batch);
+                                    let (products, y_stride) = (delta.up(0, site), y.len() / ROWS);
+                                    matmul::multiply(
+                                        simd,
+                                        &h,
+                                        width,
+                                        Batch { products: &products, y: &mut y[..], y_stride, add: true },
+                                    );
                                 }
                             }
                         });

@@ -19,12 +19,15 @@ use crate::{Error, Result};
 
 /// What the adapters of some rows change. Rows that no adapter changes keep the base's result.
 pub trait Delta {
-    /// Products of a fused layer's input that the delta begins with, and the width of their rows: they are computed together
-    /// with those of the base's weights.
+    /// Products of a fused layer's input that the delta begins with, and the width of their rows.
     fn down(&self, layer: usize, site: Site) -> (Vec<Product<'_>>, usize);
-    /// Adds the delta to `y`, `[rows, out_features]`, given `h`, what came of [`Delta::down`]. `y` holds the product with the
-    /// base's weights; the base's bias, if there is one, is added afterwards.
-    fn up(&self, layer: usize, site: Site, h: &[f32], y: &mut [f32], rows: usize);
+    /// Products of what came of [`Delta::down`], to be added to the layer's outputs.
+    fn up(&self, layer: usize, site: Site) -> Vec<Product<'_>>;
+    /// Whether [`Delta::finish`] changes anything.
+    fn finishes(&self, layer: usize, site: Site) -> bool;
+    /// Changes the outputs `y`, `[rows, out_features]`, when both are in them; the base's bias, if there is one, is added
+    /// afterwards.
+    fn finish(&self, layer: usize, site: Site, y: &mut [f32], rows: usize);
     /// `y += delta(x)` for tensors on a device: `x` is `[rows, in_features]`, `y` is `[rows, out_features]`.
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor>;
 
@@ -580,7 +583,7 @@ impl Decoder {
             let post = layer.attention_post_norm.as_ref().map(|base| norm(base, NormSite::AttentionPost(l)));
             let h = self.post_norm(h, post)?;
             let h = self.add_and_norm(&mut x, Some(h), &norm(&layer.mlp_norm, NormSite::Mlp(l)))?;
-            let up = self.activate(self.linear(&layer.gate_up, l, Site::GateUp, &h, delta)?)?;
+            let up = self.gate_up(&layer.gate_up, l, &h, delta)?;
             if self.config.family.norms_stream() {
                 x = h;
             }
@@ -626,7 +629,7 @@ impl Decoder {
                 let product = |rows| Product { matrix: &parts[0], rows, x_column: 0, y_column: 0, scale: 1.0 };
                 let products: Vec<_> = base.into_iter().map(product).collect();
                 let batch = Batch { products: &products, y: &mut y, y_stride: width, add: false };
-                matmul::multiply(simd, hidden, k, &mut [batch]);
+                matmul::multiply(simd, hidden, k, batch);
                 delta.logits(hidden, &mut y, rows);
                 if let Some(cap) = cap {
                     simd::softcap(simd, &mut y, cap as f32);
@@ -688,18 +691,10 @@ impl Decoder {
             (Matrices::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd)) => {
                 let (rows, n) = (x.len() / k, parts.iter().map(PackedMatrix::n).sum());
                 let mut y = Buffer::new(rows * n);
-                let mut y_column = 0;
-                let mut products = Vec::with_capacity(parts.len());
-                for matrix in parts {
-                    products.push(Product { matrix, rows: 0..rows, x_column: 0, y_column, scale: 1.0 });
-                    y_column += matrix.n();
-                }
-                let (down, width) = delta.down(layer, site);
-                let mut h = Buffer::new(rows * width);
-                let of_base = Batch { products: &products, y: &mut y, y_stride: n, add: false };
-                let of_delta = Batch { products: &down, y: &mut h, y_stride: width, add: false };
-                matmul::multiply(simd, x, *k, &mut [of_base, of_delta]);
-                delta.up(layer, site, &h, &mut y, rows);
+                let ((down, width), up) = (delta.down(layer, site), delta.up(layer, site));
+                let products = matmul::Layer { k: *k, matrices: parts, down: &down, width, up: &up };
+                products.multiply(simd, x, &mut y, None);
+                delta.finish(layer, site, &mut y, rows);
                 if let Some(Vector::Host(bias)) = &linear.bias {
                     y.chunks_exact_mut(n).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
                 }
@@ -713,6 +708,26 @@ impl Decoder {
                 Ok(Rows::Device(y))
             }
             _ => unreachable!("rows are where the weights are"),
+        }
+    }
+
+    /// The activated outputs of the layer of that name; of [`Site::GateUp`], in a family without a gate.
+    fn gate_up(&self, linear: &Linear, layer: usize, x: &Rows, delta: &dyn Delta) -> Result<Rows> {
+        let (site, activation) = (Site::GateUp, self.config.architecture.activation);
+        match (&linear.matrices, x, self.options.kernels) {
+            // Outputs that nothing else changes before they are activated need not be written to memory.
+            (Matrices::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd))
+                if self.config.family.is_gated() && linear.bias.is_none() && !delta.finishes(layer, site) =>
+            {
+                let width = self.config.intermediate_size;
+                let mut y = Buffer::new(x.len() / k * width);
+                let ((down, h_width), up) = (delta.down(layer, site), delta.up(layer, site));
+                let products = matmul::Layer { k: *k, matrices: parts, down: &down, width: h_width, up: &up };
+                let gate = |first: &[f32], up: &[f32], out: &mut [f32]| gate(simd, activation, first, up, out);
+                products.multiply(simd, x, &mut y, Some(&gate));
+                Ok(Rows::Host { data: y, width })
+            }
+            _ => self.activate(self.linear(linear, layer, site, x, delta)?),
         }
     }
 
@@ -789,12 +804,9 @@ impl Decoder {
                 let mut out = Buffer::new(data.len() / from * width);
                 parallel::chunks(&mut out, width, |row, out| {
                     let (first, up) = data[row * from..][..from].split_at(width);
-                    match activation {
-                        Activation::Silu if gated => simd::silu_mul(simd, first, up, out),
-                        _ => {
-                            simd::activate(simd, activation, first, out);
-                            out.iter_mut().zip(up).for_each(|(o, up)| *o *= up);
-                        }
+                    match gated {
+                        true => gate(simd, activation, first, up, out),
+                        false => simd::activate(simd, activation, first, out),
                     }
                 });
                 Ok(Rows::Host { data: out, width })
@@ -863,6 +875,17 @@ impl Rows {
                 let index = Tensor::new(index, t.device())?;
                 Ok(Rows::Device(t.index_select(&index, 0)?))
             }
+        }
+    }
+}
+
+/// `activation(first) * up`.
+fn gate(simd: Simd, activation: Activation, first: &[f32], up: &[f32], out: &mut [f32]) {
+    match activation {
+        Activation::Silu => simd::silu_mul(simd, first, up, out),
+        _ => {
+            simd::activate(simd, activation, first, out);
+            out.iter_mut().zip(up).for_each(|(o, up)| *o *= up);
         }
     }
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::base::buffer::Buffer;
 use crate::base::int8::{self, Rounded};
 use crate::base::parallel;
 use crate::base::simd::{self, GROUP, Group, LANES, Rows, Simd, Target};
@@ -146,6 +147,19 @@ impl PackedMatrix {
         PackedMatrix { n, k, format, data }
     }
 
+    /// Packs `rows` as [`Format::Int8`], in [`tiled`]'s numbers where products are quickest in these.
+    ///
+    /// # Panics
+    /// As [`Self::pack`].
+    pub fn pack_int8(rows: &[f32], n: usize, k: usize) -> Self {
+        if !(tiled::is_there() && tiled::fits(k)) {
+            return Self::pack(rows, n, k, Format::Int8);
+        }
+        assert_eq!(rows.len(), n * k);
+        let weights = tiled::Weights::round(n, k, |row, i| rows[row * k + i]);
+        PackedMatrix { n, k, format: Format::Int8, data: Data::Tiled(weights) }
+    }
+
     /// Packs `rows` in the narrowest of f32, bf16 and f16 that keeps every number: an adapter that was saved in bf16
     /// takes half the memory and bandwidth.
     pub fn pack_exactly(rows: &[f32], n: usize, k: usize) -> Self {
@@ -176,12 +190,8 @@ impl PackedMatrix {
             (Some(Format::Int8), Stored::Ggml(dtype)) if let Some(blocks) = Blocks::new(&raw.bytes, n, k, dtype) => {
                 Ok(blocks.pack_whole(tiled::is_there()))
             }
-            (Some(Format::Int8), _) if tiled::is_there() && tiled::fits(k) => {
-                let rows = raw.to_f32()?;
-                let weights = tiled::Weights::round(n, k, |row, i| rows[row * k + i]);
-                Ok(PackedMatrix { n, k, format: Format::Int8, data: Data::Tiled(weights) })
-            }
             (Some(f), _) if !f.fits(k) => Ok(Self::pack(&raw.to_f32()?, n, k, Format::Bf16)),
+            (Some(Format::Int8), _) => Ok(Self::pack_int8(&raw.to_f32()?, n, k)),
             (Some(f), _) => Ok(Self::pack(&raw.to_f32()?, n, k, f)),
             (None, Stored::F32) => Ok(Self::pack(&raw.to_f32()?, n, k, Format::F32)),
             (None, Stored::Bf16) => Ok(Self::pack(&raw.to_f32()?, n, k, Format::Bf16)),
@@ -588,6 +598,100 @@ enum Input<'a> {
     Planes(&'a Planes, usize),
 }
 
+impl<'a> Input<'a> {
+    /// What a product reads from its row `first` on.
+    fn of(product: &Product, x: &'a [f32], x_stride: usize, place: Option<&'a (usize, Whole)>, first: usize) -> Self {
+        let row = product.rows.start + first;
+        match place {
+            Some((start, Whole::Groups(rows))) => Input::Rounded(rows, row - start),
+            Some((start, Whole::Planes(rows))) => Input::Planes(rows, row - start),
+            None => Input::Plain(Rows { data: &x[row * x_stride + product.x_column..], stride: x_stride }),
+        }
+    }
+}
+
+/// Panels of matrices, and which of these are one task: several of small matrices, a part of a large one's.
+struct Plan {
+    // In small numbers: the allocator is quickest with what is below a kilobyte.
+    parts: Vec<(u32, Range<u32>)>,
+    tasks: Vec<Range<u32>>,
+    /// Multiply-adds, and as many as what else it costs.
+    total: usize,
+}
+
+impl Plan {
+    /// Multiply-adds worth handing to another thread.
+    const GRAIN: usize = 1 << 16;
+
+    /// What a panel costs.
+    fn of_panel(product: &Product) -> usize {
+        /// As many as take the time that a panel takes however small it is.
+        const PER_PANEL: usize = 1 << 10;
+        /// As many as take the time that a weight takes to come from memory.
+        const PER_WEIGHT: usize = 8;
+        (product.rows.len() + PER_WEIGHT) * LANES * product.matrix.k + PER_PANEL
+    }
+
+    /// For so many panels of each matrix, and what one costs. The tasks of a thread's share become smaller towards its end, so
+    /// that no thread has a long one left when the others are done.
+    fn new(matrices: impl ExactSizeIterator<Item = (usize, usize)> + Clone) -> Self {
+        /// Tasks of a thread's share of the largest products, and a few more.
+        const MOST: usize = 24;
+        let threads = parallel::threads();
+        let total: usize = matrices.clone().map(|(panels, per_panel)| panels * per_panel).sum();
+        let mut parts: Vec<(u32, Range<u32>)> = Vec::with_capacity(matrices.len() + MOST * threads);
+        let (mut tasks, mut left, mut of_task): (Vec<Range<u32>>, _, _) =
+            (Vec::with_capacity(MOST * threads), total, 0);
+        for (i, (panels, per_panel)) in matrices.enumerate() {
+            let mut start = 0;
+            while start < panels {
+                if of_task == 0 {
+                    tasks.push(parts.len() as u32..0);
+                    let done = total - left;
+                    let end_of_share = (done * threads / total + 1) * total / threads;
+                    of_task = ((end_of_share - done) / 3).max(Self::GRAIN);
+                }
+                let end = panels.min(start + (of_task / per_panel).max(1).next_multiple_of(4));
+                let taken = per_panel * (end - start);
+                (left, of_task) = (left - taken, of_task.saturating_sub(taken));
+                parts.push((i as u32, start as u32..end as u32));
+                tasks.last_mut().expect("one was begun").end = parts.len() as u32;
+                start = end;
+            }
+        }
+        Plan { parts, tasks, total }
+    }
+
+    /// Calls `run(matrix, panels)` for all parts, on all threads where that is worth it.
+    fn run(&self, run: impl Fn(usize, Range<usize>) + Sync) {
+        let run = |(i, panels): &(u32, Range<u32>)| run(*i as usize, panels.start as usize..panels.end as usize);
+        if self.total < 2 * Self::GRAIN {
+            self.parts.iter().for_each(run);
+        } else {
+            parallel::run(self.tasks.len(), |i| {
+                let Range { start, end } = self.tasks[i];
+                self.parts[start as usize..end as usize].iter().for_each(run)
+            });
+        }
+    }
+}
+
+/// # Panics
+/// If a product lies outside `x` or `y`, rows of so many numbers, or they are not in ascending order of rows and, for the same
+/// rows, of columns, without overlap.
+fn check(products: &[Product], (x, x_stride): (usize, usize), (y, y_stride): (usize, usize)) {
+    let mut last: Option<&Product> = None;
+    for p in products {
+        assert!(p.rows.end * x_stride <= x && p.x_column + p.matrix.k <= x_stride);
+        assert!(p.rows.end * y_stride <= y && p.y_column + p.matrix.n <= y_stride);
+        assert!(last.is_none_or(|q| match q.rows == p.rows {
+            true => q.y_column + q.matrix.n <= p.y_column,
+            false => q.rows.end <= p.rows.start,
+        }));
+        last = Some(p);
+    }
+}
+
 /// Products of rows of one input, and where they go: rows of `y_stride` numbers.
 pub struct Batch<'a> {
     pub products: &'a [Product<'a>],
@@ -597,89 +701,192 @@ pub struct Batch<'a> {
     pub add: bool,
 }
 
-/// `y[rows, columns] += scale * x[rows, ..k] Wᵀ`, or `=`, for each product of each batch, all in one parallel region. `x` has
+/// `y[rows, columns] += scale * x[rows, ..k] Wᵀ`, or `=`, for each product of a batch, all in one parallel region. `x` has
 /// rows of `x_stride` numbers.
 ///
 /// # Panics
-/// If a product lies outside `x` or its `y`, or those of a batch are not in ascending order of rows and, for the same rows, of
-/// columns, without overlap.
-pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batches: &mut [Batch]) {
-    /// Multiply-adds worth handing to another thread.
-    const GRAIN: usize = 1 << 16;
-    /// As many as take the time that a panel takes however small it is.
-    const PER_PANEL: usize = 1 << 10;
-    /// As many as take the time that a weight takes to come from memory.
-    const PER_WEIGHT: usize = 8;
-    /// Tasks of a thread's share of the largest products, and a few more.
-    const MOST: usize = 24;
-    let mut products = Vec::with_capacity(batches.iter().map(|batch| batch.products.len()).sum());
-    for Batch { products: of_batch, y, y_stride, add } in batches {
-        let mut last: Option<&Product> = None;
-        for p in *of_batch {
-            assert!(p.rows.end * x_stride <= x.len() && p.x_column + p.matrix.k <= x_stride);
-            assert!(p.rows.end * *y_stride <= y.len() && p.y_column + p.matrix.n <= *y_stride);
-            assert!(last.is_none_or(|q| match q.rows == p.rows {
-                true => q.y_column + q.matrix.n <= p.y_column,
-                false => q.rows.end <= p.rows.start,
-            }));
-            last = Some(p);
-            products.push((p, Target { start: y.as_mut_ptr(), stride: *y_stride, add: *add }));
-        }
-    }
-    let (places, rounded) = round(simd, products.iter().map(|(p, _)| *p), x, x_stride);
-    // Multiply-adds of a panel, and as many as what else it costs.
-    let per_panel = |p: &Product| (p.rows.len() + PER_WEIGHT) * LANES * p.matrix.k + PER_PANEL;
-    let total: usize = products.iter().map(|(p, _)| per_panel(p) * p.matrix.panels()).sum();
-    // Panels of products, and which of these are one task: several of small products, a part of a large one's. The tasks of a
-    // thread's share become smaller towards its end, so that no thread has a long one left when the others are done.
-    let threads = parallel::threads();
-    // In small numbers: the allocator is quickest with what is below a kilobyte.
-    let mut parts: Vec<(u32, Range<u32>)> = Vec::with_capacity(products.len() + MOST * threads);
-    let (mut tasks, mut left, mut of_task): (Vec<Range<u32>>, _, _) = (Vec::with_capacity(MOST * threads), total, 0);
-    for (i, (p, _)) in products.iter().enumerate() {
-        let (per_panel, panels) = (per_panel(p), p.matrix.panels());
-        let mut start = 0;
-        while start < panels {
-            if of_task == 0 {
-                tasks.push(parts.len() as u32..0);
-                let done = total - left;
-                let end_of_share = (done * threads / total + 1) * total / threads;
-                of_task = ((end_of_share - done) / 3).max(GRAIN);
-            }
-            let end = panels.min(start + (of_task / per_panel).max(1).next_multiple_of(4));
-            let taken = per_panel * (end - start);
-            (left, of_task) = (left - taken, of_task.saturating_sub(taken));
-            parts.push((i as u32, start as u32..end as u32));
-            tasks.last_mut().expect("one was begun").end = parts.len() as u32;
-            start = end;
-        }
-    }
-    let run = |(i, panels): &(u32, Range<u32>)| {
-        let (i, panels) = (*i as usize, panels.start as usize..panels.end as usize);
+/// If a product lies outside `x` or `y`, or they are not in ascending order of rows and, for the same rows, of columns, without
+/// overlap.
+pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batch: Batch) {
+    check(batch.products, (x.len(), x_stride), (batch.y.len(), batch.y_stride));
+    let (places, rounded) = round(simd, batch.products.iter(), x, x_stride);
+    multiply_rounded(simd, (x, x_stride), &mut [batch], &places, &rounded);
+}
+
+/// [`multiply`] of what was checked and rounded: of each product, where its rows are.
+fn multiply_rounded(
+    simd: Simd,
+    (x, x_stride): (&[f32], usize),
+    batches: &mut [Batch],
+    places: &[Option<usize>],
+    rounded: &[(usize, Whole)],
+) {
+    let targets = batches.iter_mut().flat_map(|batch| {
+        let target = Target { start: batch.y.as_mut_ptr(), stride: batch.y_stride, add: batch.add };
+        batch.products.iter().map(move |p| (p, target))
+    });
+    let products: Vec<(&Product, Target)> = targets.collect();
+    Plan::new(products.iter().map(|(p, _)| (p.matrix.panels(), Plan::of_panel(p)))).run(|i, panels| {
         let (p, y) = products[i];
-        let (x, m) = (&x[p.rows.start * x_stride + p.x_column..], p.rows.len());
-        let x = match places[i] {
-            Some(place) => {
-                let (first, rows) = &rounded[place];
-                match rows {
-                    Whole::Groups(rows) => Input::Rounded(rows, p.rows.start - first),
-                    Whole::Planes(rows) => Input::Planes(rows, p.rows.start - first),
-                }
-            }
-            None => Input::Plain(Rows { data: x, stride: x_stride }),
-        };
-        // SAFETY: the asserts above keep the elements inside `y`; panels of one product are disjoint, and so are products.
+        let x = Input::of(p, x, x_stride, places[i].map(|place| &rounded[place]), 0);
+        // SAFETY: what was checked keeps the elements inside `y`; panels of one product are disjoint, and so are products.
         unsafe {
             let y = y.at(p.rows.start, p.y_column + panels.start * LANES);
-            p.matrix.multiply_panels(simd, panels, m, x, p.scale, y);
+            p.matrix.multiply_panels(simd, panels, p.rows.len(), x, p.scale, y);
         }
-    };
-    if total < 2 * GRAIN {
-        parts.iter().for_each(run);
-    } else {
-        parallel::run(tasks.len(), |i| {
-            let Range { start, end } = tasks[i];
-            parts[start as usize..end as usize].iter().for_each(run)
+    });
+}
+
+/// A layer's products: of its input with matrices whose outputs lie side by side, and with the factors of adapters.
+pub struct Layer<'a> {
+    /// Input features of a row.
+    pub k: usize,
+    pub matrices: &'a [PackedMatrix],
+    /// Products of the input, rows of `width` numbers, and of what they give, which are added to the outputs. The outputs of each
+    /// of `up` are those of a matrix.
+    pub down: &'a [Product<'a>],
+    pub width: usize,
+    pub up: &'a [Product<'a>],
+}
+
+/// What a layer's products read.
+struct Read<'a> {
+    /// `[rows, k]`.
+    x: &'a [f32],
+    /// The products with the layer's own matrices.
+    base: &'a [Product<'a>],
+    /// Of these, then of those that the adapters begin with: where their rows are.
+    places: &'a [Option<usize>],
+    rounded: &'a [(usize, Whole)],
+}
+
+/// `gate(first, second, out)`, number by number.
+pub type Gate<'a> = &'a (dyn Fn(&[f32], &[f32], &mut [f32]) + Sync);
+
+impl Layer<'_> {
+    /// Outputs.
+    fn n(&self) -> usize {
+        self.matrices.iter().map(PackedMatrix::n).sum()
+    }
+
+    /// The outputs of `x`, `[rows, k]`, to `y`: `[rows, n]` for all `n` outputs, or with a gate `[rows, n / 2]`, what it makes of
+    /// those of the first matrix and the second.
+    ///
+    /// # Panics
+    /// If there are not such matrices, rows or products.
+    pub fn multiply(&self, simd: Simd, x: &[f32], y: &mut [f32], gate: Option<Gate>) {
+        /// Of fewer rows, all outputs stay in a near cache.
+        const FEW_ROWS: usize = 64;
+        /// For fewer rows of an adapter it counts more to read its factors in their order than where the outputs are.
+        const FEW_ROWS_OF_ADAPTER: usize = 16;
+        let &Layer { k, matrices, down, width, up } = self;
+        let (rows, n) = (x.len() / k, self.n());
+        let mut base: Vec<Product> = Vec::with_capacity(matrices.len());
+        for matrix in matrices {
+            let y_column = base.last().map_or(0, |last| last.y_column + last.matrix.n);
+            base.push(Product { matrix, rows: 0..rows, x_column: 0, y_column, scale: 1.0 });
+        }
+        check(&base, (x.len(), k), (rows * n, n));
+        check(down, (x.len(), k), (rows * width, width));
+        check(up, (rows * width, width), (rows * n, n));
+        match gate {
+            None => assert_eq!(y.len(), rows * n),
+            Some(_) => assert!(matches!(matrices, [a, b] if a.n == b.n) && y.len() == rows * n / 2),
+        }
+        let (places, rounded) = round(simd, base.iter().chain(down), x, k);
+        let read = Read { x, base: &base, places: &places, rounded: &rounded };
+        let of_adapters = up.iter().map(|p| p.rows.len()).sum::<usize>();
+        match rows < FEW_ROWS || of_adapters < FEW_ROWS_OF_ADAPTER * up.len() {
+            true => self.apart(simd, &read, y, gate),
+            false => self.together(simd, &read, y, gate),
+        }
+    }
+
+    /// The base's products with those that the adapters begin with; then the other ones of these; then the gate. Each matrix is
+    /// read from front to back.
+    fn apart(&self, simd: Simd, &Read { x, base, places, rounded }: &Read, y: &mut [f32], gate: Option<Gate>) {
+        let (rows, n) = (x.len() / self.k, self.n());
+        let mut h = Buffer::new(rows * self.width);
+        let mut to_gate = Buffer::new(if gate.is_some() { rows * n } else { 0 });
+        let outputs = if gate.is_some() { &mut to_gate[..] } else { &mut *y };
+        let of_base = Batch { products: base, y: outputs, y_stride: n, add: false };
+        let of_down = Batch { products: self.down, y: &mut h, y_stride: self.width, add: false };
+        multiply_rounded(simd, (x, self.k), &mut [of_base, of_down], places, rounded);
+        multiply(simd, &h, self.width, Batch { products: self.up, y: outputs, y_stride: n, add: true });
+        if let Some(gate) = gate {
+            parallel::chunks(y, n / 2, |row, out| {
+                let (first, second) = to_gate[row * n..][..n].split_at(n / 2);
+                gate(first, second, out);
+            });
+        }
+    }
+
+    /// The products that the adapters begin with; then all that concerns some outputs as one task, which finds in a near cache
+    /// what it wrote before.
+    fn together(&self, simd: Simd, &Read { x, base, places, rounded }: &Read, y: &mut [f32], gate: Option<Gate>) {
+        /// Rows whose outputs of both matrices stay in a near cache.
+        const NEAR_ROWS: usize = 256;
+        let &Layer { k, down, width, up, .. } = self;
+        let (rows, n) = (x.len() / k, self.n());
+        let (places, of_down) = places.split_at(base.len());
+        let mut h = Buffer::new(rows * width);
+        let batch = Batch { products: down, y: &mut h, y_stride: width, add: false };
+        multiply_rounded(simd, (x, k), &mut [batch], of_down, rounded);
+        let (of_up, rounded_h) = round(simd, up.iter(), &h, width);
+        // Of each matrix.
+        let is_of = |up: &Product, base: &Product| (up.y_column, up.matrix.n) == (base.y_column, base.matrix.n);
+        let adds: Vec<Vec<usize>> =
+            base.iter().map(|base| (0..up.len()).filter(|&i| is_of(&up[i], base)).collect()).collect();
+        assert!(adds.iter().map(Vec::len).sum::<usize>() == up.len());
+
+        // The outputs of a matrix's panels for some rows; `y` begins with them.
+        // SAFETY: as for `multiply_panels`.
+        let outputs = |i: usize, panels: Range<usize>, rows: Range<usize>, y: Target| unsafe {
+            let input = Input::of(&base[i], x, k, places[i].map(|place| &rounded[place]), rows.start);
+            base[i].matrix.multiply_panels(simd, panels.clone(), rows.len(), input, 1.0, y);
+            for &i in &adds[i] {
+                let p = &up[i];
+                let own = p.rows.start.max(rows.start)..p.rows.end.min(rows.end);
+                if !own.is_empty() {
+                    let place = of_up[i].map(|place| &rounded_h[place]);
+                    let input = Input::of(p, &h, width, place, own.start - p.rows.start);
+                    let y = Target { add: true, ..y.at(own.start - rows.start, 0) };
+                    p.matrix.multiply_panels(simd, panels.clone(), own.len(), input, p.scale, y);
+                }
+            }
+        };
+        let of_panel =
+            |i: usize| Plan::of_panel(&base[i]) + adds[i].iter().map(|&i| Plan::of_panel(&up[i])).sum::<usize>();
+        let Some(gate) = gate else {
+            let y = Target { start: y.as_mut_ptr(), stride: n, add: false };
+            let matrices = base.iter().enumerate().map(|(i, p)| (p.matrix.panels(), of_panel(i)));
+            Plan::new(matrices).run(|i, panels| {
+                // SAFETY: the outputs lie inside `y`, and those of panels are disjoint.
+                unsafe { outputs(i, panels.clone(), 0..rows, y.at(0, base[i].y_column + panels.start * LANES)) }
+            });
+            return;
+        };
+        let half = n / 2;
+        let y = Target { start: y.as_mut_ptr(), stride: half, add: false };
+        let near = rows.div_ceil(rows.div_ceil(NEAR_ROWS).max(1)).max(1);
+        Plan::new(std::iter::once((base[0].matrix.panels(), of_panel(0) + of_panel(1)))).run(|_, panels| {
+            let (column, width) = (panels.start * LANES, panels.len() * LANES);
+            let count = width.min(half - column);
+            let mut both = Buffer::new(near * 2 * width);
+            for start in (0..rows).step_by(near) {
+                let of_block = start..rows.min(start + near);
+                let target = Target { start: both.as_mut_ptr(), stride: 2 * width, add: false };
+                for side in [0, 1] {
+                    // SAFETY: `both` has room for so many rows of both.
+                    unsafe { outputs(side, panels.clone(), of_block.clone(), target.at(0, side * width)) };
+                }
+                for (row, both) in of_block.zip(both.chunks_exact(2 * width)) {
+                    let (first, second) = both.split_at(width);
+                    // SAFETY: these outputs lie inside `y`, and are this task's alone.
+                    let out = unsafe { std::slice::from_raw_parts_mut(y.at(row, column).start, count) };
+                    gate(&first[..count], &second[..count], out);
+                }
+            }
         });
     }
 }
@@ -728,11 +935,11 @@ mod tests {
                 let product = |rows| [Product { matrix: &matrix, rows, x_column: 0, y_column: 1, scale: 2.0 }];
                 for simd in Simd::all() {
                     let mut y = vec![1.0; m * (n + 2)];
-                    multiply(simd, &x, k, &mut [Batch { products: &product(0..m), y: &mut y, y_stride: n + 2, add: true }]);
+                    multiply(simd, &x, k, Batch { products: &product(0..m), y: &mut y, y_stride: n + 2, add: true });
                     for r in 0..m {
                         let mut alone = vec![1.0; n + 2];
                         let batch = Batch { products: &product(0..1), y: &mut alone, y_stride: n + 2, add: true };
-                        multiply(simd, &x[r * k..][..k], k, &mut [batch]);
+                        multiply(simd, &x[r * k..][..k], k, batch);
                         prop_assert_eq!(&alone[..], &y[r * (n + 2)..][..n + 2]);
                         prop_assert_eq!((alone[0], alone[n + 1]), (1.0, 1.0));
                         for j in 0..n {
@@ -743,6 +950,68 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        /// Bit by bit, and with a gate as well.
+        #[test]
+        fn a_layer_equals_its_products_one_after_the_other(
+            rows in prop_oneof![1usize..40, 250usize..600], (n, groups) in (1usize..150, 1usize..4),
+            // Rows without an adapter before each adapter's, its rows, its ranks for both matrices.
+            adapters in prop::collection::vec((0usize..4, 1usize..300, 0usize..3, 1usize..3), 0..5),
+            format in prop::sample::select(vec![Format::F32, Format::Q4, Format::Int8]),
+            (like_base, seed) in any::<(bool, u64)>(),
+        ) {
+            let (mut next, k) = (numbers(seed), 64 * groups);
+            let mut pack = |n: usize, k: usize| {
+                let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();
+                match format {
+                    Format::Int8 if like_base => PackedMatrix::pack_int8(&weights, n, k),
+                    format if format.fits(k) => PackedMatrix::pack(&weights, n, k, format),
+                    _ => PackedMatrix::pack(&weights, n, k, Format::Bf16),
+                }
+            };
+            let matrices = [pack(n, k), pack(n, k)];
+            let (mut first, mut own) = (0, vec![]);
+            for &(gap, count, one, other) in &adapters {
+                let range = (first + gap).min(rows)..(first + gap + count).min(rows);
+                first = range.end;
+                let ranks = [16 * one, 16 * other];
+                let b: Vec<_> = ranks.iter().map(|&rank| (rank > 0).then(|| pack(n, rank))).collect();
+                own.push((range, pack(ranks[0] + ranks[1], k), b, ranks));
+            }
+            own.retain(|(range, ..)| !range.is_empty());
+            let width = own.iter().map(|(_, a, ..)| a.n()).max().unwrap_or(0);
+            let of = |matrix, rows: &Range<usize>, x_column, y_column| {
+                Product { matrix, rows: rows.clone(), x_column, y_column, scale: 1.5 }
+            };
+            let down: Vec<_> = own.iter().map(|(rows, a, ..)| of(a, rows, 0, 0)).collect();
+            let up: Vec<_> = own.iter().flat_map(|(rows, _, b, ranks)| {
+                let places = b.iter().zip([(0, 0), (ranks[0], n)]);
+                places.filter_map(move |(b, (x, y))| Some(of(b.as_ref()?, rows, x, y)))
+            }).collect();
+            let x: Vec<f32> = (0..rows * k).map(|_| next()).collect();
+            let layer = Layer { k, matrices: &matrices, down: &down, width, up: &up };
+            let gate = |first: &[f32], second: &[f32], out: &mut [f32]| {
+                out.iter_mut().zip(first.iter().zip(second)).for_each(|(out, (a, b))| *out = a.max(0.0) * b);
+            };
+            for simd in Simd::all() {
+                let (mut want, mut h) = (vec![f32::NAN; rows * 2 * n], vec![0.0; rows * width]);
+                let base = [0, 1].map(|i| Product { scale: 1.0, ..of(&matrices[i], &(0..rows), 0, i * n) });
+                multiply(simd, &x, k, Batch { products: &base, y: &mut want, y_stride: 2 * n, add: false });
+                multiply(simd, &x, k, Batch { products: &down, y: &mut h, y_stride: width, add: false });
+                multiply(simd, &h, width, Batch { products: &up, y: &mut want, y_stride: 2 * n, add: true });
+                let mut got = vec![f32::NAN; rows * 2 * n];
+                layer.multiply(simd, &x, &mut got, None);
+                prop_assert!(got == want, "{simd:?}");
+                let mut gated = vec![f32::NAN; rows * n];
+                layer.multiply(simd, &x, &mut gated, Some(&gate));
+                let mut of_all = vec![f32::NAN; rows * n];
+                of_all.chunks_exact_mut(n).zip(want.chunks_exact(2 * n)).for_each(|(out, both)| gate(&both[..n], &both[n..], out));
+                prop_assert!(gated == of_all, "{simd:?} with a gate");
             }
         }
     }
@@ -779,14 +1048,9 @@ mod tests {
             let plain = PackedMatrix::pack(&want, n, k, Format::F32);
             for simd in Simd::all() {
                 let (mut got, mut same) = (vec![0.0; m * n], vec![0.0; m * n]);
-                let both = (product(&packed), product(&plain));
-                let packed = Batch { products: &both.0, y: &mut got, y_stride: n, add: false };
-                multiply(
-                    simd,
-                    &x,
-                    k,
-                    &mut [packed, Batch { products: &both.1, y: &mut same, y_stride: n, add: false }],
-                );
+                for (matrix, y) in [(&packed, &mut got), (&plain, &mut same)] {
+                    multiply(simd, &x, k, Batch { products: &product(matrix), y, y_stride: n, add: false });
+                }
                 assert_eq!(got, same, "{dtype:?} by {simd:?}");
             }
             // In whole numbers: the same, and those with few scales, which a code's half may part from them.
@@ -805,7 +1069,7 @@ mod tests {
                     .into_iter()
                     .map(|simd| {
                         let mut y = vec![0.0; m * n];
-                        multiply(simd, &x, k, &mut [Batch { products: &product, y: &mut y, y_stride: n, add: false }]);
+                        multiply(simd, &x, k, Batch { products: &product, y: &mut y, y_stride: n, add: false });
                         y
                     })
                     .collect();

@@ -1,6 +1,5 @@
 //! The delta of a step: rows grouped by adapter, each group's through its own factors.
 
-use std::cell::RefCell;
 use std::ops::Range;
 #[cfg(feature = "cuda")]
 use std::sync::OnceLock;
@@ -15,7 +14,7 @@ use super::table::{self, Embedding, LmHead, finish};
 #[cfg(feature = "cuda")]
 use super::tiles::StepTiles;
 use crate::Result;
-use crate::base::matmul::{self, Batch, Product};
+use crate::base::matmul::Product;
 use crate::base::simd::{self, Simd};
 use crate::base::{Delta, Norm, NormSite, Site};
 #[cfg(feature = "cuda")]
@@ -32,14 +31,12 @@ pub struct Segment<'a> {
 /// `y += scale * (x Aᵀ) Bᵀ` (arXiv 2106.09685) for every segment, and what else its adapter changes; rows of no segment
 /// keep the base's result.
 ///
-/// The A factors of all segments share the parallel region of the base's weights, the B factors have one: the cost of many
-/// adapters in a step is that of reading their factors, not of starting work for each.
+/// The A factors of all segments share a parallel region, and so do the B factors: the cost of many adapters in a step is that
+/// of reading their factors, not of starting work for each.
 pub struct BatchDelta<'a> {
     simd: Simd,
     /// In ascending order of rows.
     segments: Vec<Segment<'a>>,
-    /// Those of [`Delta::up`], here for its memory.
-    products: RefCell<Vec<Product<'a>>>,
     #[cfg(feature = "cuda")]
     on_gpu: OnceLock<(StepTiles, GpuMemory)>,
 }
@@ -51,7 +48,6 @@ impl<'a> BatchDelta<'a> {
         BatchDelta {
             simd,
             segments,
-            products: RefCell::default(),
             #[cfg(feature = "cuda")]
             on_gpu: OnceLock::new(),
         }
@@ -111,22 +107,26 @@ impl<'a> Delta for BatchDelta<'a> {
         (products, width)
     }
 
-    fn up(&self, layer: usize, place: Site, h: &[f32], y: &mut [f32], rows: usize) {
+    fn up(&self, layer: usize, place: Site) -> Vec<Product<'_>> {
         let sites = self.sites(layer, place);
-        let (width, y_stride) = (h.len() / rows, y.len() / rows);
-        let mut products = self.products.borrow_mut();
-        products.clear();
-        for (rows, site) in sites.clone() {
+        let mut products = Vec::with_capacity(sites.clone().map(|(_, site)| site.parts.len()).sum());
+        for (rows, site) in sites {
             for Part { b, rank_start, column, scale } in &site.parts {
                 let (x_column, y_column) = (*rank_start, *column);
                 products.push(Product { matrix: b.packed(), rows: rows.clone(), x_column, y_column, scale: *scale });
             }
         }
         self.segments.iter().for_each(|s| s.adapter.sites.fetch_next(layer, place));
-        if !products.is_empty() {
-            matmul::multiply(self.simd, h, width, &mut [Batch { products: &products, y, y_stride, add: true }]);
-        }
-        for (rows, site) in sites {
+        products
+    }
+
+    fn finishes(&self, layer: usize, site: Site) -> bool {
+        self.sites(layer, site).any(|(_, site)| !site.finishes.is_empty())
+    }
+
+    fn finish(&self, layer: usize, site: Site, y: &mut [f32], rows: usize) {
+        let y_stride = y.len() / rows;
+        for (rows, site) in self.sites(layer, site) {
             for Finish { columns, gain, shift } in &site.finishes {
                 finish(gain, shift, &mut y[rows.start * y_stride..rows.end * y_stride], y_stride, columns.start);
             }
@@ -195,7 +195,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Adapter, Generation, LoraPair};
-    use crate::base::matmul::Format;
+    use crate::base::matmul::{self, Batch, Format};
     use crate::base::testing::{decoder, noise, options};
     use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Module, Rope};
 
@@ -283,8 +283,11 @@ mod tests {
                             let (products, width) = delta.down(0, site);
                             let mut h = vec![f32::NAN; rows * width];
                             let batch = Batch { products: &products, y: &mut h, y_stride: width, add: false };
-                            matmul::multiply(simd, &x, k, &mut [batch]);
-                            delta.up(0, site, &h, &mut got, rows);
+                            matmul::multiply(simd, &x, k, batch);
+                            let products = delta.up(0, site);
+                            let batch = Batch { products: &products, y: &mut got, y_stride: n, add: true };
+                            matmul::multiply(simd, &h, width, batch);
+                            delta.finish(0, site, &mut got, rows);
                         }
                         Kernels::Tensor => {
                             let x = Tensor::from_slice(&x, (rows, k), &Device::Cpu).unwrap();
@@ -371,8 +374,9 @@ mod tests {
             let x: Vec<f32> = (0..rows * k).map(|_| next()).collect();
             let (products, width) = delta.down(0, Site::Qkv);
             let (mut h, mut got) = (vec![f32::NAN; rows * width], vec![0.0; rows * n]);
-            matmul::multiply(simd, &x, k, &mut [Batch { products: &products, y: &mut h, y_stride: width, add: false }]);
-            delta.up(0, Site::Qkv, &h, &mut got, rows);
+            matmul::multiply(simd, &x, k, Batch { products: &products, y: &mut h, y_stride: width, add: false });
+            let products = delta.up(0, Site::Qkv);
+            matmul::multiply(simd, &h, width, Batch { products: &products, y: &mut got, y_stride: n, add: true });
             let (mut off, mut size) = (0.0, 0.0);
             for (x, got) in x.chunks_exact(k).zip(got.chunks_exact(n)) {
                 let mut got = got.iter();

@@ -129,7 +129,7 @@ impl Factor {
         Ok(match base.kernels {
             Kernels::Packed(_) => Factor::Packed(match base.format {
                 // As coarse as the base: beside it, reading the factors is what an adapter costs.
-                Some(Format::Int8) if Format::Int8.fits(k) => PackedMatrix::pack(rows, n, k, Format::Int8),
+                Some(Format::Int8) if Format::Int8.fits(k) => PackedMatrix::pack_int8(rows, n, k),
                 _ => PackedMatrix::pack_exactly(rows, n, k),
             }),
             Kernels::Tensor => Factor::Tensor(tensor(rows, (n, k), base)?),

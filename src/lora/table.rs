@@ -336,7 +336,7 @@ fn add<'a>(
         scale,
     };
     let products: Vec<_> = list.map(product).collect();
-    matmul::multiply(simd, x, width, &mut [Batch { products: &products, y, y_stride, add: true }]);
+    matmul::multiply(simd, x, width, Batch { products: &products, y, y_stride, add: true });
 }
 
 #[cfg(test)]
