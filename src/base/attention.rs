@@ -70,15 +70,9 @@ impl Rotation {
     }
 
     /// Rotates one head `x` of `row` into `out` and scales it.
-    fn rotate(&self, row: usize, x: &[f32], scale: f32, out: &mut [f32]) {
-        let half = self.half;
-        let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
-        let ((x1, x2), (o1, o2)) = (x.split_at(half), out.split_at_mut(half));
-        for i in 0..half {
-            o1[i] = (x1[i] * cos[i] - x2[i] * sin[i]) * scale;
-            o2[i] = (x2[i] * cos[i] + x1[i] * sin[i]) * scale;
-        }
-        o2[half..].iter_mut().zip(&x2[half..]).for_each(|(o, x)| *o = x * scale);
+    fn rotate(&self, simd: Simd, row: usize, x: &[f32], scale: f32, out: &mut [f32]) {
+        let of_row = row * self.half..(row + 1) * self.half;
+        simd::turn(simd, x, &self.cos[of_row.clone()], &self.sin[of_row], scale, out);
     }
 }
 
@@ -170,10 +164,10 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
     let window = config.window(layer).unwrap_or(usize::MAX);
 
     let turn = |which: usize, row: usize, x: &[f32], scale: f32, normed: &mut [f32], out: &mut [f32]| match head_norms {
-        None => rotation.rotate(row, x, scale, out),
+        None => rotation.rotate(simd, row, x, scale, out),
         Some(norms) => {
             norms[which].of_row(row).row(simd, x, normed);
-            rotation.rotate(row, normed, scale, out);
+            rotation.rotate(simd, row, normed, scale, out);
         }
     };
     let (keys, values) = (keys.split(), values.split());

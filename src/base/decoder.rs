@@ -31,6 +31,9 @@ pub trait Delta {
     /// `y += delta(x)` for tensors on a device: `x` is `[rows, in_features]`, `y` is `[rows, out_features]`.
     fn add_tensor(&self, layer: usize, site: Site, x: &Tensor, y: Tensor) -> Result<Tensor>;
 
+    /// The delta of some rows of the step, in ascending order.
+    fn only(&self, rows: &[usize]) -> Box<dyn Delta + '_>;
+
     /// Rows whose adapter has its own weights for a norm.
     fn norms(&self, site: NormSite) -> Vec<(Range<usize>, &Norm)>;
 
@@ -226,6 +229,10 @@ pub(super) struct RowNorm<'a> {
 }
 
 impl<'a> RowNorm<'a> {
+    fn new(base: &'a Norm, site: NormSite, delta: &'a dyn Delta) -> Self {
+        RowNorm { base, own: delta.norms(site) }
+    }
+
     /// The weights, in numbers of `dtype`, and what is added to the mean square, where all rows have the same such norm.
     #[cfg(feature = "cuda")]
     pub fn plain(&self, dtype: DType) -> Option<(&'a Tensor, f32)> {
@@ -559,19 +566,26 @@ impl Decoder {
         let mut x = self.embed(tokens, sequences, delta)?;
         // What is added to `x` before its next norm.
         let mut more = None;
-        let norm = |base, site: NormSite| RowNorm { base, own: delta.norms(site) };
+        // What is left to do of the last layer once keys and values are written: that of some rows.
+        let only = (wanted.len() < tokens.len() && step.is_none()).then(|| delta.only(wanted));
+        let (mut delta, mut are_only) = (delta, false);
         for (l, layer) in self.layers.iter().enumerate() {
-            let h = self.add_and_norm(&mut x, more.take(), &norm(&layer.attention_norm, NormSite::Attention(l)))?;
+            let h = self.add_and_norm(
+                &mut x,
+                more.take(),
+                &RowNorm::new(&layer.attention_norm, NormSite::Attention(l), delta),
+            )?;
             let qkv = self.linear(&layer.qkv, l, Site::Qkv, &h, delta)?;
             if self.config.family.norms_stream() {
                 x = h;
             }
             let head_norms = layer.head_norms.as_ref();
-            let head_norms = head_norms.map(|[q, k]| [norm(q, NormSite::Query(l)), norm(k, NormSite::Key(l))]);
+            let head_norms = head_norms
+                .map(|[q, k]| [RowNorm::new(q, NormSite::Query(l), delta), RowNorm::new(k, NormSite::Key(l), delta)]);
             let config = &self.config;
             let attention = Attention { config, layer: l, head_norms, rotation: &rotation, sequences };
             let cache = &mut cache.layers[l];
-            let h = match (&qkv, self.options.kernels, &step) {
+            let mut h = match (&qkv, self.options.kernels, &step) {
                 (Rows::Host { data, .. }, Kernels::Packed(simd), _) => {
                     let data = attention::packed(&attention, simd, data, cache);
                     Rows::Host { data, width: config.heads * config.head_dim }
@@ -579,25 +593,35 @@ impl Decoder {
                 (Rows::Device(qkv), _, Some(step)) => Rows::Device(attention::tensors(&attention, qkv, step, cache)?),
                 _ => unreachable!("host rows are made by the packed kernels"),
             };
+            if let Some(only) = only.as_deref().filter(|_| l + 1 == self.layers.len()) {
+                if wanted.is_empty() {
+                    break;
+                }
+                (x, h) = (x.select(wanted)?, h.select(wanted)?);
+                (delta, are_only) = (only, true);
+            }
             let h = self.linear(&layer.o, l, Site::O, &h, delta)?;
-            let post = layer.attention_post_norm.as_ref().map(|base| norm(base, NormSite::AttentionPost(l)));
+            let post =
+                layer.attention_post_norm.as_ref().map(|base| RowNorm::new(base, NormSite::AttentionPost(l), delta));
             let h = self.post_norm(h, post)?;
-            let h = self.add_and_norm(&mut x, Some(h), &norm(&layer.mlp_norm, NormSite::Mlp(l)))?;
+            let h = self.add_and_norm(&mut x, Some(h), &RowNorm::new(&layer.mlp_norm, NormSite::Mlp(l), delta))?;
             let up = self.gate_up(&layer.gate_up, l, &h, delta)?;
             if self.config.family.norms_stream() {
                 x = h;
             }
             let h = self.linear(&layer.down, l, Site::Down, &up, delta)?;
-            let post = layer.mlp_post_norm.as_ref().map(|base| norm(base, NormSite::MlpPost(l)));
+            let post = layer.mlp_post_norm.as_ref().map(|base| RowNorm::new(base, NormSite::MlpPost(l), delta));
             more = Some(self.post_norm(h, post)?);
         }
         if wanted.is_empty() {
             return Ok(Rows::Host { data: Buffer::new(0), width: self.config.hidden_size });
         }
-        let mut last = norm(&self.norm, NormSite::Final);
-        let place = |row: usize| wanted.partition_point(|&w| w < row);
-        last.own.iter_mut().for_each(|(rows, _)| *rows = place(rows.start)..place(rows.end));
-        let (mut x, more) = (x.select(wanted)?, more.map(|more| more.select(wanted)).transpose()?);
+        let mut last = RowNorm::new(&self.norm, NormSite::Final, delta);
+        if !are_only {
+            let place = |row: usize| wanted.partition_point(|&w| w < row);
+            last.own.iter_mut().for_each(|(rows, _)| *rows = place(rows.start)..place(rows.end));
+            (x, more) = (x.select(wanted)?, more.map(|more| more.select(wanted)).transpose()?);
+        }
         self.add_and_norm(&mut x, more, &last)
     }
 
@@ -773,7 +797,7 @@ impl Decoder {
         {
             let (width, mut out) = (*width, Buffer::new(x.len()));
             let of_row = |row: usize, x: &mut [f32], out: &mut [f32]| {
-                x.iter_mut().zip(&h[row * width..]).for_each(|(x, h)| *x += h);
+                simd::add(simd, x, &h[row * width..][..width]);
                 norm.of_row(row).row(simd, x, out);
             };
             if x.len() < PARALLEL {

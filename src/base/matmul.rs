@@ -71,6 +71,9 @@ enum Data {
     Tiled(tiled::Weights),
 }
 
+/// Panels computed side by side, so that a CPU that waits for one chain of additions has others to go on with.
+const SIDE: usize = 4;
+
 /// A matrix `[n, k]` of `n` output features in panels of [`LANES`]: `[n / LANES][k][LANES]`, the last panel filled up
 /// with zeros. A panel is read from front to back once per product, whatever the number of rows.
 #[derive(Debug)]
@@ -231,6 +234,11 @@ impl PackedMatrix {
         self.n.div_ceil(LANES)
     }
 
+    /// Panels that are multiplied side by side: a task of others takes longer for each.
+    fn side(&self) -> usize {
+        if let Data::Tiled(_) = &self.data { tiled::SIDE } else { SIDE }
+    }
+
     /// Weights along `k` that are unpacked and multiplied at once.
     fn group_len(&self) -> usize {
         if let Data::Q8 { group, .. } = &self.data { *group } else { GROUP }
@@ -318,8 +326,6 @@ impl PackedMatrix {
                 return unsafe { weights.multiply(simd, x, first..first + m, panels, scale, y) };
             }
         };
-        /// Panels computed side by side, so that a CPU that waits for one chain of additions has others to go on with.
-        const SIDE: usize = 4;
         /// Rows that share one unpacking of the weights; their accumulators stay in the first-level cache.
         const ROWS: usize = 48;
         let mut acc = [[0.0f32; ROWS * LANES]; SIDE];
@@ -632,17 +638,17 @@ impl Plan {
         (product.rows.len() + PER_WEIGHT) * LANES * product.matrix.k + PER_PANEL
     }
 
-    /// For so many panels of each matrix, and what one costs. The tasks of a thread's share become smaller towards its end, so
-    /// that no thread has a long one left when the others are done.
-    fn new(matrices: impl ExactSizeIterator<Item = (usize, usize)> + Clone) -> Self {
+    /// For so many panels of each matrix, those side by side, and what one costs. The tasks of a thread's share become smaller
+    /// towards its end, so that no thread has a long one left when the others are done.
+    fn new(matrices: impl ExactSizeIterator<Item = (usize, usize, usize)> + Clone) -> Self {
         /// Tasks of a thread's share of the largest products, and a few more.
         const MOST: usize = 24;
         let threads = parallel::threads();
-        let total: usize = matrices.clone().map(|(panels, per_panel)| panels * per_panel).sum();
+        let total: usize = matrices.clone().map(|(panels, _, per_panel)| panels * per_panel).sum();
         let mut parts: Vec<(u32, Range<u32>)> = Vec::with_capacity(matrices.len() + MOST * threads);
         let (mut tasks, mut left, mut of_task): (Vec<Range<u32>>, _, _) =
             (Vec::with_capacity(MOST * threads), total, 0);
-        for (i, (panels, per_panel)) in matrices.enumerate() {
+        for (i, (panels, side, per_panel)) in matrices.enumerate() {
             let mut start = 0;
             while start < panels {
                 if of_task == 0 {
@@ -651,7 +657,7 @@ impl Plan {
                     let end_of_share = (done * threads / total + 1) * total / threads;
                     of_task = ((end_of_share - done) / 3).max(Self::GRAIN);
                 }
-                let end = panels.min(start + (of_task / per_panel).max(1).next_multiple_of(4));
+                let end = panels.min(start + (of_task / per_panel).max(1).next_multiple_of(side));
                 let taken = per_panel * (end - start);
                 (left, of_task) = (left - taken, of_task.saturating_sub(taken));
                 parts.push((i as u32, start as u32..end as u32));
@@ -726,15 +732,17 @@ fn multiply_rounded(
         batch.products.iter().map(move |p| (p, target))
     });
     let products: Vec<(&Product, Target)> = targets.collect();
-    Plan::new(products.iter().map(|(p, _)| (p.matrix.panels(), Plan::of_panel(p)))).run(|i, panels| {
-        let (p, y) = products[i];
-        let x = Input::of(p, x, x_stride, places[i].map(|place| &rounded[place]), 0);
-        // SAFETY: what was checked keeps the elements inside `y`; panels of one product are disjoint, and so are products.
-        unsafe {
-            let y = y.at(p.rows.start, p.y_column + panels.start * LANES);
-            p.matrix.multiply_panels(simd, panels, p.rows.len(), x, p.scale, y);
-        }
-    });
+    Plan::new(products.iter().map(|(p, _)| (p.matrix.panels(), p.matrix.side(), Plan::of_panel(p)))).run(
+        |i, panels| {
+            let (p, y) = products[i];
+            let x = Input::of(p, x, x_stride, places[i].map(|place| &rounded[place]), 0);
+            // SAFETY: what was checked keeps the elements inside `y`; panels of one product are disjoint, and so are products.
+            unsafe {
+                let y = y.at(p.rows.start, p.y_column + panels.start * LANES);
+                p.matrix.multiply_panels(simd, panels, p.rows.len(), x, p.scale, y);
+            }
+        },
+    );
 }
 
 /// A layer's products: of its input with matrices whose outputs lie side by side, and with the factors of adapters.
@@ -859,7 +867,7 @@ impl Layer<'_> {
             |i: usize| Plan::of_panel(&base[i]) + adds[i].iter().map(|&i| Plan::of_panel(&up[i])).sum::<usize>();
         let Some(gate) = gate else {
             let y = Target { start: y.as_mut_ptr(), stride: n, add: false };
-            let matrices = base.iter().enumerate().map(|(i, p)| (p.matrix.panels(), of_panel(i)));
+            let matrices = base.iter().enumerate().map(|(i, p)| (p.matrix.panels(), p.matrix.side(), of_panel(i)));
             Plan::new(matrices).run(|i, panels| {
                 // SAFETY: the outputs lie inside `y`, and those of panels are disjoint.
                 unsafe { outputs(i, panels.clone(), 0..rows, y.at(0, base[i].y_column + panels.start * LANES)) }
@@ -869,7 +877,8 @@ impl Layer<'_> {
         let half = n / 2;
         let y = Target { start: y.as_mut_ptr(), stride: half, add: false };
         let near = rows.div_ceil(rows.div_ceil(NEAR_ROWS).max(1)).max(1);
-        Plan::new(std::iter::once((base[0].matrix.panels(), of_panel(0) + of_panel(1)))).run(|_, panels| {
+        let (panels, side) = (base[0].matrix.panels(), base[0].matrix.side());
+        Plan::new(std::iter::once((panels, side, of_panel(0) + of_panel(1)))).run(|_, panels| {
             let (column, width) = (panels.start * LANES, panels.len() * LANES);
             let count = width.min(half - column);
             let mut both = Buffer::new(near * 2 * width);

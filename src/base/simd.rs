@@ -896,6 +896,33 @@ pub fn activate(simd: Simd, activation: Activation, x: &[f32], out: &mut [f32]) 
 }
 
 #[inline(always)]
+fn add_body(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
+forms! {
+    /// Adds `y`, as many numbers, to `x`.
+    add(x: &mut [f32], y: &[f32]), add_body, add_rows_avx2, add_rows_avx512
+}
+
+#[inline(always)]
+fn turn_body(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [f32]) {
+    let ((x1, x2), (out1, out2)) = (x.split_at(cos.len()), out.split_at_mut(cos.len()));
+    let pairs = x1.iter().zip(x2).zip(cos.iter().zip(sin));
+    for (((x1, x2), (cos, sin)), (out1, out2)) in pairs.zip(out1.iter_mut().zip(out2.iter_mut())) {
+        *out1 = (x1 * cos - x2 * sin) * scale;
+        *out2 = (x2 * cos + x1 * sin) * scale;
+    }
+    out2[cos.len()..].iter_mut().zip(&x2[cos.len()..]).for_each(|(out, x)| *out = x * scale);
+}
+
+forms! {
+    /// Turns each pair `(x[i], x[i + half])` by an angle, `half` being how many there are, and scales all numbers; slices `x` and
+    /// `out` are of one length.
+    turn(x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: &mut [f32]), turn_body, turn_avx2, turn_avx512
+}
+
+#[inline(always)]
 fn softcap_body(x: &mut [f32], cap: f32) {
     for x in x {
         // tanh(z) = 1 - 2 / (1 + e^2z)

@@ -25,6 +25,8 @@ mod vnni;
 
 /// Weights along `k` that a tile takes.
 const TILE: usize = 64;
+/// Panels that are multiplied side by side.
+pub const SIDE: usize = 2;
 /// Most weights that share a scale.
 const MAX_CHUNK: usize = 4 * TILE;
 /// Weights of 4 bits that share a slope and an offset.

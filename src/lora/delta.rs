@@ -149,6 +149,13 @@ impl<'a> Delta for BatchDelta<'a> {
         Ok(y)
     }
 
+    fn only(&self, rows: &[usize]) -> Box<dyn Delta + '_> {
+        let place = |row: usize| rows.partition_point(|&wanted| wanted < row);
+        let segment = |s: &Segment<'a>| Segment { rows: place(s.rows.start)..place(s.rows.end), adapter: s.adapter };
+        let segments = self.segments.iter().map(segment).filter(|s| !s.rows.is_empty());
+        Box::new(BatchDelta::new(self.simd, segments.collect()))
+    }
+
     fn norms(&self, site: NormSite) -> Vec<(Range<usize>, &Norm)> {
         let own = self.with(|adapter| adapter.norms.get(&site));
         own.into_iter().map(|(rows, norm)| (rows.clone(), norm)).collect()

@@ -10,15 +10,14 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::nibbles::Nibbles;
-use super::{Codes, GROUP, LOW, MAX_CHUNK, Planes, TILE, Weights, chunk};
+use super::{Codes, GROUP, LOW, MAX_CHUNK, Planes, SIDE, TILE, Weights, chunk};
 use crate::base::buffer::Buffer;
 use crate::base::int8::{CACHE_LINE, Lines};
 use crate::base::simd::{LANES, Target};
 use crate::base::tiles::{self, BYTES, Numbers, ROWS};
 
-/// Rows of activations that a tile takes, and panels side by side.
+/// Rows of activations that a tile takes.
 const HEIGHT: usize = ROWS / 2;
-const SIDE: usize = 2;
 /// Of more tiles, each fetches a part of the weights that are multiplied next; of fewer, the first ones fetch all of them.
 const FEW_TILES: usize = 16;
 /// Rows whose sums stay in a near cache until they are whole.
