@@ -4,6 +4,7 @@
 //!     cargo bench --bench decode -- int8    # as `--quantize q8` has them
 //!     cargo bench --bench decode -- int8 model=llama-1b.gguf   # see serve/shape.py
 //!     cargo bench --bench decode -- 8 32 steps=300 only=base   # only so many rows, longer, without adapters: to profile
+//!     cargo bench --bench decode -- int8 rank=8 targets=q,v    # other adapters than those of all linear layers
 //!     cargo bench --bench decode -- prompt=512 threads=4 json   # one prompt of so many tokens; a JSON object a line
 //!     cargo bench --features cuda --bench decode -- device=cuda dtype=bf16
 
@@ -99,18 +100,24 @@ fn main() {
     let options = DecoderOptions { device, kernels, format, dtype };
     let decoder = Arc::new(Decoder::load(&base.config, &base.weights, options).expect("weights"));
     let mut runner = Runner::new(decoder.clone(), 256 << 20).expect("cache");
-    let modules = base.config.target_modules();
+    let rank = number("rank").unwrap_or(RANK);
+    let mut modules = base.config.target_modules();
+    if let Some(targets) = value("targets") {
+        let has = |name: &str| targets.split(',').any(|target| name.starts_with(&format!("{target}_")));
+        modules.retain(|m| has(base.config.module(m.layer, m.projection).rsplit('.').next().unwrap_or_default()));
+        assert!(!modules.is_empty(), "there are no targets {targets}");
+    }
     // On a GPU adapters are on pages, of which a few blocks' worth is empty.
-    let numbers: usize = modules.iter().map(|m| RANK * (m.out_features + m.in_features)).sum();
+    let numbers: usize = modules.iter().map(|m| rank * (m.out_features + m.in_features)).sum();
     let room = (ADAPTERS * numbers * dtype.size_in_bytes()) as u64;
     let pool = Pool::open(&decoder, 3 * room + (64 << 20)).expect("pages");
     let adapter = |i: usize| {
         let weight = |j: usize| half::bf16::from_f32(((i * 31 + j) % 17) as f32 / 1e3).to_f32();
         let pair = |n: usize, k: usize| LoraPair {
-            rank: RANK,
+            rank,
             scale: 1.0,
-            a: (0..RANK * k).map(weight).collect(),
-            b: (0..RANK * n).map(weight).collect(),
+            a: (0..rank * k).map(weight).collect(),
+            b: (0..rank * n).map(weight).collect(),
             ..LoraPair::default()
         };
         let pairs: BTreeMap<_, _> =
@@ -121,7 +128,7 @@ fn main() {
     let adapters: Vec<_> = (0..ADAPTERS).map(pack).collect();
     // Prompts in one step, with nothing in the cache.
     if !json {
-        println!("prompts  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
+        println!("prompts  base ms  tok/s  | {rank}-rank adapter each: ms  tok/s  of base");
     }
     let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
     let usual = if asked.is_empty() { vec![(1, 128), (1, 512), (8, 64)] } else { vec![] };
@@ -145,7 +152,7 @@ fn main() {
         }
     }
     if !json {
-        println!("rows  start  base ms  tok/s  | {RANK}-rank adapter each: ms  tok/s  of base");
+        println!("rows  start  base ms  tok/s  | {rank}-rank adapter each: ms  tok/s  of base");
     }
     for rows in if asked.is_empty() { vec![1, 2, 4, 8, 16, 32] } else { asked } {
         assert!(rows * 8 <= runner.blocks() && START < 8 * runner.block_size());

@@ -834,12 +834,24 @@ impl Layer<'_> {
     fn together(&self, simd: Simd, &Read { x, base, places, rounded }: &Read, y: &mut [f32], gate: Option<Gate>) {
         /// Rows whose outputs of both matrices stay in a near cache.
         const NEAR_ROWS: usize = 256;
-        let &Layer { k, down, width, up, .. } = self;
+        /// Parts of an adapter's rows for each thread: its A has no more panels than one.
+        const PARTS: usize = 2;
+        /// Rows that are worth a part.
+        const PART_ROWS: usize = 16;
+        let &Layer { k, width, up, .. } = self;
         let (rows, n) = (x.len() / k, self.n());
         let (places, of_down) = places.split_at(base.len());
+        let parts = self.down.iter().zip(of_down).flat_map(|(p, &place)| {
+            let size = p.rows.len().div_ceil(PARTS * parallel::threads()).max(1).next_multiple_of(PART_ROWS);
+            p.rows.clone().step_by(size).map(move |row| {
+                let rows = row..p.rows.end.min(row + size);
+                (Product { rows, ..*p }, place)
+            })
+        });
+        let (down, of_down): (Vec<_>, Vec<_>) = parts.unzip();
         let mut h = Buffer::new(rows * width);
-        let batch = Batch { products: down, y: &mut h, y_stride: width, add: false };
-        multiply_rounded(simd, (x, k), &mut [batch], of_down, rounded);
+        let batch = Batch { products: &down, y: &mut h, y_stride: width, add: false };
+        multiply_rounded(simd, (x, k), &mut [batch], &of_down, rounded);
         let (of_up, rounded_h) = round(simd, up.iter(), &h, width);
         // Of each matrix.
         let is_of = |up: &Product, base: &Product| (up.y_column, up.matrix.n) == (base.y_column, base.matrix.n);

@@ -50,12 +50,119 @@ impl Weights {
     pub(super) unsafe fn vnni(&self, x: &Rounded, rows: Range<usize>, panels: Range<usize>, scale: f32, y: Target) {
         // SAFETY: the caller's promise.
         unsafe {
+            if let (Codes::Bytes(codes), true, None) = (&self.codes, self.group == self.k, &self.mins) {
+                macro_rules! short {
+                    ($steps:literal, $panels:literal) => {
+                        return self.vnni_short::<$steps, $panels>(codes, x, rows, panels, scale, y)
+                    };
+                }
+                match self.k / STEP {
+                    1 => short!(1, 4),
+                    2 => short!(2, 4),
+                    3 => short!(3, 4),
+                    4 => short!(4, 4),
+                    6 => short!(6, 2),
+                    8 => short!(8, 2),
+                    16 => short!(16, 1),
+                    _ => {}
+                }
+            }
             match (&self.codes, self.group / STEP) {
                 (Codes::Nibbles(codes), 8) => self.vnni_tiles::<true, 8>(codes, x, rows, panels, scale, y),
                 (Codes::Nibbles(codes), _) => self.vnni_tiles::<true, 0>(codes, x, rows, panels, scale, y),
                 (Codes::Bytes(codes), 4) => self.vnni_tiles::<false, 4>(codes, x, rows, panels, scale, y),
                 (Codes::Bytes(codes), 16) => self.vnni_tiles::<false, 16>(codes, x, rows, panels, scale, y),
                 (Codes::Bytes(codes), _) => self.vnni_tiles::<false, 0>(codes, x, rows, panels, scale, y),
+            }
+        }
+    }
+
+    /// For panels of one group of `STEPS` steps, as in an adapter's B: the weights of `P` of them stay in registers for all
+    /// rows.
+    ///
+    /// # Safety
+    /// As for [`Self::vnni`]; the group is such a one, and has no minima.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn vnni_short<const STEPS: usize, const P: usize>(
+        &self,
+        codes: &[u8],
+        x: &Rounded,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        scale: f32,
+        y: Target,
+    ) {
+        debug_assert!(self.k == STEPS * STEP && codes.len() >= panels.end * self.k * LANES);
+        let whole = panels.len() / P * P;
+        for panel in panels.clone().take(whole).step_by(P) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let y = y.at(0, (panel - panels.start) * LANES);
+                self.vnni_short_panels::<STEPS, P>(codes, x, rows.clone(), panel, scale, y);
+            }
+        }
+        for panel in panels.clone().skip(whole) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let y = y.at(0, (panel - panels.start) * LANES);
+                self.vnni_short_panels::<STEPS, 1>(codes, x, rows.clone(), panel, scale, y);
+            }
+        }
+    }
+
+    /// For `P` panels from `panel` on.
+    ///
+    /// # Safety
+    /// As for [`Self::vnni_short`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    unsafe fn vnni_short_panels<const STEPS: usize, const P: usize>(
+        &self,
+        codes: &[u8],
+        x: &Rounded,
+        rows: Range<usize>,
+        panel: usize,
+        scale: f32,
+        y: Target,
+    ) {
+        let (mut weights, mut scales) = ([[_mm512_setzero_si512(); P]; STEPS], [_mm512_setzero_ps(); P]);
+        for p in 0..P {
+            let of_panel = codes[(panel + p) * self.k * LANES..].as_ptr();
+            for (s, weights) in weights.iter_mut().enumerate() {
+                _mm_prefetch::<_MM_HINT_T0>(of_panel.wrapping_add(AHEAD + s * CACHE_LINE).cast());
+                // SAFETY: a panel has so many steps.
+                weights[p] = unsafe { _mm512_loadu_si512(of_panel.add(s * CACHE_LINE).cast()) };
+            }
+            // SAFETY: there is such a panel.
+            scales[p] = unsafe { self.scales.lanes(panel + p) };
+        }
+        let (factor, first) = (_mm512_set1_ps(scale), rows.start);
+        for row in rows {
+            let (common, q) = (&x.groups[row], &x.q[row * self.k..][..STEPS * STEP]);
+            // Codes have 128 too much, which counts once for each number of the row.
+            let mut sums = [_mm512_set1_epi32(-128 * common.sum); P];
+            for (weights, q) in weights.iter().zip(q.as_chunks::<STEP>().0) {
+                let q = _mm512_set1_epi32(i32::from_ne_bytes(q.map(|q| q as u8)));
+                sums.iter_mut().zip(weights).for_each(|(sum, &w)| *sum = _mm512_dpbusd_epi32(*sum, w, q));
+            }
+            for (p, (sum, scales)) in sums.into_iter().zip(scales).enumerate() {
+                let product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
+                // To 0, as others add it to the sum of the groups before.
+                let sum = _mm512_fmadd_ps(product, _mm512_set1_ps(common.scale), _mm512_setzero_ps());
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let y = y.at(row - first, p * LANES);
+                    let features = self.features(panel + p);
+                    if features < LANES {
+                        let mut sums = [0.0; LANES];
+                        _mm512_storeu_ps(sums.as_mut_ptr(), sum);
+                        y.put(&sums, features, scale);
+                        continue;
+                    }
+                    let product = _mm512_mul_ps(factor, sum);
+                    let sum = if y.add { _mm512_add_ps(_mm512_loadu_ps(y.start), product) } else { product };
+                    _mm512_storeu_ps(y.start, sum);
+                }
             }
         }
     }
