@@ -735,13 +735,16 @@ impl Decoder {
         }
     }
 
-    /// The activated outputs of the layer of that name; of [`Site::GateUp`], in a family without a gate.
+    /// The activated outputs of [`Site::GateUp`], which a family without a gate has as well.
     fn gate_up(&self, linear: &Linear, layer: usize, x: &Rows, delta: &dyn Delta) -> Result<Rows> {
         let (site, activation) = (Site::GateUp, self.config.architecture.activation);
         match (&linear.matrices, x, self.options.kernels) {
             // Outputs that nothing else changes before they are activated need not be written to memory.
             (Matrices::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd))
-                if self.config.family.is_gated() && linear.bias.is_none() && !delta.finishes(layer, site) =>
+                if self.config.family.is_gated()
+                    && parts.len() == 2
+                    && linear.bias.is_none()
+                    && !delta.finishes(layer, site) =>
             {
                 let width = self.config.intermediate_size;
                 let mut y = Buffer::new(x.len() / k * width);

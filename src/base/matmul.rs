@@ -682,8 +682,10 @@ impl Plan {
     }
 }
 
+/// Checks what [`multiply`] relies on, for an `x` and a `y` of so many numbers, in rows of so many.
+///
 /// # Panics
-/// If a product lies outside `x` or `y`, rows of so many numbers, or they are not in ascending order of rows and, for the same
+/// If a product lies outside `x` or `y`, or they are not in ascending order of rows and, for the same
 /// rows, of columns, without overlap.
 fn check(products: &[Product], (x, x_stride): (usize, usize), (y, y_stride): (usize, usize)) {
     let mut last: Option<&Product> = None;

@@ -236,7 +236,7 @@ fn tensor(numbers: &[f32], shape: (usize, usize), base: &DecoderOptions) -> Resu
 
 /// A pair's factors, `[rank, in_features]` and `[out_features, rank]`, and their rank: the least that the base's format has,
 /// the ranks more being 0.
-fn widened<'a>(pair: &'a LoraPair, base: &DecoderOptions) -> ((Cow<'a, [f32]>, Cow<'a, [f32]>), usize) {
+fn widened<'a>(pair: &'a LoraPair, base: &DecoderOptions) -> (Cow<'a, [f32]>, Cow<'a, [f32]>, usize) {
     let rank = match (base.kernels, base.format) {
         (Kernels::Packed(_), Some(Format::Int8)) if pair.rank > 0 => {
             (pair.rank..).find(|&rank| Format::Int8.fits(rank))
@@ -244,7 +244,7 @@ fn widened<'a>(pair: &'a LoraPair, base: &DecoderOptions) -> ((Cow<'a, [f32]>, C
         _ => None,
     };
     let Some(rank) = rank.filter(|&rank| rank > pair.rank) else {
-        return ((Cow::from(&pair.a), Cow::from(&pair.b)), pair.rank);
+        return (Cow::from(&pair.a), Cow::from(&pair.b), pair.rank);
     };
     let mut a = pair.a.clone();
     a.resize(pair.a.len() / pair.rank * rank, 0.0);
@@ -252,7 +252,7 @@ fn widened<'a>(pair: &'a LoraPair, base: &DecoderOptions) -> ((Cow<'a, [f32]>, C
     b.chunks_exact_mut(rank)
         .zip(pair.b.chunks_exact(pair.rank))
         .for_each(|(b, own)| b[..own.len()].copy_from_slice(own));
-    ((Cow::from(a), Cow::from(b)), rank)
+    (Cow::from(a), Cow::from(b), rank)
 }
 
 /// Where that of an adapter goes which the kernels of linear layers read.
@@ -366,9 +366,9 @@ impl PackedAdapter {
                         }
                         shift =
                             pair.bias.as_ref().map(|bias| bias.iter().map(|b| pair.scale * b).collect::<Vec<f32>>());
-                        let (factors, rank) = widened(&pair, options);
-                        a.extend_from_slice(&factors.0);
-                        let b = linears.by_columns(&factors.1, n, rank).map_err(named)?;
+                        let (own_a, b, rank) = widened(&pair, options);
+                        a.extend_from_slice(&own_a);
+                        let b = linears.by_columns(&b, n, rank).map_err(named)?;
                         parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
                         ranks += rank;
                     }
