@@ -244,9 +244,11 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn a_program_sees_its_own() {
         let before = Memory::of(std::process::id()).unwrap();
-        let taken = std::hint::black_box(vec![1u8; 64 << 20]);
+        // The allocator may have as much of what other tests freed; and these may free some meanwhile.
+        let mut taken = memmap2::MmapMut::map_anon(256 << 20).unwrap();
+        taken.fill(1);
         let after = Memory::of(std::process::id()).unwrap();
-        assert!(after.anonymous >= before.anonymous + (48 << 20), "{before:?} {after:?}");
+        assert!(after.anonymous >= before.anonymous + (128 << 20), "{before:?} {after:?}");
         drop(taken);
         assert!(available().unwrap() > 1 << 20);
     }
