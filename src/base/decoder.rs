@@ -449,6 +449,15 @@ impl Decoder {
         Ok(Some(bias.to_f32()?[first..][..self.config.shape(projection).0].to_vec()))
     }
 
+    /// The format that a projection's matrix is packed as; `None` where it is a tensor.
+    pub fn format(&self, layer: usize, projection: Projection) -> Option<Format> {
+        let (linear, before) = self.part(layer, projection);
+        match &linear.matrices {
+            Matrices::Packed(parts) => Some(parts[before.len()].format()),
+            Matrices::Tensor(_) => None,
+        }
+    }
+
     /// The layer that a projection is a part of, and the parts before it.
     fn part(&self, layer: usize, projection: Projection) -> (&Linear, &'static [Projection]) {
         let (layer, site) = (&self.layers[layer], Site::of(projection));

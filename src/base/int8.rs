@@ -61,6 +61,25 @@ pub fn group(k: usize) -> Option<usize> {
     (MIN_GROUP..=MAX_GROUP).rev().find(|group| group.is_multiple_of(STEP) && k.is_multiple_of(*group))
 }
 
+/// The same for weights that are rounded to 4 bits.
+pub fn nibble_group(k: usize) -> Option<usize> {
+    (2 * STEP..=MAX_NIBBLE_GROUP)
+        .rev()
+        .find(|group| group.is_multiple_of(2 * STEP) && k > 0 && k.is_multiple_of(*group))
+}
+
+/// The scale with which 4 bits with a sign hold numbers: the largest becomes the one whose negative they lack. As ggml's Q4_0.
+/// NaN if one of them is.
+pub fn nibble_scale(numbers: impl Iterator<Item = f32>) -> f32 {
+    let largest = |max: f32, x: f32| if x.abs() > max.abs() || x.is_nan() { x } else { max };
+    numbers.fold(0.0, largest) / -8.0
+}
+
+/// The whole number of 4 bits with a sign that is nearest to `x`, and 8 more.
+pub fn nibble(x: f32) -> u8 {
+    (whole(x.clamp(-8.0, 7.0)) + 8) as u8
+}
+
 /// What the numbers of a row's group have in common: `x = scale * q`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C)]
@@ -307,9 +326,9 @@ impl Form {
 enum Codes {
     /// `q + 128` of 8 bits, `[panels][k / STEP][LANES][STEP]`: the instruction multiplies numbers without a sign by ones with.
     Bytes(Large<u8>),
-    /// 4 bits without a sign, `[panels][k / (2 * STEP)][LANES][STEP]`: the low half of a byte belongs to the first of two
-    /// steps, the high half to the same place of the second.
-    Nibbles(Large<u8>),
+    /// 4 bits, `q + zero`, `[panels][k / (2 * STEP)][LANES][STEP]`: the low half of a byte belongs to the first of two steps, the
+    /// high half to the same place of the second.
+    Nibbles { codes: Large<u8>, zero: i32 },
 }
 
 /// A number for each feature and group, `[panels][k / group]`, in f16 where that keeps them all.
@@ -396,6 +415,26 @@ impl Weights {
         Weights { n, k, group, codes: Codes::Bytes(codes), scales: Scales::new(scales), mins: None }
     }
 
+    /// Rounds weights `w(row, i)`, `[n, k]`, to 4 bits.
+    ///
+    /// # Panics
+    /// If [`nibble_group`] has none for `k`.
+    pub fn round_to_nibbles(n: usize, k: usize, w: impl Fn(usize, usize) -> f32 + Sync) -> Self {
+        let group = nibble_group(k).expect("k has groups");
+        let groups = k / group;
+        let scales = per_group(n, groups, |row, g| {
+            let scale = nibble_scale((g * group..(g + 1) * group).map(|i| w(row, i)));
+            let half = f16::from_f32(scale);
+            if half.is_normal() || scale.is_nan() { half.to_f32() } else { scale }
+        });
+        let codes = nibbles(n, k, |row, i| {
+            let scale = scales[row / LANES * groups + i / group][row % LANES];
+            // Of a scale so small its reciprocal may be infinite; 0.
+            if scale.is_normal() { nibble(w(row, i) * (1.0 / scale)) } else { 8 }
+        });
+        Weights { n, k, group, codes: Codes::Nibbles { codes, zero: 8 }, scales: Scales::new(scales), mins: None }
+    }
+
     /// Weights that are whole numbers already: `q(row, i)` of weight `i` of output feature `row`, `scale(row, group)` and
     /// `min(row, group)`. `bits` is 4 where the whole numbers are 0 to 15, else 8.
     ///
@@ -410,7 +449,7 @@ impl Weights {
         assert!(k.is_multiple_of(group) && group.is_multiple_of(STEP) && group <= MAX_GROUP);
         let codes = if bits == 4 {
             assert!(group <= MAX_NIBBLE_GROUP && group.is_multiple_of(2 * STEP));
-            Codes::Nibbles(nibbles(n, k, q))
+            Codes::Nibbles { codes: nibbles(n, k, |row, i| q(row, i) as u8 & 15), zero: 0 }
         } else {
             bytes(n, k, q)
         };
@@ -427,7 +466,7 @@ impl Weights {
 
     pub fn bytes(&self) -> usize {
         let codes = match &self.codes {
-            Codes::Bytes(codes) | Codes::Nibbles(codes) => codes.len(),
+            Codes::Bytes(codes) | Codes::Nibbles { codes, .. } => codes.len(),
         };
         codes + self.scales.bytes() + self.mins.as_ref().map_or(0, Scales::bytes)
     }
@@ -504,17 +543,24 @@ impl Weights {
         LANES.min(self.n - panel * LANES)
     }
 
+    /// The code of 0.
+    fn zero(&self) -> i32 {
+        match self.codes {
+            Codes::Bytes(_) => 128,
+            Codes::Nibbles { zero, .. } => zero,
+        }
+    }
+
     /// The whole number of weight `i` of a panel's output feature `lane`.
     fn code(&self, panel: usize, lane: usize, i: usize) -> i32 {
-        match &self.codes {
-            Codes::Bytes(codes) => {
-                i32::from(codes[(panel * self.k + i / STEP * STEP) * LANES + lane * STEP + i % STEP]) - 128
-            }
-            Codes::Nibbles(codes) => {
+        let code = match &self.codes {
+            Codes::Bytes(codes) => codes[(panel * self.k + i / STEP * STEP) * LANES + lane * STEP + i % STEP],
+            Codes::Nibbles { codes, .. } => {
                 let byte = codes[(panel * self.k / 2 + i / (2 * STEP) * STEP) * LANES + lane * STEP + i % STEP];
-                i32::from(if (i / STEP).is_multiple_of(2) { byte & 15 } else { byte >> 4 })
+                if (i / STEP).is_multiple_of(2) { byte & 15 } else { byte >> 4 }
             }
-        }
+        };
+        i32::from(code) - self.zero()
     }
 
     fn portable(&self, x: &Rounded, row: usize, panel: usize) -> [f32; LANES] {
@@ -561,12 +607,11 @@ fn bytes(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Codes {
     Codes::Bytes(in_steps(n, k, 128, |row, i| (i16::from(q(row, i)) + 128) as u8))
 }
 
-/// The same for whole numbers from 0 to 15.
-pub fn nibbles(n: usize, k: usize, q: impl Fn(usize, usize) -> i8 + Sync) -> Large<u8> {
-    let nibble = |row: usize, i: usize| q(row, i) as u8 & 15;
+/// The same for codes from 0 to 15.
+pub fn nibbles(n: usize, k: usize, code: impl Fn(usize, usize) -> u8 + Sync) -> Large<u8> {
     in_steps(n, k / 2, 0, |row, i| {
         let first = i / STEP * 2 * STEP + i % STEP;
-        nibble(row, first) | nibble(row, first + STEP) << 4
+        code(row, first) | code(row, first + STEP) << 4
     })
 }
 

@@ -31,7 +31,7 @@ pub enum Format {
     Q4,
     /// 8 bits a weight, a scale for a group of them along `k`.
     Int8,
-    /// 4 bits a weight, a scale and a minimum for [`GROUP`] of them along `k`.
+    /// 4 bits a weight, a scale for a group of them along `k`, and a minimum or not.
     Int4,
 }
 
@@ -148,6 +148,22 @@ impl PackedMatrix {
             }
         };
         PackedMatrix { n, k, format, data }
+    }
+
+    /// Packs `rows` as [`Format::Int4`] without minima, or [`Format::Int8`] where that does not fit `k`; in [`tiled`]'s numbers
+    /// where products are quickest in these.
+    ///
+    /// # Panics
+    /// As [`Self::pack`] with [`Format::Int8`].
+    pub fn pack_int4(rows: &[f32], n: usize, k: usize) -> Self {
+        let (tiled, w) = (tiled::is_there() && tiled::fits(k), |row: usize, i: usize| rows[row * k + i]);
+        let data = match int8::nibble_group(k) {
+            _ if tiled => Data::Tiled(tiled::Weights::round_to_nibbles(n, k, w)),
+            Some(_) => Data::Whole(int8::Weights::round_to_nibbles(n, k, w)),
+            None => return Self::pack(rows, n, k, Format::Int8),
+        };
+        assert_eq!(rows.len(), n * k);
+        PackedMatrix { n, k, format: Format::Int4, data }
     }
 
     /// Packs `rows` as [`Format::Int8`], in [`tiled`]'s numbers where products are quickest in these.

@@ -11,7 +11,7 @@
 use std::ops::Range;
 
 use super::buffer::Buffer;
-use super::int8::{Lines, in_steps, nibbles, per_group, whole};
+use super::int8::{Lines, in_steps, nibble, nibble_scale, nibbles, per_group, whole};
 use super::parallel;
 use super::simd::{LANES, Simd, Target};
 use crate::large_pages::{Large, collected};
@@ -169,8 +169,9 @@ enum Codes {
     /// 4 bits, as in [`super::int8`].
     Nibbles {
         codes: Large<u8>,
-        /// `[panels][k / GROUP]`: the slopes of the features, then their offsets.
-        lines: Large<[i16; 2 * LANES]>,
+        /// `[panels][k / GROUP]`: the slopes of the features, then their offsets. Without these, a code is the whole number and 8
+        /// more.
+        lines: Option<Large<[i16; 2 * LANES]>>,
     },
 }
 
@@ -215,6 +216,22 @@ impl Weights {
         Weights { n, k, codes: Codes::Bytes(codes), scales: collected(scales.into_iter()) }
     }
 
+    /// Rounds weights to 4 bits.
+    ///
+    /// # Panics
+    /// If `k` does not [fit](fits).
+    pub fn round_to_nibbles(n: usize, k: usize, w: impl Fn(usize, usize) -> f32 + Sync) -> Self {
+        assert!(fits(k));
+        let (chunk, chunks) = (chunk(k), k.div_ceil(chunk(k)));
+        let scales =
+            per_group(n, chunks, |row, c| nibble_scale((c * chunk..k.min((c + 1) * chunk)).map(|i| w(row, i))));
+        let codes = nibbles(n, k, |row, i| {
+            let code = w(row, i) / scales[row / LANES * chunks + i / chunk][row % LANES];
+            if code.is_finite() { nibble(code) } else { 8 }
+        });
+        Weights { n, k, codes: Codes::Nibbles { codes, lines: None }, scales: collected(scales.into_iter()) }
+    }
+
     /// Weights that are whole numbers from 0 to 15 already: `scale * q(row, i) + min`, with `(scale, min)` by row and group of
     /// 32 weights. They keep their 4 bits.
     ///
@@ -255,14 +272,14 @@ impl Weights {
             line
         });
         let lines = collected(lines);
-        let codes = Codes::Nibbles { codes: nibbles(n, k, q), lines };
+        let codes = Codes::Nibbles { codes: nibbles(n, k, |row, i| q(row, i) as u8 & 15), lines: Some(lines) };
         Weights { n, k, codes, scales: collected(scales.into_iter()) }
     }
 
     pub fn bytes(&self) -> usize {
         let codes = match &self.codes {
             Codes::Bytes(codes) => codes.len(),
-            Codes::Nibbles { codes, lines } => codes.len() + size_of_val(&lines[..]),
+            Codes::Nibbles { codes, lines } => codes.len() + lines.as_ref().map_or(0, |lines| size_of_val(&lines[..])),
         };
         codes + size_of_val(&self.scales[..])
     }
@@ -335,6 +352,7 @@ impl Weights {
             Codes::Nibbles { codes, lines } => {
                 let byte = codes[(panel * self.k / 2 + i / (2 * STEP) * STEP) * LANES + lane * STEP + i % STEP];
                 let nibble = i16::from(if (i / STEP).is_multiple_of(2) { byte & 15 } else { byte >> 4 });
+                let Some(lines) = lines else { return i32::from(nibble) - 8 };
                 let line = &lines[(panel * self.k + i) / GROUP];
                 i32::from((nibble.wrapping_mul(line[lane]).wrapping_add(line[LANES + lane]) >> FRACTION) as i8)
             }

@@ -125,10 +125,11 @@ pub(super) enum Factor {
 }
 
 impl Factor {
-    pub fn new(rows: &[f32], n: usize, k: usize, base: &DecoderOptions) -> Result<Self> {
+    /// Packed as `format`, where there is one and it fits.
+    pub fn new(rows: &[f32], n: usize, k: usize, base: &DecoderOptions, format: Option<Format>) -> Result<Self> {
         Ok(match base.kernels {
-            Kernels::Packed(_) => Factor::Packed(match base.format {
-                // As coarse as the base: beside it, reading the factors is what an adapter costs.
+            Kernels::Packed(_) => Factor::Packed(match format {
+                Some(Format::Int4) if Format::Int8.fits(k) => PackedMatrix::pack_int4(rows, n, k),
                 Some(Format::Int8) if Format::Int8.fits(k) => PackedMatrix::pack_int8(rows, n, k),
                 _ => PackedMatrix::pack_exactly(rows, n, k),
             }),
@@ -138,9 +139,9 @@ impl Factor {
 
     /// The same, but a tensor's numbers lie column by column: neighbours are what neighbouring output features have of one
     /// input feature, which the kernels of a GPU read together.
-    pub fn by_columns(rows: &[f32], n: usize, k: usize, base: &DecoderOptions) -> Result<Self> {
+    pub fn by_columns(rows: &[f32], n: usize, k: usize, base: &DecoderOptions, format: Option<Format>) -> Result<Self> {
         match base.kernels {
-            Kernels::Packed(_) => Factor::new(rows, n, k, base),
+            Kernels::Packed(_) => Factor::new(rows, n, k, base, format),
             Kernels::Tensor => {
                 let turned: Vec<f32> = (0..k).flat_map(|i| (0..n).map(move |j| rows[j * k + i])).collect();
                 Ok(Factor::Tensor(tensor(&turned, (k, n), base)?.t()?))
@@ -255,6 +256,17 @@ fn widened<'a>(pair: &'a LoraPair, base: &DecoderOptions) -> (Cow<'a, [f32]>, Co
     (Cow::from(a), Cow::from(b), rank)
 }
 
+/// The format of the factors of a fused layer's pairs, where they need not be exact: as coarse as the layer, beside which reading
+/// them is what an adapter costs.
+fn coarseness(base: &Decoder, layer: usize, site: Site) -> Option<Format> {
+    let is_coarse = |&projection: &_| base.format(layer, projection) == Some(Format::Int4);
+    let projections = site.projections(base.config().family);
+    match base.options().format {
+        Some(Format::Int8) if projections.iter().all(is_coarse) => Some(Format::Int4),
+        format => format,
+    }
+}
+
 /// Where that of an adapter goes which the kernels of linear layers read.
 struct Linears<'a> {
     base: &'a DecoderOptions,
@@ -263,17 +275,17 @@ struct Linears<'a> {
 }
 
 impl Linears<'_> {
-    fn by_rows(&mut self, rows: &[f32], n: usize, k: usize) -> Result<Factor> {
+    fn by_rows(&mut self, rows: &[f32], n: usize, k: usize, format: Option<Format>) -> Result<Factor> {
         match &mut self.blocks {
             Some(blocks) => Ok(Factor::Paged { blocks: blocks.by_rows(rows, n, k)?, n, k }),
-            None => Factor::new(rows, n, k, self.base),
+            None => Factor::new(rows, n, k, self.base, format),
         }
     }
 
-    fn by_columns(&mut self, rows: &[f32], n: usize, k: usize) -> Result<Factor> {
+    fn by_columns(&mut self, rows: &[f32], n: usize, k: usize, format: Option<Format>) -> Result<Factor> {
         match &mut self.blocks {
             Some(blocks) => Ok(Factor::Paged { blocks: blocks.by_columns(rows, n, k)?, n, k }),
-            None => Factor::by_columns(rows, n, k, self.base),
+            None => Factor::by_columns(rows, n, k, self.base, format),
         }
     }
 
@@ -355,6 +367,7 @@ impl PackedAdapter {
             for site in Site::ALL {
                 let (mut a, mut parts, mut finishes, mut ranks, mut column, mut width) =
                     (Vec::new(), Vec::new(), Vec::new(), 0, 0, 0);
+                let format = coarseness(base, layer, site);
                 for &projection in site.projections(config.family) {
                     let (n, k) = config.shape(projection);
                     let (mut gain, mut shift) = (None, None);
@@ -368,7 +381,7 @@ impl PackedAdapter {
                             pair.bias.as_ref().map(|bias| bias.iter().map(|b| pair.scale * b).collect::<Vec<f32>>());
                         let (own_a, b, rank) = widened(&pair, options);
                         a.extend_from_slice(&own_a);
-                        let b = linears.by_columns(&b, n, rank).map_err(named)?;
+                        let b = linears.by_columns(&b, n, rank, format).map_err(named)?;
                         parts.push(Part { b, rank_start: ranks, column, scale: pair.scale });
                         ranks += rank;
                     }
@@ -386,7 +399,7 @@ impl PackedAdapter {
                     (column, width) = (column + n, k);
                 }
                 if !(parts.is_empty() && finishes.is_empty()) {
-                    let a = (ranks > 0).then(|| linears.by_rows(&a, ranks, width)).transpose()?;
+                    let a = (ranks > 0).then(|| linears.by_rows(&a, ranks, width, format)).transpose()?;
                     sites.insert(layer, site, PackedSite { a, parts, finishes, width: column });
                 }
             }

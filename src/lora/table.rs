@@ -24,7 +24,7 @@ struct Rows {
 
 impl Rows {
     fn new(own: &OwnRows, width: usize, options: &DecoderOptions) -> Result<Self> {
-        let matrix = Factor::new(&own.rows, own.rows.len() / width, width, options)?;
+        let matrix = Factor::new(&own.rows, own.rows.len() / width, width, options, options.format)?;
         Ok(Rows { tokens: own.tokens.clone().map(Arc::new), matrix: Arc::new(matrix) })
     }
 
@@ -123,6 +123,7 @@ pub(super) fn pack(
     let (width, options) = (base.config().hidden_size, base.options());
     let vector = |numbers: Option<Vec<f32>>| numbers.map(|v| Vector::new(v, options)).transpose();
 
+    let factor = |rows: &[f32], n: usize, k: usize| Factor::new(rows, n, k, options, options.format);
     // The base's tables are large: one is in memory at a time.
     let (own, gain) = {
         let weights = Served::new(&embedding, Module::Embedding, base)?;
@@ -138,7 +139,7 @@ pub(super) fn pack(
     let pair = |LoraPair { rank, scale, a, b, .. }: LoraPair| -> Result<Pair> {
         let by_token: Vec<f32> =
             (0..vocab_size).flat_map(|t| (0..rank).map(move |r| (t, r))).map(|(t, r)| a[r * vocab_size + t]).collect();
-        let (a, b) = (Factor::new(&by_token, vocab_size, rank, options)?, Factor::new(&b, width, rank, options)?);
+        let (a, b) = (factor(&by_token, vocab_size, rank)?, factor(&b, width, rank)?);
         Ok(Pair { a, b, scale, gain: vector(gain)?, shift: None })
     };
     let pair = embedding.pair.map(pair).transpose()?;
@@ -161,7 +162,7 @@ pub(super) fn pack(
         (None, _) => None,
     };
     let pair = |LoraPair { rank, scale, a, b, bias, .. }: LoraPair| -> Result<Pair> {
-        let (a, b) = (Factor::new(&a, rank, width, options)?, Factor::new(&b, vocab_size, rank, options)?);
+        let (a, b) = (factor(&a, rank, width)?, factor(&b, vocab_size, rank)?);
         let shift = bias.map(|bias| bias.iter().map(|b| scale * b).collect());
         Ok(Pair { a, b, scale, gain: vector(gain)?, shift: vector(shift)? })
     };

@@ -193,7 +193,7 @@ impl Weights {
     fn fetch(&self, panel: usize, group: usize) {
         let (codes, bytes) = match &self.codes {
             Codes::Bytes(codes) => (codes, LANES),
-            Codes::Nibbles(codes) => (codes, LANES / 2),
+            Codes::Nibbles { codes, .. } => (codes, LANES / 2),
         };
         let first = (panel * self.k + group * self.group) * bytes;
         for line in (first..first + self.group * bytes).step_by(CACHE_LINE) {
@@ -218,16 +218,17 @@ impl Weights {
                     }
                 }
             }
-            Codes::Nibbles(codes) => {
-                let mask = _mm512_set1_epi8(15);
+            Codes::Nibbles { codes, zero } => {
+                let (mask, zero) = (_mm512_set1_epi8(15), _mm512_set1_epi8(*zero as i8));
                 let codes = codes[panel * steps.len() / 2..].as_chunks::<STEP_BYTES>().0;
                 for (both, steps) in codes.iter().zip(steps.as_chunks_mut::<{ 2 * STEP_BYTES }>().0) {
                     _mm_prefetch::<_MM_HINT_T0>(both.as_ptr().wrapping_add(AHEAD).cast());
                     unsafe {
                         let both = _mm512_loadu_si512(both.as_ptr().cast());
-                        let second = _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask);
-                        _mm512_storeu_si512(steps.as_mut_ptr().cast(), _mm512_and_si512(both, mask));
-                        _mm512_storeu_si512(steps[STEP_BYTES..].as_mut_ptr().cast(), second);
+                        for (i, both) in [both, _mm512_srli_epi16::<4>(both)].into_iter().enumerate() {
+                            let step = _mm512_sub_epi8(_mm512_and_si512(both, mask), zero);
+                            _mm512_storeu_si512(steps[i * STEP_BYTES..].as_mut_ptr().cast(), step);
+                        }
                     }
                 }
             }

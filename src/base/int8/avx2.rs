@@ -26,6 +26,8 @@ struct Panel<'a> {
     codes: *const u8,
     numbers: Numbers<'a>,
     features: usize,
+    /// What nibbles have too much.
+    zero: i32,
 }
 
 /// The scales and minima of a panel's groups.
@@ -125,11 +127,11 @@ impl Weights {
         // SAFETY: the caller's promise.
         unsafe {
             match (&self.codes, self.group / STEP) {
-                (Codes::Nibbles(codes), 8) if rows.len() >= MANY => {
+                (Codes::Nibbles { codes, .. }, 8) if rows.len() >= MANY => {
                     self.avx2_tiles::<APART, 8>(codes, x, rows, panels, scale, y)
                 }
-                (Codes::Nibbles(codes), 8) => self.avx2_tiles::<NIBBLES, 8>(codes, x, rows, panels, scale, y),
-                (Codes::Nibbles(codes), _) => self.avx2_tiles::<NIBBLES, 0>(codes, x, rows, panels, scale, y),
+                (Codes::Nibbles { codes, .. }, 8) => self.avx2_tiles::<NIBBLES, 8>(codes, x, rows, panels, scale, y),
+                (Codes::Nibbles { codes, .. }, _) => self.avx2_tiles::<NIBBLES, 0>(codes, x, rows, panels, scale, y),
                 (Codes::Bytes(codes), 4) => self.avx2_tiles::<BYTES, 4>(codes, x, rows, panels, scale, y),
                 (Codes::Bytes(codes), 16) => self.avx2_tiles::<BYTES, 16>(codes, x, rows, panels, scale, y),
                 (Codes::Bytes(codes), _) => self.avx2_tiles::<BYTES, 0>(codes, x, rows, panels, scale, y),
@@ -153,6 +155,7 @@ impl Weights {
     ) {
         let (row, panel, groups) = (rows.start, panels.start, x.groups_per_row);
         let length = self.k * if LAYOUT == NIBBLES { HALF } else { LANES };
+        let zero = if let Codes::Nibbles { zero, .. } = self.codes { zero } else { 0 };
         let mut apart = (LAYOUT == APART).then(|| Apart::new(self));
         let near = (NEAR / self.k / ROWS).max(1) * ROWS;
         for start in rows.clone().step_by(near) {
@@ -162,11 +165,11 @@ impl Weights {
                     Some(apart) => {
                         apart.take(self, codes, p);
                         let numbers = Numbers::Apart(apart.numbers.as_ptr());
-                        Panel { codes: apart.codes.as_ptr(), numbers, features }
+                        Panel { codes: apart.codes.as_ptr(), numbers, features, zero }
                     }
                     None => {
                         let codes = codes[p * length..][..length].as_ptr();
-                        Panel { codes, numbers: Numbers::Packed(self, p * groups), features }
+                        Panel { codes, numbers: Numbers::Packed(self, p * groups), features, zero }
                     }
                 };
                 let end = rows.end.min(start + near);
@@ -270,8 +273,13 @@ unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize>(
             unrolled!(r < R, {
                 let common = &*common.add(r * groups);
                 let (scale, total) = (_mm256_set1_ps(common.scale), _mm256_set1_ps(common.total));
+                // Once for each number of the row.
+                let excess = _mm256_set1_epi32(weights.zero * common.sum);
                 unrolled!(h < 2, {
-                    let sum = if LAYOUT != BYTES { _mm256_madd_epi16(sums[r][h], ones) } else { sums[r][h] };
+                    let sum = match LAYOUT {
+                        BYTES => sums[r][h],
+                        _ => _mm256_sub_epi32(_mm256_madd_epi16(sums[r][h], ones), excess),
+                    };
                     let product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scales[h]);
                     let acc = acc.add(r * LANES + h * HALF);
                     let mut sum = _mm256_fmadd_ps(product, scale, _mm256_loadu_ps(acc));

@@ -50,26 +50,30 @@ impl Weights {
     pub(super) unsafe fn vnni(&self, x: &Rounded, rows: Range<usize>, panels: Range<usize>, scale: f32, y: Target) {
         // SAFETY: the caller's promise.
         unsafe {
-            if let (Codes::Bytes(codes), true, None) = (&self.codes, self.group == self.k, &self.mins) {
+            if self.group == self.k && self.mins.is_none() {
                 macro_rules! short {
-                    ($steps:literal, $panels:literal) => {
-                        return self.vnni_short::<$steps, $panels>(codes, x, rows, panels, scale, y)
+                    ($codes:expr, $nibbles:literal, $steps:literal, $panels:literal) => {
+                        return self.vnni_short::<$nibbles, $steps, $panels>($codes, x, rows, panels, scale, y)
                     };
                 }
-                match self.k / STEP {
-                    1 => short!(1, 4),
-                    2 => short!(2, 4),
-                    3 => short!(3, 4),
-                    4 => short!(4, 4),
-                    6 => short!(6, 2),
-                    8 => short!(8, 2),
-                    16 => short!(16, 1),
+                match (&self.codes, self.k / STEP) {
+                    (Codes::Bytes(codes), 1) => short!(codes, false, 1, 4),
+                    (Codes::Bytes(codes), 2) => short!(codes, false, 2, 4),
+                    (Codes::Bytes(codes), 3) => short!(codes, false, 3, 4),
+                    (Codes::Bytes(codes), 4) => short!(codes, false, 4, 4),
+                    (Codes::Bytes(codes), 6) => short!(codes, false, 6, 2),
+                    (Codes::Bytes(codes), 8) => short!(codes, false, 8, 2),
+                    (Codes::Bytes(codes), 16) => short!(codes, false, 16, 1),
+                    (Codes::Nibbles { codes, .. }, 2) => short!(codes, true, 2, 4),
+                    (Codes::Nibbles { codes, .. }, 4) => short!(codes, true, 4, 4),
+                    (Codes::Nibbles { codes, .. }, 6) => short!(codes, true, 6, 2),
+                    (Codes::Nibbles { codes, .. }, 8) => short!(codes, true, 8, 2),
                     _ => {}
                 }
             }
             match (&self.codes, self.group / STEP) {
-                (Codes::Nibbles(codes), 8) => self.vnni_tiles::<true, 8>(codes, x, rows, panels, scale, y),
-                (Codes::Nibbles(codes), _) => self.vnni_tiles::<true, 0>(codes, x, rows, panels, scale, y),
+                (Codes::Nibbles { codes, .. }, 8) => self.vnni_tiles::<true, 8>(codes, x, rows, panels, scale, y),
+                (Codes::Nibbles { codes, .. }, _) => self.vnni_tiles::<true, 0>(codes, x, rows, panels, scale, y),
                 (Codes::Bytes(codes), 4) => self.vnni_tiles::<false, 4>(codes, x, rows, panels, scale, y),
                 (Codes::Bytes(codes), 16) => self.vnni_tiles::<false, 16>(codes, x, rows, panels, scale, y),
                 (Codes::Bytes(codes), _) => self.vnni_tiles::<false, 0>(codes, x, rows, panels, scale, y),
@@ -83,7 +87,7 @@ impl Weights {
     /// # Safety
     /// As for [`Self::vnni`]; the group is such a one, and has no minima.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn vnni_short<const STEPS: usize, const P: usize>(
+    unsafe fn vnni_short<const NIBBLES: bool, const STEPS: usize, const P: usize>(
         &self,
         codes: &[u8],
         x: &Rounded,
@@ -92,20 +96,21 @@ impl Weights {
         scale: f32,
         y: Target,
     ) {
-        debug_assert!(self.k == STEPS * STEP && codes.len() >= panels.end * self.k * LANES);
+        let bytes = if NIBBLES { STEP * LANES / 2 } else { STEP * LANES };
+        debug_assert!(self.k == STEPS * STEP && codes.len() >= panels.end * STEPS * bytes);
         let whole = panels.len() / P * P;
         for panel in panels.clone().take(whole).step_by(P) {
             // SAFETY: the caller's promise.
             unsafe {
                 let y = y.at(0, (panel - panels.start) * LANES);
-                self.vnni_short_panels::<STEPS, P>(codes, x, rows.clone(), panel, scale, y);
+                self.vnni_short_panels::<NIBBLES, STEPS, P>(codes, x, rows.clone(), panel, scale, y);
             }
         }
         for panel in panels.clone().skip(whole) {
             // SAFETY: the caller's promise.
             unsafe {
                 let y = y.at(0, (panel - panels.start) * LANES);
-                self.vnni_short_panels::<STEPS, 1>(codes, x, rows.clone(), panel, scale, y);
+                self.vnni_short_panels::<NIBBLES, STEPS, 1>(codes, x, rows.clone(), panel, scale, y);
             }
         }
     }
@@ -116,7 +121,7 @@ impl Weights {
     /// As for [`Self::vnni_short`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
-    unsafe fn vnni_short_panels<const STEPS: usize, const P: usize>(
+    unsafe fn vnni_short_panels<const NIBBLES: bool, const STEPS: usize, const P: usize>(
         &self,
         codes: &[u8],
         x: &Rounded,
@@ -126,12 +131,22 @@ impl Weights {
         y: Target,
     ) {
         let (mut weights, mut scales) = ([[_mm512_setzero_si512(); P]; STEPS], [_mm512_setzero_ps(); P]);
+        let (bytes, mask) = (if NIBBLES { STEP * LANES / 2 } else { STEP * LANES }, _mm512_set1_epi8(15));
         for p in 0..P {
-            let of_panel = codes[(panel + p) * self.k * LANES..].as_ptr();
+            let of_panel = codes[(panel + p) * STEPS * bytes..].as_ptr();
             for (s, weights) in weights.iter_mut().enumerate() {
-                _mm_prefetch::<_MM_HINT_T0>(of_panel.wrapping_add(AHEAD + s * CACHE_LINE).cast());
+                // Two steps of nibbles lie together.
+                let line = if NIBBLES { s / 2 } else { s } * CACHE_LINE;
                 // SAFETY: a panel has so many steps.
-                weights[p] = unsafe { _mm512_loadu_si512(of_panel.add(s * CACHE_LINE).cast()) };
+                let codes = unsafe { _mm512_loadu_si512(of_panel.add(line).cast()) };
+                weights[p] = match (NIBBLES, s % 2) {
+                    (false, _) => codes,
+                    (true, 0) => _mm512_and_si512(codes, mask),
+                    (true, _) => _mm512_and_si512(_mm512_srli_epi16::<4>(codes), mask),
+                };
+                if !NIBBLES || s % 2 == 0 {
+                    _mm_prefetch::<_MM_HINT_T0>(of_panel.wrapping_add(AHEAD + line).cast());
+                }
             }
             // SAFETY: there is such a panel.
             scales[p] = unsafe { self.scales.lanes(panel + p) };
@@ -139,8 +154,8 @@ impl Weights {
         let (factor, first) = (_mm512_set1_ps(scale), rows.start);
         for row in rows {
             let (common, q) = (&x.groups[row], &x.q[row * self.k..][..STEPS * STEP]);
-            // Codes have 128 too much, which counts once for each number of the row.
-            let mut sums = [_mm512_set1_epi32(-128 * common.sum); P];
+            // What codes have too much counts once for each number of the row.
+            let mut sums = [_mm512_set1_epi32(-self.zero() * common.sum); P];
             for (weights, q) in weights.iter().zip(q.as_chunks::<STEP>().0) {
                 let q = _mm512_set1_epi32(i32::from_ne_bytes(q.map(|q| q as u8)));
                 sums.iter_mut().zip(weights).for_each(|(sum, &w)| *sum = _mm512_dpbusd_epi32(*sum, w, q));
@@ -261,7 +276,7 @@ impl Weights {
         let is_last = codes.len() <= (panel + P) * apart;
         let ahead = if P * apart <= NEXT && !is_last { P * apart } else { AHEAD };
         debug_assert!(codes.len() >= (panel + P) * apart && row + R <= x.rows());
-        let mask = _mm512_set1_epi8(15);
+        let (mask, zero) = (_mm512_set1_epi8(15), if NIBBLES { self.zero() } else { 128 });
         // SAFETY: the caller's promise.
         let (mut w, mut q, mut common) = unsafe {
             let w = codes.as_ptr().add(panel * apart);
@@ -282,9 +297,9 @@ impl Weights {
             let mut sums = [[_mm512_setzero_si512(); P]; R];
             // SAFETY: there are as many codes and numbers as `k` asks for, and as many groups' scales.
             unsafe {
-                if !NIBBLES {
-                    // Codes have 128 too much, which counts once for each number of the row.
-                    unrolled!(r < R, { sums[r] = [_mm512_set1_epi32(-128 * (*common.add(r * groups)).sum); P] });
+                if zero != 0 {
+                    // What codes have too much counts once for each number of the row.
+                    unrolled!(r < R, { sums[r] = [_mm512_set1_epi32(-zero * (*common.add(r * groups)).sum); P] });
                 }
                 for line in (0..steps * bytes).step_by(CACHE_LINE) {
                     for p in 0..P {

@@ -229,7 +229,25 @@ impl Weights {
             Codes::Bytes(codes) => {
                 codes[(panel * self.k + range.start) * LANES..][..range.len() * LANES].as_ptr().cast()
             }
-            Codes::Nibbles { codes, lines } => {
+            Codes::Nibbles { codes, lines: None } => {
+                let first = (panel * self.k + range.start) / 2 * LANES;
+                let codes = codes[first..][..range.len() / 2 * LANES].as_chunks::<CACHE_LINE>().0;
+                let bytes = out.as_ptr();
+                let (mask, zero) = (_mm512_set1_epi8(15), _mm512_set1_epi8(8));
+                for (codes, out) in codes.iter().zip(out.as_chunks_mut::<{ 2 * CACHE_LINE }>().0) {
+                    _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_offset(ahead * (LANES / 2) as isize).cast());
+                    // SAFETY: loads and stores are of 64 bytes each.
+                    unsafe {
+                        let both = _mm512_loadu_si512(codes.as_ptr().cast());
+                        for (i, both) in [both, _mm512_srli_epi16::<4>(both)].into_iter().enumerate() {
+                            let step = _mm512_sub_epi8(_mm512_and_si512(both, mask), zero);
+                            _mm512_storeu_si512(out[i * CACHE_LINE..].as_mut_ptr().cast(), step);
+                        }
+                    }
+                }
+                bytes
+            }
+            Codes::Nibbles { codes, lines: Some(lines) } => {
                 let first = panel * self.k + range.start;
                 let codes = codes[first / 2 * LANES..][..range.len() / 2 * LANES].as_chunks::<CACHE_LINE>().0;
                 let codes = codes.as_chunks::<{ GROUP * LANES / 2 / CACHE_LINE }>().0;

@@ -25,11 +25,12 @@ impl Weights {
     pub(super) unsafe fn vnni(&self, x: &Planes, row: usize, panels: Range<usize>, scale: f32, y: Target) {
         let (chunk, chunks) = (chunk(self.k), self.chunks());
         let planes: [&[i8]; 2] = x.row(row).into();
-        // Weights have 128 too much, which counts once for each number of the row.
+        // What weights have too much counts once for each number of the row.
+        let zero = if let Codes::Nibbles { lines: None, .. } = self.codes { 8 } else { 128 };
         let excess = |c: usize| -> i32 {
             let range = c * chunk..self.k.min((c + 1) * chunk);
             let [high, low] = planes.map(|plane| plane[range.clone()].iter().map(|&x| i32::from(x)).sum::<i32>());
-            128 * ((high << LOW) + low)
+            zero * ((high << LOW) + low)
         };
         let excess: Vec<i32> = (0..chunks).map(excess).collect();
         let nibbles = Nibbles::new();
@@ -61,7 +62,20 @@ impl Weights {
                             }
                         }
                     }
-                    Codes::Nibbles { codes, lines } => {
+                    Codes::Nibbles { codes, lines: None } => {
+                        let place = (panel * self.k + range.start) / 2;
+                        let codes = codes[place * LANES..][..range.len() / 2 * LANES].as_chunks::<CACHE_LINE>().0;
+                        let mask = _mm512_set1_epi8(15);
+                        for (i, codes) in codes.iter().enumerate() {
+                            _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
+                            // SAFETY: the load is of the array.
+                            let both = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
+                            let k = range.start + 2 * i * STEP;
+                            add(_mm512_and_si512(both, mask), k, 0);
+                            add(_mm512_and_si512(_mm512_srli_epi16::<4>(both), mask), k + STEP, 1);
+                        }
+                    }
+                    Codes::Nibbles { codes, lines: Some(lines) } => {
                         let place = panel * self.k + range.start;
                         let codes = &codes[place / 2 * LANES..][..range.len() / 2 * LANES];
                         let codes = codes.as_chunks::<CACHE_LINE>().0.as_chunks::<LINES>().0;
