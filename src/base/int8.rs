@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::parallel;
-use super::simd::{LANES, Simd, Target};
+use super::simd::{Ahead, LANES, Simd, Target, bytes_of};
 use crate::large_pages::{Large, collected, repeated};
 
 /// The body for every `$i` below `$n`, which is 8 at most, each time with `$i` known to the compiler: an array that is read
@@ -464,6 +464,20 @@ impl Weights {
         self.group
     }
 
+    /// Some panels, as they are read.
+    pub fn ahead(&self, panels: Range<usize>) -> Ahead<'_> {
+        let (codes, bytes, groups) = match &self.codes {
+            Codes::Bytes(codes) => (codes, self.k * LANES, self.k / self.group),
+            Codes::Nibbles { codes, .. } => (codes, self.k * LANES / 2, self.k / self.group),
+        };
+        let of_groups = panels.start * groups..panels.end * groups;
+        let scales = match &self.scales {
+            Scales::F16(numbers) => bytes_of(&numbers[of_groups]),
+            Scales::F32(numbers) => bytes_of(&numbers[of_groups]),
+        };
+        Ahead::new(scales, &codes[panels.start * bytes..panels.end * bytes])
+    }
+
     pub fn bytes(&self) -> usize {
         let codes = match &self.codes {
             Codes::Bytes(codes) | Codes::Nibbles { codes, .. } => codes.len(),
@@ -496,11 +510,12 @@ impl Weights {
         x: &Rounded,
         rows: Range<usize>,
         panels: Range<usize>,
+        ahead: Ahead,
         scale: f32,
         y: Target,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { self.multiply_as(Form::of(simd, rows.len(), self.group), x, rows, panels, scale, y) }
+        unsafe { self.multiply_as(Form::of(simd, rows.len(), self.group), x, rows, panels, ahead, scale, y) }
     }
 
     /// [`Self::multiply`] in a form that this CPU has.
@@ -513,6 +528,7 @@ impl Weights {
         x: &Rounded,
         rows: Range<usize>,
         panels: Range<usize>,
+        ahead: Ahead,
         scale: f32,
         y: Target,
     ) {
@@ -524,7 +540,7 @@ impl Weights {
             #[cfg(target_arch = "x86_64")]
             Form::Amx => unsafe { self.amx(x, rows, panels, scale, y) },
             #[cfg(target_arch = "x86_64")]
-            Form::Vnni => unsafe { self.vnni(x, rows, panels, scale, y) },
+            Form::Vnni => unsafe { self.vnni(x, rows, panels, ahead, scale, y) },
             #[cfg(target_arch = "x86_64")]
             Form::Avx2 => unsafe { self.avx2(x, rows, panels, scale, y) },
             Form::Portable => {
@@ -653,7 +669,7 @@ mod tests {
                 for simd in Simd::all() {
                     let x = Rounded::new(simd, &x, 32, 1, 32, 32);
                     // SAFETY: that many features.
-                    unsafe { weights.multiply_as(form, &x, 0..1, 0..1, 1.0, y) };
+                    unsafe { weights.multiply_as(form, &x, 0..1, 0..1, Ahead::default(), 1.0, y) };
                     assert!(!acc[0].is_finite(), "{number}, rounded by {simd:?}, by {form:?}: {}", acc[0]);
                 }
             }
@@ -744,7 +760,7 @@ mod tests {
                 let mut y = vec![1.0f32; rows.len() * (width + 1)];
                 let target = Target { start: y.as_mut_ptr(), stride: width + 1, add };
                 // SAFETY: there are as many rows and features.
-                unsafe { weights.multiply_as(form, &rounded, rows, panels, 0.5, target) };
+                unsafe { weights.multiply_as(form, &rounded, rows, panels, Ahead::default(), 0.5, target) };
                 assert!(y.iter().skip(width).step_by(width + 1).all(|&one| one == 1.0));
                 y
             };

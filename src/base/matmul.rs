@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::base::buffer::Buffer;
 use crate::base::int8::{self, Rounded};
 use crate::base::parallel;
-use crate::base::simd::{self, GROUP, Group, LANES, Rows, Simd, Target};
+use crate::base::simd::{self, Ahead, GROUP, Group, LANES, Rows, Simd, Target};
 use crate::base::tiled::{self, Planes};
 use crate::base::{RawTensor, Stored};
 use crate::large_pages::{Large, repeated};
@@ -246,6 +246,15 @@ impl PackedMatrix {
         }
     }
 
+    /// Some panels, as they are read.
+    fn ahead(&self, panels: Range<usize>) -> Ahead<'_> {
+        match &self.data {
+            Data::Whole(weights) => weights.ahead(panels),
+            Data::Tiled(weights) => weights.ahead(panels),
+            _ => Ahead::default(),
+        }
+    }
+
     fn panels(&self) -> usize {
         self.n.div_ceil(LANES)
     }
@@ -324,7 +333,16 @@ impl PackedMatrix {
     ///
     /// # Safety
     /// `y` is good for writing those elements, and nobody else touches them meanwhile.
-    unsafe fn multiply_panels(&self, simd: Simd, panels: Range<usize>, m: usize, x: Input, scale: f32, y: Target) {
+    unsafe fn multiply_panels(
+        &self,
+        simd: Simd,
+        panels: Range<usize>,
+        m: usize,
+        x: Input,
+        ahead: Ahead,
+        scale: f32,
+        y: Target,
+    ) {
         let x = match x {
             Input::Plain(x) => x,
             Input::Rounded(x, first) => {
@@ -332,14 +350,14 @@ impl PackedMatrix {
                     unreachable!("only whole numbers are multiplied with rounded rows")
                 };
                 // SAFETY: the caller's promise.
-                return unsafe { weights.multiply(simd, x, first..first + m, panels, scale, y) };
+                return unsafe { weights.multiply(simd, x, first..first + m, panels, ahead, scale, y) };
             }
             Input::Planes(x, first) => {
                 let Data::Tiled(weights) = &self.data else {
                     unreachable!("only these weights are multiplied with planes")
                 };
                 // SAFETY: the caller's promise.
-                return unsafe { weights.multiply(simd, x, first..first + m, panels, scale, y) };
+                return unsafe { weights.multiply(simd, x, first..first + m, panels, ahead, scale, y) };
             }
         };
         /// Rows that share one unpacking of the weights; their accumulators stay in the first-level cache.
@@ -632,6 +650,9 @@ impl<'a> Input<'a> {
     }
 }
 
+/// A matrix, and panels of it.
+type Part = (usize, Range<usize>);
+
 /// Panels of matrices, and which of these are one task: several of small matrices, a part of a large one's.
 struct Plan {
     // In small numbers: the allocator is quickest with what is below a kilobyte.
@@ -684,15 +705,17 @@ impl Plan {
         Plan { parts, tasks, total }
     }
 
-    /// Calls `run(matrix, panels)` for all parts, on all threads where that is worth it.
-    fn run(&self, run: impl Fn(usize, Range<usize>) + Sync) {
-        let run = |(i, panels): &(u32, Range<u32>)| run(*i as usize, panels.start as usize..panels.end as usize);
+    /// Calls `run((matrix, panels), next)` for all parts, on all threads where that is worth it. `next` is the part that the
+    /// thread most likely gets then.
+    fn run(&self, run: impl Fn(Part, Option<Part>) + Sync) {
+        let part = |(i, panels): &(u32, Range<u32>)| (*i as usize, panels.start as usize..panels.end as usize);
+        let run = |at: usize| run(part(&self.parts[at]), self.parts.get(at + 1).map(part));
         if self.total < 2 * Self::GRAIN {
-            self.parts.iter().for_each(run);
+            (0..self.parts.len()).for_each(run);
         } else {
             parallel::run(self.tasks.len(), |i| {
                 let Range { start, end } = self.tasks[i];
-                self.parts[start as usize..end as usize].iter().for_each(run)
+                (start as usize..end as usize).for_each(run)
             });
         }
     }
@@ -751,13 +774,14 @@ fn multiply_rounded(
     });
     let products: Vec<(&Product, Target)> = targets.collect();
     Plan::new(products.iter().map(|(p, _)| (p.matrix.panels(), p.matrix.side(), Plan::of_panel(p)))).run(
-        |i, panels| {
+        |(i, panels), next| {
+            let ahead = next.map_or(Ahead::default(), |(i, panels)| products[i].0.matrix.ahead(panels));
             let (p, y) = products[i];
             let x = Input::of(p, x, x_stride, places[i].map(|place| &rounded[place]), 0);
             // SAFETY: what was checked keeps the elements inside `y`; panels of one product are disjoint, and so are products.
             unsafe {
                 let y = y.at(p.rows.start, p.y_column + panels.start * LANES);
-                p.matrix.multiply_panels(simd, panels, p.rows.len(), x, p.scale, y);
+                p.matrix.multiply_panels(simd, panels, p.rows.len(), x, ahead, p.scale, y);
             }
         },
     );
@@ -881,7 +905,7 @@ impl Layer<'_> {
         // SAFETY: as for `multiply_panels`.
         let outputs = |i: usize, panels: Range<usize>, rows: Range<usize>, y: Target| unsafe {
             let input = Input::of(&base[i], x, k, places[i].map(|place| &rounded[place]), rows.start);
-            base[i].matrix.multiply_panels(simd, panels.clone(), rows.len(), input, 1.0, y);
+            base[i].matrix.multiply_panels(simd, panels.clone(), rows.len(), input, Ahead::default(), 1.0, y);
             for &i in &adds[i] {
                 let p = &up[i];
                 let own = p.rows.start.max(rows.start)..p.rows.end.min(rows.end);
@@ -889,7 +913,7 @@ impl Layer<'_> {
                     let place = of_up[i].map(|place| &rounded_h[place]);
                     let input = Input::of(p, &h, width, place, own.start - p.rows.start);
                     let y = Target { add: true, ..y.at(own.start - rows.start, 0) };
-                    p.matrix.multiply_panels(simd, panels.clone(), own.len(), input, p.scale, y);
+                    p.matrix.multiply_panels(simd, panels.clone(), own.len(), input, Ahead::default(), p.scale, y);
                 }
             }
         };
@@ -898,7 +922,7 @@ impl Layer<'_> {
         let Some(gate) = gate else {
             let y = Target { start: y.as_mut_ptr(), stride: n, add: false };
             let matrices = base.iter().enumerate().map(|(i, p)| (p.matrix.panels(), p.matrix.side(), of_panel(i)));
-            Plan::new(matrices).run(|i, panels| {
+            Plan::new(matrices).run(|(i, panels), _| {
                 // SAFETY: the outputs lie inside `y`, and those of panels are disjoint.
                 unsafe { outputs(i, panels.clone(), 0..rows, y.at(0, base[i].y_column + panels.start * LANES)) }
             });
@@ -908,7 +932,7 @@ impl Layer<'_> {
         let y = Target { start: y.as_mut_ptr(), stride: half, add: false };
         let near = rows.div_ceil(rows.div_ceil(NEAR_ROWS).max(1)).max(1);
         let (panels, side) = (base[0].matrix.panels(), base[0].matrix.side());
-        Plan::new(std::iter::once((panels, side, of_panel(0) + of_panel(1)))).run(|_, panels| {
+        Plan::new(std::iter::once((panels, side, of_panel(0) + of_panel(1)))).run(|(_, panels), _| {
             let (column, width) = (panels.start * LANES, panels.len() * LANES);
             let count = width.min(half - column);
             let mut both = Buffer::new(near * 2 * width);

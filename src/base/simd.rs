@@ -365,6 +365,48 @@ fn unpack_avx512(group: Group, out: &mut [f32; GROUP * LANES]) {
     }, F32(_w) => unpack_body(group, out))
 }
 
+/// What is read next, to be fetched line by line while something else is read: short parts of memory that lie apart have ended
+/// before the processor has seen where they go on.
+#[derive(Clone, Copy, Default)]
+pub struct Ahead<'a> {
+    now: &'a [u8],
+    then: &'a [u8],
+}
+
+impl<'a> Ahead<'a> {
+    /// One after the other.
+    pub fn new(now: &'a [u8], then: &'a [u8]) -> Self {
+        Ahead { now, then }
+    }
+
+    /// Has the next lines on their way to a near cache, if there are any.
+    #[inline(always)]
+    pub fn fetch(&mut self, lines: usize) {
+        const LINE: usize = 64;
+        for _ in 0..lines {
+            if self.now.is_empty() {
+                if self.then.is_empty() {
+                    return;
+                }
+                (self.now, self.then) = (self.then, &[]);
+            }
+            #[cfg(target_arch = "x86_64")]
+            {
+                use std::arch::x86_64::*;
+                // SAFETY: every x86-64 has it, and it does nothing but that.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.now.as_ptr().cast()) };
+            }
+            self.now = &self.now[LINE.min(self.now.len())..];
+        }
+    }
+}
+
+/// Numbers as bytes.
+pub fn bytes_of<T: Copy>(numbers: &[T]) -> &[u8] {
+    // SAFETY: initialised memory of its size, which is read only.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
+}
+
 /// Has the memory of something on its way to a near cache.
 pub fn fetch<T>(of: &[T]) {
     #[cfg(target_arch = "x86_64")]

@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::buffer::Buffer;
 use super::int8::{Lines, in_steps, nibble, nibble_scale, nibbles, per_group, whole};
 use super::parallel;
-use super::simd::{LANES, Simd, Target};
+use super::simd::{Ahead, LANES, Simd, Target, bytes_of};
 use crate::large_pages::{Large, collected};
 
 #[cfg(target_arch = "x86_64")]
@@ -276,6 +276,16 @@ impl Weights {
         Weights { n, k, codes, scales: collected(scales.into_iter()) }
     }
 
+    /// Some panels, as they are read.
+    pub fn ahead(&self, panels: Range<usize>) -> Ahead<'_> {
+        let (codes, bytes) = match &self.codes {
+            Codes::Bytes(codes) => (codes, self.k * LANES),
+            Codes::Nibbles { codes, .. } => (codes, self.k * LANES / 2),
+        };
+        let scales = &self.scales[panels.start * self.chunks()..panels.end * self.chunks()];
+        Ahead::new(bytes_of(scales), &codes[panels.start * bytes..panels.end * bytes])
+    }
+
     pub fn bytes(&self) -> usize {
         let codes = match &self.codes {
             Codes::Bytes(codes) => codes.len(),
@@ -311,6 +321,7 @@ impl Weights {
         x: &Planes,
         rows: Range<usize>,
         panels: Range<usize>,
+        ahead: Ahead,
         scale: f32,
         y: Target,
     ) {
@@ -321,7 +332,7 @@ impl Weights {
             Simd::Avx512 if is_there() => unsafe {
                 // Tiles of one row would be laid out and read for next to nothing.
                 match rows.len() {
-                    1 => self.vnni(x, rows.start, panels, scale, y),
+                    1 => self.vnni(x, rows.start, panels, ahead, scale, y),
                     _ => self.amx(x, rows, panels, scale, y),
                 }
             },
@@ -406,7 +417,7 @@ mod tests {
                     let target = Target { start: y.as_mut_ptr(), stride: 1, add: false };
                     let x = Planes::new(simd, x, 64, 2, 64);
                     // SAFETY: that many features.
-                    unsafe { weights.multiply(simd, &x, 0..2, 0..1, 1.0, target) };
+                    unsafe { weights.multiply(simd, &x, 0..2, 0..1, Ahead::default(), 1.0, target) };
                     y
                 };
                 let good = Weights::round(1, 64, |_, _| 0.5);
@@ -477,7 +488,7 @@ mod tests {
                     let mut y = vec![1.0f32; rows.len() * (width + 1)];
                     let target = Target { start: y.as_mut_ptr(), stride: width + 1, add };
                     // SAFETY: there are as many rows and features.
-                    unsafe { weights.multiply(simd, &planes, rows, panels, 0.5, target) };
+                    unsafe { weights.multiply(simd, &planes, rows, panels, Ahead::default(), 0.5, target) };
                     assert!(y.iter().skip(width).step_by(width + 1).all(|&one| one == 1.0));
                     y
                 };

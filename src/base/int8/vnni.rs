@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{AHEAD, CACHE_LINE, Codes, NEAR, Rounded, STEP, Scales, Weights, in_memory};
-use crate::base::simd::{LANES, Target};
+use crate::base::simd::{Ahead, LANES, Target};
 
 /// Rows of the largest tile.
 const ROWS: usize = 8;
@@ -47,13 +47,22 @@ impl Weights {
     /// The CPU has avx512f, avx512bw, avx512vl and avx512vnni; there are such rows and panels; `y` is as for
     /// [`Self::multiply`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    pub(super) unsafe fn vnni(&self, x: &Rounded, rows: Range<usize>, panels: Range<usize>, scale: f32, y: Target) {
+    pub(super) unsafe fn vnni(
+        &self,
+        x: &Rounded,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        mut ahead: Ahead,
+        scale: f32,
+        y: Target,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
             if self.group == self.k && self.mins.is_none() {
                 macro_rules! short {
                     ($codes:expr, $nibbles:literal, $steps:literal, $panels:literal) => {
-                        return self.vnni_short::<$nibbles, $steps, $panels>($codes, x, rows, panels, scale, y)
+                        return self
+                            .vnni_short::<$nibbles, $steps, $panels>($codes, x, rows, panels, &mut ahead, scale, y)
                     };
                 }
                 match (&self.codes, self.k / STEP) {
@@ -93,6 +102,7 @@ impl Weights {
         x: &Rounded,
         rows: Range<usize>,
         panels: Range<usize>,
+        ahead: &mut Ahead,
         scale: f32,
         y: Target,
     ) {
@@ -103,14 +113,14 @@ impl Weights {
             // SAFETY: the caller's promise.
             unsafe {
                 let y = y.at(0, (panel - panels.start) * LANES);
-                self.vnni_short_panels::<NIBBLES, STEPS, P>(codes, x, rows.clone(), panel, scale, y);
+                self.vnni_short_panels::<NIBBLES, STEPS, P>(codes, x, rows.clone(), panel, ahead, scale, y);
             }
         }
         for panel in panels.clone().skip(whole) {
             // SAFETY: the caller's promise.
             unsafe {
                 let y = y.at(0, (panel - panels.start) * LANES);
-                self.vnni_short_panels::<NIBBLES, STEPS, 1>(codes, x, rows.clone(), panel, scale, y);
+                self.vnni_short_panels::<NIBBLES, STEPS, 1>(codes, x, rows.clone(), panel, ahead, scale, y);
             }
         }
     }
@@ -127,30 +137,30 @@ impl Weights {
         x: &Rounded,
         rows: Range<usize>,
         panel: usize,
+        ahead: &mut Ahead,
         scale: f32,
         y: Target,
     ) {
-        let (mut weights, mut scales) = ([[_mm512_setzero_si512(); P]; STEPS], [_mm512_setzero_ps(); P]);
         let (bytes, mask) = (if NIBBLES { STEP * LANES / 2 } else { STEP * LANES }, _mm512_set1_epi8(15));
-        for p in 0..P {
-            let of_panel = codes[(panel + p) * STEPS * bytes..].as_ptr();
-            for (s, weights) in weights.iter_mut().enumerate() {
-                // Two steps of nibbles lie together.
-                let line = if NIBBLES { s / 2 } else { s } * CACHE_LINE;
-                // SAFETY: a panel has so many steps.
-                let codes = unsafe { _mm512_loadu_si512(of_panel.add(line).cast()) };
-                weights[p] = match (NIBBLES, s % 2) {
+        // The codes and the scales of as many panels.
+        ahead.fetch(P * STEPS * bytes / CACHE_LINE + P / 2);
+        // SAFETY: the caller's promise.
+        let of_panels = unsafe { codes.as_ptr().add(panel * STEPS * bytes) };
+        // By steps.
+        let weights: [[__m512i; P]; STEPS] = std::array::from_fn(|s| {
+            std::array::from_fn(|p| {
+                // Two steps of nibbles lie together. SAFETY: panels have so many steps.
+                let line = p * STEPS * bytes + if NIBBLES { s / 2 } else { s } * CACHE_LINE;
+                let codes = unsafe { _mm512_loadu_si512(of_panels.add(line).cast()) };
+                match (NIBBLES, s % 2) {
                     (false, _) => codes,
                     (true, 0) => _mm512_and_si512(codes, mask),
                     (true, _) => _mm512_and_si512(_mm512_srli_epi16::<4>(codes), mask),
-                };
-                if !NIBBLES || s % 2 == 0 {
-                    _mm_prefetch::<_MM_HINT_T0>(of_panel.wrapping_add(AHEAD + line).cast());
                 }
-            }
-            // SAFETY: there is such a panel.
-            scales[p] = unsafe { self.scales.lanes(panel + p) };
-        }
+            })
+        });
+        // SAFETY: there are such panels.
+        let scales: [__m512; P] = std::array::from_fn(|p| unsafe { self.scales.lanes(panel + p) });
         let (factor, first) = (_mm512_set1_ps(scale), rows.start);
         for row in rows {
             let (common, q) = (&x.groups[row], &x.q[row * self.k..][..STEPS * STEP]);

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::nibbles::Nibbles;
 use super::{Codes, GROUP, LOW, Planes, Weights, chunk};
 use crate::base::int8::CACHE_LINE;
-use crate::base::simd::{LANES, Target};
+use crate::base::simd::{Ahead, LANES, Target};
 
 /// Bytes of codes that are fetched ahead; panels follow each other.
 const AHEAD: usize = 2048;
@@ -22,7 +22,15 @@ impl Weights {
     /// # Safety
     /// The CPU has avx512f, avx512bw and avx512vnni; there are such a row and panels; `y` is as for [`Self::multiply`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) unsafe fn vnni(&self, x: &Planes, row: usize, panels: Range<usize>, scale: f32, y: Target) {
+    pub(super) unsafe fn vnni(
+        &self,
+        x: &Planes,
+        row: usize,
+        panels: Range<usize>,
+        mut ahead: Ahead,
+        scale: f32,
+        y: Target,
+    ) {
         let (chunk, chunks) = (chunk(self.k), self.chunks());
         let planes: [&[i8]; 2] = x.row(row).into();
         // What weights have too much counts once for each number of the row.
@@ -56,6 +64,7 @@ impl Weights {
                         for (i, pair) in pairs.iter().enumerate() {
                             for (part, codes) in pair.iter().enumerate() {
                                 _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
+                                ahead.fetch(1);
                                 // SAFETY: the load is of the array.
                                 let codes = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
                                 add(_mm512_xor_si512(codes, sign), range.start + (2 * i + part) * STEP, part);
@@ -67,7 +76,7 @@ impl Weights {
                         let codes = codes[place * LANES..][..range.len() / 2 * LANES].as_chunks::<CACHE_LINE>().0;
                         let mask = _mm512_set1_epi8(15);
                         for (i, codes) in codes.iter().enumerate() {
-                            _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_add(AHEAD).cast());
+                            ahead.fetch(1);
                             // SAFETY: the load is of the array.
                             let both = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
                             let k = range.start + 2 * i * STEP;
