@@ -17,7 +17,8 @@ use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use half::bf16;
 use loramux::adapter::{Adapter, Generation, LoraPair};
 use loramux::base::attention::{self, Rotation};
-use loramux::base::matmul::{self, Batch, Format, PackedMatrix, Product};
+use loramux::base::matmul::{Format, PackedMatrix};
+use loramux::base::products::{self, Batch, Product};
 use loramux::base::simd::Simd;
 use loramux::base::{
     Architecture, BLOCK, Decoder, DecoderOptions, Delta, Family, Kernels, KvCache, ModelConfig, Projection, Rope,
@@ -75,7 +76,7 @@ fn products(criterion: &mut Criterion) {
                     bench.iter(|| {
                         let products = std::slice::from_ref(&product);
                         let batch = Batch { products, y: &mut y, y_stride: n, add: false };
-                        matmul::multiply(simd, black_box(x), k, batch);
+                        products::multiply(simd, black_box(x), k, batch);
                     });
                 });
             }
@@ -189,9 +190,9 @@ fn deltas(criterion: &mut Criterion) {
                                 h.resize(ROWS * width, 0.0);
                                 if width > 0 {
                                     let batch = Batch { products: &products, y: &mut h, y_stride: width, add: false };
-                                    matmul::multiply(simd, black_box(x), x.len() / ROWS, batch);
+                                    products::multiply(simd, black_box(x), x.len() / ROWS, batch);
                                     let (products, y_stride) = (delta.up(0, site), y.len() / ROWS);
-                                    matmul::multiply(
+                                    products::multiply(
                                         simd,
                                         &h,
                                         width,
@@ -240,7 +241,7 @@ fn attentions(criterion: &mut Criterion) {
             let blocks = sequences.blocks.iter().map(Vec::len).sum::<usize>();
             base.cache(blocks * KvCache::block_bytes(&config, false, DType::F32)).expect("a cache")
         };
-        let attend = |steps: &[SequenceRows], rotation: &Rotation, qkv: &[f32], cache: &mut KvCache| {
+        let attend = |steps: &[SequenceRows], rotation: &Rotation, qkv: &mut [f32], cache: &mut KvCache| {
             black_box(attention::alone(&config, simd, rotation, steps, black_box(qkv), cache));
         };
         let mut group = criterion.benchmark_group(format!("attention/{name}"));
@@ -248,33 +249,33 @@ fn attentions(criterion: &mut Criterion) {
         for rows in [1, 8, 32] {
             for position in [128, 1024] {
                 let sequences = Sequences::new(rows, position + 1);
-                let qkv = numbers(5, rows * width, 1.0);
+                let mut qkv = numbers(5, rows * width, 1.0);
                 let steps = sequences.step(1, position);
                 let rotation = Rotation::new(&config, &steps);
                 let filled = LazyCell::new(|| {
                     let mut cache = cache(&sequences);
                     let steps = sequences.step(position, 0);
-                    let earlier = numbers(6, rows * position * width, 1.0);
-                    attend(&steps, &Rotation::new(&config, &steps), &earlier, &mut cache);
+                    let mut earlier = numbers(6, rows * position * width, 1.0);
+                    attend(&steps, &Rotation::new(&config, &steps), &mut earlier, &mut cache);
                     RefCell::new(cache)
                 });
                 group.throughput(Throughput::Elements(rows as u64 * multiply_adds(position + 1)));
                 group.bench_function(BenchmarkId::new(format!("decode/{rows}"), position), |bench| {
                     let mut cache = filled.borrow_mut();
-                    bench.iter(|| attend(&steps, &rotation, &qkv, &mut cache));
+                    bench.iter(|| attend(&steps, &rotation, &mut qkv, &mut cache));
                 });
             }
         }
         for tokens in [128, 512, 2048] {
             let sequences = Sequences::new(1, tokens);
-            let qkv = numbers(5, tokens * width, 1.0);
+            let mut qkv = numbers(5, tokens * width, 1.0);
             let steps = sequences.step(tokens, 0);
             let rotation = Rotation::new(&config, &steps);
             let empty = LazyCell::new(|| RefCell::new(cache(&sequences)));
             group.throughput(Throughput::Elements((1..=tokens).map(multiply_adds).sum()));
             group.bench_function(BenchmarkId::new("prefill", tokens), |bench| {
                 let mut cache = empty.borrow_mut();
-                bench.iter(|| attend(&steps, &rotation, &qkv, &mut cache));
+                bench.iter(|| attend(&steps, &rotation, &mut qkv, &mut cache));
             });
         }
         group.finish();

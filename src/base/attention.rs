@@ -19,6 +19,7 @@ use crate::base::kv::{BLOCK, KvCache, LayerCache, value_width};
 use crate::base::paged::tiles::AttentionTiles;
 use crate::base::paged::{Heads, PagedAttention};
 use crate::base::parallel;
+use crate::base::products::Rest;
 use crate::base::simd::{self, GROUP, Group, LANES, Rows, SIDE, Simd};
 
 /// The rows of a step that belong to one sequence.
@@ -150,10 +151,16 @@ pub(super) struct Attention<'a> {
 }
 
 /// Writes the step's keys and values into the cache and returns the attention's output `[rows, heads * head_dim]`.
-/// `qkv` is `[rows, (heads + 2 * kv_heads) * head_dim]`.
+/// `qkv` is `[rows, (heads + 2 * kv_heads) * head_dim]`, but for the rest of it, which is added.
 ///
 /// Each row's sums are over blocks in ascending order, whatever the tile: its result does not depend on the other rows.
-pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut LayerCache) -> Buffer {
+pub(super) fn packed(
+    attention: &Attention,
+    simd: Simd,
+    qkv: &mut [f32],
+    rest: Option<Rest>,
+    cache: &mut LayerCache,
+) -> Buffer {
     let &Attention { config, layer, ref head_norms, rotation, sequences } = attention;
     let LayerCache::Cpu { keys, values } = cache else { unreachable!("the decoder made its own cache") };
     let (hd, kv_heads, vw) = (config.head_dim, config.kv_heads, value_width(config));
@@ -162,6 +169,20 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
     let rows = qkv.len() / width;
     let (scale, softcap) = (config.attention_scale(layer), config.architecture.attention_softcap);
     let window = config.window(layer).unwrap_or(usize::MAX);
+
+    // Where a sequence's rows are one tile, the task that reads what a head has seen is the only one, and writes it too.
+    let is_one = |s: &SequenceRows| s.rows.len() <= ROWS;
+    // It adds the rest as well, where heads are whole panels of it.
+    let (rest, all) = match sequences.iter().all(is_one) && hd.is_multiple_of(LANES) {
+        true => (rest, None),
+        false => (None, rest),
+    };
+    if let Some(all) = all {
+        all.add_all(qkv);
+    }
+    let qkv = Target(qkv.as_mut_ptr());
+    // SAFETY: each head of a row is one task's alone while it is written to.
+    let head_of = |row: usize, index: usize| -> &[f32] { unsafe { qkv.part(row * width + index * hd, hd) } };
 
     let turn = |which: usize, row: usize, x: &[f32], scale: f32, normed: &mut [f32], out: &mut [f32]| match head_norms {
         None => rotation.rotate(simd, row, x, scale, out),
@@ -174,19 +195,17 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
     // Writes the key and the value of a row's head.
     let store = |s: &SequenceRows, row: usize, head: usize, scratch: &mut [f32]| {
         let (key, normed) = scratch.split_at_mut(hd);
-        let (x, slot) = (&qkv[row * width..][..width], s.slot(s.start + row - s.rows.start));
+        let slot = s.slot(s.start + row - s.rows.start);
         let (at, slot) = (slot / BLOCK * kv_heads + head, slot % BLOCK);
-        turn(1, row, &x[q_width + head * hd..][..hd], 1.0, normed, key);
+        turn(1, row, head_of(row, config.heads + head), 1.0, normed, key);
         // SAFETY: the blocks of a step's rows are theirs alone, and each position has its slot.
         unsafe { keys.write(simd, at * hd * BLOCK + slot, BLOCK, key) };
-        let value = &x[q_width + (kv_heads + head) * hd..][..hd];
+        let value = head_of(row, config.heads + kv_heads + head);
         for (panel, value) in value.chunks(LANES).enumerate() {
             // SAFETY: likewise.
             unsafe { values.write(simd, (at * vw + panel * LANES) * BLOCK + slot * LANES, 1, value) };
         }
     };
-    // Where a sequence's rows are one tile, the task that reads what a head has seen is the only one, and writes it too.
-    let is_one = |s: &SequenceRows| s.rows.len() <= ROWS;
     let before: Vec<(&SequenceRows, usize)> =
         sequences.iter().filter(|s| !is_one(s)).flat_map(|s| s.rows.clone().map(move |row| (s, row))).collect();
     parallel::run(before.len().div_ceil(ROWS), |task| {
@@ -205,6 +224,17 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
         .collect();
     parallel::run(tiles.len() * kv_heads, |task| {
         let (&(s, ref rows), head) = (&tiles[task / kv_heads], task % kv_heads);
+        if let Some(rest) = &rest {
+            for (first, count) in [(config.heads + head, 1), (config.heads + kv_heads + head, 1), (head * group, group)]
+            {
+                // SAFETY: these heads are this task's alone.
+                unsafe {
+                    let start = qkv.at(rows.start * width + first * hd);
+                    let y = simd::Target { start, stride: width, add: true };
+                    rest.add_columns(rows.clone(), first * hd..(first + count) * hd, y);
+                }
+            }
+        }
         if is_one(s) {
             let mut scratch = Buffer::new(2 * hd);
             rows.clone().for_each(|row| store(s, row, head, &mut scratch));
@@ -221,9 +251,9 @@ pub(super) fn packed(attention: &Attention, simd: Simd, qkv: &[f32], cache: &mut
         let mut queries = Buffer::new(rows.len() * group * hd);
         let mut normed = Buffer::new(hd);
         for (row, queries) in rows.clone().zip(queries.chunks_exact_mut(group * hd)) {
-            let x = &qkv[row * width + head * group * hd..][..group * hd];
-            let heads = queries.chunks_exact_mut(hd).zip(x.chunks_exact(hd));
-            heads.for_each(|(out, x)| turn(0, row, x, scale, &mut normed, out));
+            for (i, out) in queries.chunks_exact_mut(hd).enumerate() {
+                turn(0, row, head_of(row, head * group + i), scale, &mut normed, out);
+            }
         }
         let heads = rows.len() * group;
         let mut scores = Buffer::new(heads * span);
@@ -294,10 +324,11 @@ pub fn alone(
     simd: Simd,
     rotation: &Rotation,
     sequences: &[SequenceRows],
-    qkv: &[f32],
+    qkv: &mut [f32],
     cache: &mut KvCache,
 ) -> impl Deref<Target = [f32]> + use<> {
-    packed(&Attention { config, layer: 0, head_norms: None, rotation, sequences }, simd, qkv, &mut cache.layers[0])
+    let attention = Attention { config, layer: 0, head_norms: None, rotation, sequences };
+    packed(&attention, simd, qkv, None, &mut cache.layers[0])
 }
 
 /// Rows of a sequence that are computed together.
@@ -310,6 +341,13 @@ struct Target(*mut f32);
 unsafe impl Sync for Target {}
 
 impl Target {
+    /// # Safety
+    /// There are so many numbers.
+    unsafe fn at(&self, first: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(first) }
+    }
+
     /// # Safety
     /// The part lies inside the output, which is alive, and nobody else reads or writes it meanwhile.
     #[allow(clippy::mut_from_ref)]

@@ -11,8 +11,9 @@ use crate::base::flash;
 #[cfg(feature = "cuda")]
 use crate::base::fused;
 use crate::base::kv::{BLOCK, KvCache};
-use crate::base::matmul::{self, Batch, Format, PackedMatrix, Product};
+use crate::base::matmul::{Format, PackedMatrix};
 use crate::base::parallel;
+use crate::base::products::{self, Batch, Product, Rest};
 use crate::base::simd::{self, Simd};
 use crate::base::{Activation, LM_HEAD, ModelConfig, Module, NormKind, NormSite, Projection, RawTensor, Site, Weights};
 use crate::{Error, Result};
@@ -101,6 +102,28 @@ struct Linear {
 pub enum Rows {
     Host { data: Buffer, width: usize },
     Device(Tensor),
+}
+
+/// What a linear layer gives, but for the rest.
+struct Outputs<'a> {
+    rows: Rows,
+    rest: Option<Rest<'a>>,
+}
+
+impl Outputs<'_> {
+    fn whole(self) -> Rows {
+        let Outputs { mut rows, rest } = self;
+        if let (Some(rest), Rows::Host { data, .. }) = (rest, &mut rows) {
+            rest.add_all(data);
+        }
+        rows
+    }
+}
+
+impl From<Rows> for Outputs<'_> {
+    fn from(rows: Rows) -> Self {
+        Outputs { rows, rest: None }
+    }
 }
 
 /// A norm's weights, for the decoder's kernels.
@@ -573,18 +596,18 @@ impl Decoder {
             Kernels::Tensor => Some(StepTensors::new(&rotation, sequences, *dtype, device)?),
         };
         let mut x = self.embed(tokens, sequences, delta)?;
-        // What is added to `x` before its next norm.
-        let mut more = None;
         // What is left to do of the last layer once keys and values are written: that of some rows.
         let only = (wanted.len() < tokens.len() && step.is_none()).then(|| delta.only(wanted));
         let (mut delta, mut are_only) = (delta, false);
+        // What is added to `x` before its next norm.
+        let mut more = None;
         for (l, layer) in self.layers.iter().enumerate() {
             let h = self.add_and_norm(
                 &mut x,
                 more.take(),
                 &RowNorm::new(&layer.attention_norm, NormSite::Attention(l), delta),
             )?;
-            let qkv = self.linear(&layer.qkv, l, Site::Qkv, &h, delta)?;
+            let mut qkv = self.outputs(&layer.qkv, l, Site::Qkv, &h, delta)?;
             if self.config.family.norms_stream() {
                 x = h;
             }
@@ -594,9 +617,9 @@ impl Decoder {
             let config = &self.config;
             let attention = Attention { config, layer: l, head_norms, rotation: &rotation, sequences };
             let cache = &mut cache.layers[l];
-            let mut h = match (&qkv, self.options.kernels, &step) {
+            let mut h = match (&mut qkv.rows, self.options.kernels, &step) {
                 (Rows::Host { data, .. }, Kernels::Packed(simd), _) => {
-                    let data = attention::packed(&attention, simd, data, cache);
+                    let data = attention::packed(&attention, simd, data, qkv.rest, cache);
                     Rows::Host { data, width: config.heads * config.head_dim }
                 }
                 (Rows::Device(qkv), _, Some(step)) => Rows::Device(attention::tensors(&attention, qkv, step, cache)?),
@@ -609,7 +632,7 @@ impl Decoder {
                 (x, h) = (x.select(wanted)?, h.select(wanted)?);
                 (delta, are_only) = (only, true);
             }
-            let h = self.linear(&layer.o, l, Site::O, &h, delta)?;
+            let h = self.outputs(&layer.o, l, Site::O, &h, delta)?;
             let post =
                 layer.attention_post_norm.as_ref().map(|base| RowNorm::new(base, NormSite::AttentionPost(l), delta));
             let h = self.post_norm(h, post)?;
@@ -618,7 +641,7 @@ impl Decoder {
             if self.config.family.norms_stream() {
                 x = h;
             }
-            let h = self.linear(&layer.down, l, Site::Down, &up, delta)?;
+            let h = self.outputs(&layer.down, l, Site::Down, &up, delta)?;
             let post = layer.mlp_post_norm.as_ref().map(|base| RowNorm::new(base, NormSite::MlpPost(l), delta));
             more = Some(self.post_norm(h, post)?);
         }
@@ -629,7 +652,8 @@ impl Decoder {
         if !are_only {
             let place = |row: usize| wanted.partition_point(|&w| w < row);
             last.own.iter_mut().for_each(|(rows, _)| *rows = place(rows.start)..place(rows.end));
-            (x, more) = (x.select(wanted)?, more.map(|more| more.select(wanted)).transpose()?);
+            let more_of = |more: Outputs| Ok::<_, Error>(more.whole().select(wanted)?.into());
+            (x, more) = (x.select(wanted)?, more.map(more_of).transpose()?);
         }
         self.add_and_norm(&mut x, more, &last)
     }
@@ -662,7 +686,7 @@ impl Decoder {
                 let product = |rows| Product { matrix: &parts[0], rows, x_column: 0, y_column: 0, scale: 1.0 };
                 let products: Vec<_> = base.into_iter().map(product).collect();
                 let batch = Batch { products: &products, y: &mut y, y_stride: width, add: false };
-                matmul::multiply(simd, hidden, k, batch);
+                products::multiply(simd, hidden, k, batch);
                 delta.logits(hidden, &mut y, rows);
                 if let Some(cap) = cap {
                     simd::softcap(simd, &mut y, cap as f32);
@@ -720,25 +744,40 @@ impl Decoder {
     }
 
     fn linear(&self, linear: &Linear, layer: usize, site: Site, x: &Rows, delta: &dyn Delta) -> Result<Rows> {
+        Ok(self.outputs(linear, layer, site, x, delta)?.whole())
+    }
+
+    fn outputs<'a>(
+        &self,
+        linear: &'a Linear,
+        layer: usize,
+        site: Site,
+        x: &Rows,
+        delta: &'a dyn Delta,
+    ) -> Result<Outputs<'a>> {
         match (&linear.matrices, x, self.options.kernels) {
             (Matrices::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd)) => {
                 let (rows, n) = (x.len() / k, parts.iter().map(PackedMatrix::n).sum());
                 let mut y = Buffer::new(rows * n);
                 let ((down, width), up) = (delta.down(layer, site), delta.up(layer, site));
-                let products = matmul::Layer { k: *k, matrices: parts, down: &down, width, up: &up };
+                let products = products::Layer { k: *k, matrices: parts, down, width, up };
+                if linear.bias.is_none() && !delta.finishes(layer, site) {
+                    let rest = products.begin(simd, x, &mut y);
+                    return Ok(Outputs { rows: Rows::Host { data: y, width: n }, rest });
+                }
                 products.multiply(simd, x, &mut y, None);
                 delta.finish(layer, site, &mut y, rows);
                 if let Some(Vector::Host(bias)) = &linear.bias {
                     y.chunks_exact_mut(n).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
                 }
-                Ok(Rows::Host { data: y, width: n })
+                Ok(Rows::Host { data: y, width: n }.into())
             }
             (Matrices::Tensor(w), Rows::Device(x), _) => {
                 let mut y = delta.add_tensor(layer, site, x, x.matmul(&w.t()?)?)?;
                 if let Some(Vector::Device(bias)) = &linear.bias {
                     y = y.broadcast_add(bias)?;
                 }
-                Ok(Rows::Device(y))
+                Ok(Rows::Device(y).into())
             }
             _ => unreachable!("rows are where the weights are"),
         }
@@ -758,7 +797,7 @@ impl Decoder {
                 let width = self.config.intermediate_size;
                 let mut y = Buffer::new(x.len() / k * width);
                 let ((down, h_width), up) = (delta.down(layer, site), delta.up(layer, site));
-                let products = matmul::Layer { k: *k, matrices: parts, down: &down, width: h_width, up: &up };
+                let products = products::Layer { k: *k, matrices: parts, down, width: h_width, up };
                 let gate = |first: &[f32], up: &[f32], out: &mut [f32]| gate(simd, activation, first, up, out);
                 products.multiply(simd, x, &mut y, Some(&gate));
                 Ok(Rows::Host { data: y, width })
@@ -788,14 +827,14 @@ impl Decoder {
     }
 
     /// `x += h`, where there is `h`, and the norm of `x`.
-    fn add_and_norm(&self, x: &mut Rows, h: Option<Rows>, norm: &RowNorm) -> Result<Rows> {
+    fn add_and_norm(&self, x: &mut Rows, h: Option<Outputs>, norm: &RowNorm) -> Result<Rows> {
         #[cfg(feature = "cuda")]
         if let Rows::Device(sum) = &*x
             && let Some(device) = fused::tensors::device(sum)
             && norm.own.is_empty()
         {
             let h = match &h {
-                Some(Rows::Device(h)) => Some(h),
+                Some(Outputs { rows: Rows::Device(h), .. }) => Some(h),
                 _ => None,
             };
             let Norm { kind, eps, weight, bias } = norm.base;
@@ -804,30 +843,45 @@ impl Decoder {
             *x = Rows::Device(sum);
             return Ok(Rows::Device(normed));
         }
-        if let (Rows::Host { data: x, width }, Some(Rows::Host { data: h, .. }), Kernels::Packed(simd)) =
-            (&mut *x, &h, self.options.kernels)
-        {
-            let (width, mut out) = (*width, Buffer::new(x.len()));
-            let of_row = |row: usize, x: &mut [f32], out: &mut [f32]| {
-                simd::add(simd, x, &h[row * width..][..width]);
-                norm.of_row(row).row(simd, x, out);
-            };
-            if x.len() < PARALLEL {
-                let rows = x.chunks_exact_mut(width).zip(out.chunks_exact_mut(width)).enumerate();
-                rows.for_each(|(row, (x, out))| of_row(row, x, out));
-            } else {
-                parallel::chunk_pairs((x, width), (&mut out, width), of_row);
+        let h = match (&mut *x, h, self.options.kernels) {
+            (
+                Rows::Host { data: x, width },
+                Some(Outputs { rows: Rows::Host { data: mut h, .. }, rest }),
+                Kernels::Packed(simd),
+            ) => {
+                let (width, mut out) = (*width, Buffer::new(x.len()));
+                // Of neighbouring rows, which the rest is added to at once.
+                let of_rows = |first: usize, x: &mut [f32], h: &mut [f32], out: &mut [f32]| {
+                    if let Some(rest) = &rest {
+                        rest.add(first..first + h.len() / width, h);
+                    }
+                    let rows = x.chunks_exact_mut(width).zip(h.chunks_exact(width)).zip(out.chunks_exact_mut(width));
+                    for (i, ((x, h), out)) in rows.enumerate() {
+                        simd::add(simd, x, h);
+                        norm.of_row(first + i).row(simd, x, out);
+                    }
+                };
+                if x.len() < PARALLEL && rest.is_none() {
+                    of_rows(0, x, &mut h, &mut out);
+                } else {
+                    let side = Rest::side(x.len() / width);
+                    let size = side * width;
+                    parallel::chunk_triples((x, size), (&mut h, size), (&mut out, size), |i, x, h, out| {
+                        of_rows(i * side, x, h, out);
+                    });
+                }
+                return Ok(Rows::Host { data: out, width });
             }
-            return Ok(Rows::Host { data: out, width });
-        }
+            (_, h, _) => h.map(Outputs::whole),
+        };
         if let Some(h) = h {
             add(x, h)?;
         }
         self.norm(x, norm)
     }
 
-    fn post_norm(&self, x: Rows, norm: Option<RowNorm>) -> Result<Rows> {
-        if let Some(norm) = norm { self.norm(&x, &norm) } else { Ok(x) }
+    fn post_norm<'a>(&self, x: Outputs<'a>, norm: Option<RowNorm>) -> Result<Outputs<'a>> {
+        if let Some(norm) = norm { Ok(self.norm(&x.whole(), &norm)?.into()) } else { Ok(x) }
     }
 
     /// `activation(gate) * up`, or `activation(up)` where the family has no gate.

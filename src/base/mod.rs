@@ -23,6 +23,7 @@ mod language;
 pub mod matmul;
 mod paged;
 pub mod parallel;
+pub mod products;
 mod rope;
 pub mod simd;
 mod source;

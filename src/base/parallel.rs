@@ -76,6 +76,22 @@ pub fn chunk_pairs<T: Send, U: Send>(
     run_small(first.count(), |i| task(i, unsafe { first.part(i) }, unsafe { second.part(i) }));
 }
 
+/// The same for three.
+///
+/// # Panics
+/// As [`chunk_pairs`].
+pub fn chunk_triples<T: Send, U: Send, V: Send>(
+    (first, first_size): (&mut [T], usize),
+    (second, second_size): (&mut [U], usize),
+    (third, third_size): (&mut [V], usize),
+    task: impl Fn(usize, &mut [T], &mut [U], &mut [V]) + Sync,
+) {
+    let third = Parts::new(third, third_size);
+    assert_eq!(first.len().div_ceil(first_size), third.count());
+    // SAFETY: each part is lent once.
+    chunk_pairs((first, first_size), (second, second_size), |i, a, b| task(i, a, b, unsafe { third.part(i) }));
+}
+
 /// What `task` makes of each item, in their order.
 ///
 /// # Panics

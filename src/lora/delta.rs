@@ -14,7 +14,7 @@ use super::table::{self, Embedding, LmHead, finish};
 #[cfg(feature = "cuda")]
 use super::tiles::StepTiles;
 use crate::Result;
-use crate::base::matmul::Product;
+use crate::base::products::Product;
 use crate::base::simd::{self, Simd};
 use crate::base::{Delta, Norm, NormSite, Site};
 #[cfg(feature = "cuda")]
@@ -202,7 +202,8 @@ mod tests {
 
     use super::*;
     use crate::adapter::{Adapter, Generation, LoraPair};
-    use crate::base::matmul::{self, Batch, Format};
+    use crate::base::matmul::Format;
+    use crate::base::products::{self, Batch};
     use crate::base::testing::{decoder, noise, options};
     use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Module, Rope};
 
@@ -290,10 +291,10 @@ mod tests {
                             let (products, width) = delta.down(0, site);
                             let mut h = vec![f32::NAN; rows * width];
                             let batch = Batch { products: &products, y: &mut h, y_stride: width, add: false };
-                            matmul::multiply(simd, &x, k, batch);
+                            products::multiply(simd, &x, k, batch);
                             let products = delta.up(0, site);
                             let batch = Batch { products: &products, y: &mut got, y_stride: n, add: true };
-                            matmul::multiply(simd, &h, width, batch);
+                            products::multiply(simd, &h, width, batch);
                             delta.finish(0, site, &mut got, rows);
                         }
                         Kernels::Tensor => {
@@ -381,9 +382,9 @@ mod tests {
             let x: Vec<f32> = (0..rows * k).map(|_| next()).collect();
             let (products, width) = delta.down(0, Site::Qkv);
             let (mut h, mut got) = (vec![f32::NAN; rows * width], vec![0.0; rows * n]);
-            matmul::multiply(simd, &x, k, Batch { products: &products, y: &mut h, y_stride: width, add: false });
+            products::multiply(simd, &x, k, Batch { products: &products, y: &mut h, y_stride: width, add: false });
             let products = delta.up(0, Site::Qkv);
-            matmul::multiply(simd, &h, width, Batch { products: &products, y: &mut got, y_stride: n, add: true });
+            products::multiply(simd, &h, width, Batch { products: &products, y: &mut got, y_stride: n, add: true });
             let (mut off, mut size) = (0.0, 0.0);
             for (x, got) in x.chunks_exact(k).zip(got.chunks_exact(n)) {
                 let mut got = got.iter();

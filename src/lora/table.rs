@@ -9,7 +9,7 @@ use super::dora;
 use super::packed::{Factor, Vector};
 use crate::Result;
 use crate::adapter::{LoraPair, OwnRows, TableChange};
-use crate::base::matmul::{self, Batch, Product};
+use crate::base::products::{self, Batch, Product};
 use crate::base::simd::Simd;
 use crate::base::{Decoder, DecoderOptions, Module};
 
@@ -337,7 +337,7 @@ fn add<'a>(
         scale,
     };
     let products: Vec<_> = list.map(product).collect();
-    matmul::multiply(simd, x, width, Batch { products: &products, y, y_stride, add: true });
+    products::multiply(simd, x, width, Batch { products: &products, y, y_stride, add: true });
 }
 
 #[cfg(test)]

@@ -108,19 +108,30 @@ impl Weights {
     ) {
         let bytes = if NIBBLES { STEP * LANES / 2 } else { STEP * LANES };
         debug_assert!(self.k == STEPS * STEP && codes.len() >= panels.end * STEPS * bytes);
-        let whole = panels.len() / P * P;
-        for panel in panels.clone().take(whole).step_by(P) {
+        let mut panel = panels.start;
+        while panel < panels.end {
             // SAFETY: the caller's promise.
             unsafe {
                 let y = y.at(0, (panel - panels.start) * LANES);
-                self.vnni_short_panels::<NIBBLES, STEPS, P>(codes, x, rows.clone(), panel, ahead, scale, y);
-            }
-        }
-        for panel in panels.clone().skip(whole) {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let y = y.at(0, (panel - panels.start) * LANES);
-                self.vnni_short_panels::<NIBBLES, STEPS, 1>(codes, x, rows.clone(), panel, ahead, scale, y);
+                macro_rules! side {
+                    ($panels:expr) => {{
+                        self.vnni_short_panels::<NIBBLES, STEPS, { $panels }>(
+                            codes,
+                            x,
+                            rows.clone(),
+                            panel,
+                            ahead,
+                            scale,
+                            y,
+                        );
+                        panel += $panels;
+                    }};
+                }
+                match panels.end - panel {
+                    left if left >= P => side!(P),
+                    2.. => side!(2),
+                    _ => side!(1),
+                }
             }
         }
     }
@@ -161,32 +172,39 @@ impl Weights {
         });
         // SAFETY: there are such panels.
         let scales: [__m512; P] = std::array::from_fn(|p| unsafe { self.scales.lanes(panel + p) });
-        let (factor, first) = (_mm512_set1_ps(scale), rows.start);
-        for row in rows {
-            let (common, q) = (&x.groups[row], &x.q[row * self.k..][..STEPS * STEP]);
-            // What codes have too much counts once for each number of the row.
-            let mut sums = [_mm512_set1_epi32(-self.zero() * common.sum); P];
-            for (weights, q) in weights.iter().zip(q.as_chunks::<STEP>().0) {
-                let q = _mm512_set1_epi32(i32::from_ne_bytes(q.map(|q| q as u8)));
-                sums.iter_mut().zip(weights).for_each(|(sum, &w)| *sum = _mm512_dpbusd_epi32(*sum, w, q));
-            }
-            for (p, (sum, scales)) in sums.into_iter().zip(scales).enumerate() {
-                let product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scales);
+        let (factor, zero) = (_mm512_set1_ps(scale), if NIBBLES { self.zero() } else { 128 });
+        let is_full = self.features(panel + P - 1) == LANES;
+        debug_assert!(rows.end <= x.rows());
+        for (r, row) in rows.enumerate() {
+            // SAFETY: there is such a row, and the caller's promise.
+            unsafe {
+                let (common, q) = (&*x.groups.as_ptr().add(row), x.q.as_ptr().add(row * STEPS * STEP).cast::<i32>());
+                // What codes have too much counts once for each number of the row.
+                let mut sums = [_mm512_set1_epi32(-zero * common.sum); P];
+                for (s, weights) in weights.iter().enumerate() {
+                    let q = _mm512_set1_epi32(q.add(s).read_unaligned());
+                    sums.iter_mut().zip(weights).for_each(|(sum, &w)| *sum = _mm512_dpbusd_epi32(*sum, w, q));
+                }
+                let common = _mm512_set1_ps(common.scale);
                 // To 0, as others add it to the sum of the groups before.
-                let sum = _mm512_fmadd_ps(product, _mm512_set1_ps(common.scale), _mm512_setzero_ps());
-                // SAFETY: the caller's promise.
-                unsafe {
-                    let y = y.at(row - first, p * LANES);
-                    let features = self.features(panel + p);
-                    if features < LANES {
+                let sum = |p: usize| {
+                    let product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[p]), scales[p]);
+                    _mm512_fmadd_ps(product, common, _mm512_setzero_ps())
+                };
+                let y = y.at(r, 0);
+                match (is_full, y.add) {
+                    (true, true) => (0..P).for_each(|p| {
+                        let y = y.start.add(p * LANES);
+                        _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), _mm512_mul_ps(factor, sum(p))));
+                    }),
+                    (true, false) => (0..P).for_each(|p| {
+                        _mm512_storeu_ps(y.start.add(p * LANES), _mm512_mul_ps(factor, sum(p)));
+                    }),
+                    (false, _) => (0..P).for_each(|p| {
                         let mut sums = [0.0; LANES];
-                        _mm512_storeu_ps(sums.as_mut_ptr(), sum);
-                        y.put(&sums, features, scale);
-                        continue;
-                    }
-                    let product = _mm512_mul_ps(factor, sum);
-                    let sum = if y.add { _mm512_add_ps(_mm512_loadu_ps(y.start), product) } else { product };
-                    _mm512_storeu_ps(y.start, sum);
+                        _mm512_storeu_ps(sums.as_mut_ptr(), sum(p));
+                        y.at(0, p * LANES).put(&sums, self.features(panel + p), scale);
+                    }),
                 }
             }
         }
