@@ -20,6 +20,9 @@ use crate::base::tiles::{self, BYTES, Numbers, ROWS};
 const HEIGHT: usize = ROWS / 2;
 /// Of more tiles, each fetches a part of the weights that are multiplied next; of fewer, the first ones fetch all of them.
 const FEW_TILES: usize = 16;
+/// Of so few units, each step of the products is followed by a part of the next weights' laying out, which the processor then
+/// works at while it waits for tiles.
+const FEW_UNITS: usize = 4;
 /// Rows whose sums stay in a near cache until they are whole.
 const NEAR_ROWS: usize = 256;
 /// Bytes of a tile of weights.
@@ -120,26 +123,38 @@ impl Weights {
             let (these, next) = (first(place(block)), first(place(block + 1)));
             std::array::from_fn(|i| next[i] as isize - these[i] as isize)
         };
-        let mut lay_out = |block: usize| {
-            let ((side, range, _), ahead) = (place(block), ahead(block));
-            let mut weights = [std::ptr::null::<i8>(); SIDE];
-            for (i, weights) in weights.iter_mut().enumerate() {
-                let out = &mut spread[(block % 2 * SIDE + i) * MAX_CHUNK * LANES..][..range.len() * LANES];
-                *weights = self.laid_out(side[i], range.clone(), ahead[i], out);
-            }
-            weights
+        let is_laid_out = matches!(self.codes, Codes::Nibbles { .. });
+        let spread = spread.as_mut_ptr();
+        // Where a block's weights are, or will be laid out.
+        let weights_of = |block: usize| -> [*const i8; SIDE] {
+            let (side, range, _) = place(block);
+            std::array::from_fn(|i| match &self.codes {
+                Codes::Bytes(codes) => codes[(side[i] * self.k + range.start) * LANES..].as_ptr().cast(),
+                Codes::Nibbles { .. } => spread.wrapping_add((block % 2 * SIDE + i) * MAX_CHUNK * LANES).cast_const(),
+            })
         };
+        // A block's laying out, in parts: a tile of each panel, one after the other.
+        let lay_out = |block: usize| {
+            let ((side, range, _), ahead, weights) = (place(block), ahead(block), weights_of(block));
+            let parts = if is_laid_out && block < blocks { SIDE * range.len() / TILE } else { 0 };
+            (0..parts).map(move |part| {
+                let (i, step) = (part % SIDE, part / SIDE);
+                // SAFETY: there is room for so many tiles, which nobody reads or writes meanwhile.
+                let out =
+                    unsafe { std::slice::from_raw_parts_mut(weights[i].add(step * PANEL_TILE).cast_mut(), PANEL_TILE) };
+                self.lay_out(side[i], range.start + step * TILE, ahead[i], out);
+            })
+        };
+        let units = tiles.div_ceil(2);
         let mut turn = 0;
-        let mut laid_out = lay_out(0);
+        lay_out(0).for_each(drop);
         for block in 0..blocks {
             let (side, range, c) = place(block);
-            // Before it is read: tiles are not loaded from stores that are under way.
-            let weights = laid_out;
-            if block + 1 < blocks {
-                laid_out = lay_out(block + 1);
-            }
-            if c == 0 {
-                acc.as_flattened_mut().as_flattened_mut().fill(0.0);
+            let weights = weights_of(block);
+            // Long before it is read: tiles are not loaded from stores that are under way.
+            let mut next_parts = lay_out(block + 1);
+            if units > FEW_UNITS {
+                next_parts.by_ref().for_each(drop);
             }
             let scales = side.map(|panel| &self.scales[panel * chunks + c]);
             let next: Option<Next> = matches!(self.codes, Codes::Bytes(_)).then(|| {
@@ -166,6 +181,21 @@ impl Weights {
                 unsafe {
                     let (quad, stride) = (&mut quads[turn], x.stride);
                     match (unit.count, fetch(tile)) {
+                        _ if is_laid_out && units <= FEW_UNITS => {
+                            let tiles = [at(tile), at(tile + unit.count - 1)];
+                            zero();
+                            for step in 0..steps {
+                                let tiles = tiles.map(|tile| tile.add(step * BYTES));
+                                let weights = weights.map(|weights| weights.add(step * PANEL_TILE));
+                                if unit.count == 1 {
+                                    step_of_one(tiles[0], stride, weights)
+                                } else {
+                                    step_of_two(tiles, stride, weights)
+                                }
+                                next_parts.by_ref().take(SIDE.div_ceil(units)).for_each(drop);
+                            }
+                            store(quad);
+                        }
                         (1, Fetch::Nothing) => one(at(tile), stride, weights, weights, steps, quad),
                         (1, Fetch::Lines(next)) => one_and_lines(at(tile), stride, weights, next, steps, quad),
                         (1, Fetch::All(next)) => one_and_all(at(tile), stride, weights, next, steps, quad),
@@ -182,12 +212,14 @@ impl Weights {
                 // Those before, so that the processor need not wait for these.
                 turn ^= 1;
                 if let Some(unit) = before.replace(unit) {
-                    fold(&quads[turn], unit, height, acc);
+                    fold(&quads[turn], unit, height, c == 0, acc);
                 }
             }
             if let Some(unit) = before {
-                fold(&quads[turn ^ 1], unit, height, acc);
+                fold(&quads[turn ^ 1], unit, height, c == 0, acc);
             }
+            // A longer block has more parts than this one has steps.
+            next_parts.for_each(drop);
             if c + 1 < chunks {
                 continue;
             }
@@ -221,68 +253,64 @@ impl Weights {
         unsafe { tiles::release() };
     }
 
-    /// Weights of a panel in bytes, `[len / 4][LANES][4]`: where they are, or laid out in `out`; then those that are `ahead`
-    /// along `k` are fetched.
+    /// Lays out a tile of a panel's weights of 4 bits, from `start` along `k`, in bytes, `[TILE / 4][LANES][4]`; those that are
+    /// `ahead` along `k` are fetched.
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn laid_out(&self, panel: usize, range: Range<usize>, ahead: isize, out: &mut [i8]) -> *const i8 {
-        match &self.codes {
-            Codes::Bytes(codes) => {
-                codes[(panel * self.k + range.start) * LANES..][..range.len() * LANES].as_ptr().cast()
+    #[inline]
+    fn lay_out(&self, panel: usize, start: usize, ahead: isize, out: &mut [i8]) {
+        let Codes::Nibbles { codes, lines } = &self.codes else { unreachable!("others are laid out as they are") };
+        let first = panel * self.k + start;
+        let codes = codes[first / 2 * LANES..][..TILE / 2 * LANES].as_chunks::<CACHE_LINE>().0;
+        let out = out.as_chunks_mut::<{ 2 * CACHE_LINE }>().0;
+        let fetch = |codes: &[u8; CACHE_LINE]| {
+            _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_offset(ahead * (LANES / 2) as isize).cast());
+        };
+        let store = |out: &mut [i8; 2 * CACHE_LINE], steps: [__m512i; 2]| {
+            for (i, step) in steps.into_iter().enumerate() {
+                // SAFETY: the store is of a line.
+                unsafe { _mm512_storeu_si512(out[i * CACHE_LINE..].as_mut_ptr().cast(), step) };
             }
-            Codes::Nibbles { codes, lines: None } => {
-                let first = (panel * self.k + range.start) / 2 * LANES;
-                let codes = codes[first..][..range.len() / 2 * LANES].as_chunks::<CACHE_LINE>().0;
-                let bytes = out.as_ptr();
-                let (mask, zero) = (_mm512_set1_epi8(15), _mm512_set1_epi8(8));
-                for (codes, out) in codes.iter().zip(out.as_chunks_mut::<{ 2 * CACHE_LINE }>().0) {
-                    _mm_prefetch::<_MM_HINT_T0>(codes.as_ptr().wrapping_offset(ahead * (LANES / 2) as isize).cast());
-                    // SAFETY: loads and stores are of 64 bytes each.
-                    unsafe {
-                        let both = _mm512_loadu_si512(codes.as_ptr().cast());
-                        for (i, both) in [both, _mm512_srli_epi16::<4>(both)].into_iter().enumerate() {
-                            let step = _mm512_sub_epi8(_mm512_and_si512(both, mask), zero);
-                            _mm512_storeu_si512(out[i * CACHE_LINE..].as_mut_ptr().cast(), step);
-                        }
-                    }
-                }
-                bytes
+        };
+        let Some(lines) = lines else {
+            let (mask, zero) = (_mm512_set1_epi8(15), _mm512_set1_epi8(8));
+            for (codes, out) in codes.iter().zip(out) {
+                fetch(codes);
+                // SAFETY: the load is of a line.
+                let both = unsafe { _mm512_loadu_si512(codes.as_ptr().cast()) };
+                let code = |step| _mm512_sub_epi8(_mm512_and_si512(step, mask), zero);
+                store(out, [code(both), code(_mm512_srli_epi16::<4>(both))]);
             }
-            Codes::Nibbles { codes, lines: Some(lines) } => {
-                let first = panel * self.k + range.start;
-                let codes = codes[first / 2 * LANES..][..range.len() / 2 * LANES].as_chunks::<CACHE_LINE>().0;
-                let codes = codes.as_chunks::<{ GROUP * LANES / 2 / CACHE_LINE }>().0;
-                let bytes = out.as_ptr();
-                let out = out.as_chunks_mut::<{ 2 * CACHE_LINE }>().0;
-                let out = out.as_chunks_mut::<{ GROUP * LANES / 2 / CACHE_LINE }>().0;
-                let lines = &lines[first / GROUP..][..range.len() / GROUP];
-                let nibbles = Nibbles::new();
-                for ((codes, line), out) in codes.iter().zip(lines).zip(out) {
-                    _mm_prefetch::<_MM_HINT_T0>(
-                        (line as *const [i16; 2 * LANES]).cast::<i8>().wrapping_offset(ahead / GROUP as isize * 64),
-                    );
-                    let line = nibbles.line(line);
-                    for (codes, out) in codes.iter().zip(out) {
-                        _mm_prefetch::<_MM_HINT_T0>(
-                            codes.as_ptr().wrapping_offset(ahead * (LANES / 2) as isize).cast(),
-                        );
-                        let [low, high] = nibbles.bytes(codes, line);
-                        // SAFETY: the stores are of 64 bytes each.
-                        unsafe {
-                            _mm512_storeu_si512(out.as_mut_ptr().cast(), low);
-                            _mm512_storeu_si512(out[CACHE_LINE..].as_mut_ptr().cast(), high);
-                        }
-                    }
-                }
-                bytes
+            return;
+        };
+        const OF_GROUP: usize = GROUP * LANES / 2 / CACHE_LINE;
+        let (codes, out) = (codes.as_chunks::<OF_GROUP>().0, out.as_chunks_mut::<OF_GROUP>().0);
+        let lines = &lines[first / GROUP..][..TILE / GROUP];
+        let nibbles = Nibbles::new();
+        for ((codes, line), out) in codes.iter().zip(lines).zip(out) {
+            let next = line.as_ptr().wrapping_offset(ahead / GROUP as isize * 2 * LANES as isize);
+            _mm_prefetch::<_MM_HINT_T0>(next.cast());
+            let line = nibbles.line(line);
+            for (codes, out) in codes.iter().zip(out) {
+                fetch(codes);
+                store(out, nibbles.bytes(codes, line));
             }
         }
     }
 }
 
-/// Adds a unit's sums to `acc`, `[tiles][height]`.
+/// Adds a unit's sums to `acc`, `[tiles][height]`, which means nothing before the first of them.
 #[target_feature(enable = "avx512f")]
-fn fold(quad: &Quad, unit: Unit, height: usize, acc: &mut [Acc]) {
+fn fold(quad: &Quad, unit: Unit, height: usize, is_first: bool, acc: &mut [Acc]) {
     let acc = &mut acc[unit.tile * height..][..unit.count * height];
+    match is_first {
+        true => fold_to::<true>(quad, unit, height, acc),
+        false => fold_to::<false>(quad, unit, height, acc),
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn fold_to<const FIRST: bool>(quad: &Quad, unit: Unit, height: usize, acc: &mut [Acc]) {
     for (sums, acc) in quad.iter().zip(acc.chunks_exact_mut(height)) {
         // SAFETY: loads and stores are of LANES numbers.
         unsafe {
@@ -293,10 +321,95 @@ fn fold(quad: &Quad, unit: Unit, height: usize, acc: &mut [Acc]) {
                     let high = _mm512_slli_epi32::<{ LOW }>(_mm512_load_si512(high.as_ptr().cast()));
                     let sum = _mm512_cvtepi32_ps(_mm512_add_epi32(high, _mm512_load_si512(low.as_ptr().cast())));
                     let acc = acc[side].as_mut_ptr();
-                    _mm512_storeu_ps(acc, _mm512_fmadd_ps(sum, scales[side], _mm512_loadu_ps(acc)));
+                    let before = if FIRST { _mm512_setzero_ps() } else { _mm512_loadu_ps(acc) };
+                    _mm512_storeu_ps(acc, _mm512_fmadd_ps(sum, scales[side], before));
                 }
             }
         }
+    }
+}
+
+/// Makes the sums of a unit 0. Between this and [`store`] they are in tiles 0 to 3, which nothing else uses: the compiler knows
+/// of no tiles.
+///
+/// # Safety
+/// [`tiles::shape`] was called.
+#[inline]
+unsafe fn zero() {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem)) }
+}
+
+/// Adds the products of a tile of lines, `stride` apart, with one of each panel.
+///
+/// # Safety
+/// After [`zero`]; there are such lines and tiles.
+#[inline]
+unsafe fn step_of_one(lines: *const i8, stride: usize, weights: [*const i8; SIDE]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tileloadd tmm4, [{lines} + {stride}]",
+            "tileloadd tmm6, [{first} + {line}]",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{second} + {line}]",
+            "tdpbssd tmm1, tmm4, tmm7",
+            lines = in(reg) lines,
+            stride = in(reg) stride,
+            first = in(reg) weights[0],
+            second = in(reg) weights[1],
+            line = in(reg) BYTES,
+            options(nostack, readonly),
+        )
+    }
+}
+
+/// The same for two tiles of lines.
+///
+/// # Safety
+/// As for one.
+#[inline]
+unsafe fn step_of_two(lines: [*const i8; 2], stride: usize, weights: [*const i8; SIDE]) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tileloadd tmm4, [{upper} + {stride}]",
+            "tileloadd tmm6, [{first} + {line}]",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{second} + {line}]",
+            "tdpbssd tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{lower} + {stride}]",
+            "tdpbssd tmm2, tmm5, tmm6",
+            "tdpbssd tmm3, tmm5, tmm7",
+            upper = in(reg) lines[0],
+            lower = in(reg) lines[1],
+            stride = in(reg) stride,
+            first = in(reg) weights[0],
+            second = in(reg) weights[1],
+            line = in(reg) BYTES,
+            options(nostack, readonly),
+        )
+    }
+}
+
+/// Stores the sums of a unit.
+///
+/// # Safety
+/// After [`zero`].
+#[inline]
+unsafe fn store(quad: &mut Quad) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilestored [{sums} + {line}], tmm0",
+            "tilestored [{sums} + {line} + {tile}], tmm1",
+            "tilestored [{sums} + {line} + 2 * {tile}], tmm2",
+            "tilestored [{sums} + {line} + 3 * {tile}], tmm3",
+            sums = in(reg) quad,
+            line = in(reg) BYTES,
+            tile = const PANEL_TILE,
+            options(nostack),
+        )
     }
 }
 
