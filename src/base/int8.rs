@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::parallel;
-use super::simd::{Ahead, LANES, Simd, Target, bytes_of};
+use super::simd::{Ahead, LANES, Simd, Target};
 use crate::large_pages::{Large, collected, repeated};
 
 /// The body for every `$i` below `$n`, which is 8 at most, each time with `$i` known to the compiler: an array that is read
@@ -465,17 +465,17 @@ impl Weights {
     }
 
     /// Some panels, as they are read.
-    pub fn ahead(&self, panels: Range<usize>) -> Ahead<'_> {
+    pub fn ahead(&self, panels: Range<usize>) -> Ahead {
         let (codes, bytes, groups) = match &self.codes {
             Codes::Bytes(codes) => (codes, self.k * LANES, self.k / self.group),
             Codes::Nibbles { codes, .. } => (codes, self.k * LANES / 2, self.k / self.group),
         };
         let of_groups = panels.start * groups..panels.end * groups;
-        let scales = match &self.scales {
-            Scales::F16(numbers) => bytes_of(&numbers[of_groups]),
-            Scales::F32(numbers) => bytes_of(&numbers[of_groups]),
-        };
-        Ahead::new(scales, &codes[panels.start * bytes..panels.end * bytes])
+        let codes = &codes[panels.start * bytes..panels.end * bytes];
+        match &self.scales {
+            Scales::F16(numbers) => Ahead::new(&numbers[of_groups], codes),
+            Scales::F32(numbers) => Ahead::new(&numbers[of_groups], codes),
+        }
     }
 
     pub fn bytes(&self) -> usize {
@@ -497,13 +497,15 @@ impl Weights {
         }
     }
 
-    /// `scale * x wᵀ` for some rows of `x` and some panels; `y` begins with the first feature of the first row.
+    /// `scale * x wᵀ` for some rows of `x` and some panels; `y` begins with the first feature of the first row. What is read next
+    /// is fetched meanwhile.
     ///
     /// # Safety
     /// `y` is good for writing those features of as many rows, and nobody else touches them meanwhile.
     ///
     /// # Panics
     /// If there are not so many rows or panels, or `x` was rounded for another `k` or in other groups.
+    #[allow(clippy::too_many_arguments)]
     pub unsafe fn multiply(
         &self,
         simd: Simd,
@@ -522,6 +524,8 @@ impl Weights {
     ///
     /// # Safety
     /// As there.
+    #[allow(clippy::too_many_arguments)]
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
     unsafe fn multiply_as(
         &self,
         form: Form,
@@ -669,7 +673,7 @@ mod tests {
                 for simd in Simd::all() {
                     let x = Rounded::new(simd, &x, 32, 1, 32, 32);
                     // SAFETY: that many features.
-                    unsafe { weights.multiply_as(form, &x, 0..1, 0..1, Ahead::default(), 1.0, y) };
+                    unsafe { weights.multiply_as(form, &x, 0..1, 0..1, Ahead::nothing(), 1.0, y) };
                     assert!(!acc[0].is_finite(), "{number}, rounded by {simd:?}, by {form:?}: {}", acc[0]);
                 }
             }
@@ -701,6 +705,28 @@ mod tests {
             kept.chunks_exact_mut(k).enumerate().for_each(|(row, out)| weights.row(row, out));
             for (w, kept) in w.iter().zip(&kept) {
                 prop_assert!((w - kept).abs() <= 0.5 / 127.0 + 1e-6);
+            }
+            check(&weights, &kept, &x, rows, panels)?;
+        }
+
+        /// Of 4 bits, the largest keeps its number, and of the other sign it is at most a code off.
+        #[test]
+        fn nibbles_equal_the_plain_sum(
+            rows in 1usize..40, panels in 1usize..7, pairs in 1usize..40, seed in any::<u64>(),
+        ) {
+            let (n, k, mut next) = (panels * LANES - seed as usize % 5, 2 * STEP * pairs, noise(seed));
+            let w: Vec<f32> = (0..n * k).map(|_| next() * next()).collect();
+            let x: Vec<f32> = (0..rows * (k + 1)).map(|_| next() * 9.0).collect();
+            let weights = Weights::round_to_nibbles(n, k, |row, i| w[row * k + i]);
+            let mut kept = vec![0.0; n * k];
+            kept.chunks_exact_mut(k).enumerate().for_each(|(row, out)| weights.row(row, out));
+            for (w, kept) in w.chunks_exact(weights.group).zip(kept.chunks_exact(weights.group)) {
+                let max = w.iter().fold(0.0f32, |max, w| max.max(w.abs()));
+                for (w, kept) in w.iter().zip(kept) {
+                    // A scale is an f16.
+                    let off = if w.abs() == max { 1e-3 } else { 1.01 / 8.0 };
+                    prop_assert!((w - kept).abs() <= off * max + 1e-7, "{w} became {kept} beside {max}");
+                }
             }
             check(&weights, &kept, &x, rows, panels)?;
         }
@@ -760,7 +786,7 @@ mod tests {
                 let mut y = vec![1.0f32; rows.len() * (width + 1)];
                 let target = Target { start: y.as_mut_ptr(), stride: width + 1, add };
                 // SAFETY: there are as many rows and features.
-                unsafe { weights.multiply_as(form, &rounded, rows, panels, Ahead::default(), 0.5, target) };
+                unsafe { weights.multiply_as(form, &rounded, rows, panels, Ahead::nothing(), 0.5, target) };
                 assert!(y.iter().skip(width).step_by(width + 1).all(|&one| one == 1.0));
                 y
             };

@@ -245,11 +245,11 @@ impl PackedMatrix {
     }
 
     /// Some panels, as they are read.
-    pub(super) fn ahead(&self, panels: Range<usize>) -> Ahead<'_> {
+    pub(super) fn ahead(&self, panels: Range<usize>) -> Ahead {
         match &self.data {
             Data::Whole(weights) => weights.ahead(panels),
             Data::Tiled(weights) => weights.ahead(panels),
-            _ => Ahead::default(),
+            _ => Ahead::nothing(),
         }
     }
 

@@ -185,12 +185,16 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batch: Batch) {
     check(products, (x.len(), x_stride), (y.len(), y_stride));
     let (places, rounded) = round(simd, products.iter(), x, x_stride);
     let target = Target { start: y.as_mut_ptr(), stride: y_stride, add };
-    multiply_parts(simd, (x, x_stride), &[(products, target)], &places, &rounded);
+    // SAFETY: the products lie inside `y`.
+    unsafe { multiply_parts(simd, (x, x_stride), &[(products, target)], &places, &rounded) }
 }
 
 /// [`multiply`] of products that were checked and rounded, `places` saying of each where its rows are. Targets begin with the
 /// first row of all.
-fn multiply_parts(
+///
+/// # Safety
+/// Targets are good for writing what the products give, and nobody else touches it meanwhile.
+unsafe fn multiply_parts(
     simd: Simd,
     (x, x_stride): (&[f32], usize),
     batches: &[(&[Product], Target)],
@@ -201,10 +205,10 @@ fn multiply_parts(
     let products: Vec<(&Product, Target)> = targets.collect();
     Plan::new(products.iter().map(|(p, _)| (p.matrix.panels(), p.matrix.side(), Plan::of_panel(p)))).run(
         |(i, panels), next| {
-            let ahead = next.map_or(Ahead::default(), |(i, panels)| products[i].0.matrix.ahead(panels));
+            let ahead = next.map_or(Ahead::nothing(), |(i, panels)| products[i].0.matrix.ahead(panels));
             let (p, y) = products[i];
             let x = Input::of(p, x, x_stride, places[i].map(|place| &rounded[place]), 0);
-            // SAFETY: what was checked keeps the elements inside `y`; panels of one product are disjoint, and so are products.
+            // SAFETY: the caller's promise; panels of one product are disjoint, and so are products.
             unsafe {
                 let y = y.at(p.rows.start, p.y_column + panels.start * LANES);
                 p.matrix.multiply_panels(simd, panels, p.rows.len(), x, ahead, p.scale, y);
@@ -293,7 +297,7 @@ impl Rest<'_> {
             let own = p.rows.start.max(rows.start)..p.rows.end.min(rows.end);
             let place = self.places[i].map(|place| &self.rounded[place]);
             let input = Input::of(p, &self.h, self.width, place, own.start - p.rows.start);
-            let ahead = parts.peek().map_or(Ahead::default(), |(_, p, _, panels)| p.matrix.ahead(panels.clone()));
+            let ahead = parts.peek().map_or(Ahead::nothing(), |(_, p, _, panels)| p.matrix.ahead(panels.clone()));
             // SAFETY: the caller's promise.
             unsafe {
                 let y = y.at(own.start - rows.start, of_part.start - columns.start);
@@ -303,9 +307,14 @@ impl Rest<'_> {
     }
 
     /// Adds it to all rows' outputs.
+    ///
+    /// # Panics
+    /// If there are not so many.
     pub fn add_all(&self, y: &mut [f32]) {
+        assert_eq!(y.len() * self.width, self.h.len() * self.n);
         let target = Target { start: y.as_mut_ptr(), stride: self.n, add: true };
-        multiply_parts(self.simd, (&self.h, self.width), &[(&self.up, target)], &self.places, &self.rounded);
+        // SAFETY: `y` has all rows.
+        unsafe { multiply_parts(self.simd, (&self.h, self.width), &[(&self.up, target)], &self.places, &self.rounded) }
     }
 }
 
@@ -403,7 +412,8 @@ impl<'a> Layer<'a> {
         let mut h = Buffer::new(rows * width);
         let of_base = Target { start: y.as_mut_ptr(), stride: n, add: false };
         let of_down = Target { start: h.as_mut_ptr(), stride: width, add: false };
-        multiply_parts(simd, (x, self.k), &[(base, of_base), (&self.down, of_down)], places, rounded);
+        // SAFETY: `y` and `h` have all rows.
+        unsafe { multiply_parts(simd, (x, self.k), &[(base, of_base), (&self.down, of_down)], places, rounded) };
         if self.up.is_empty() {
             return None;
         }
@@ -438,7 +448,8 @@ impl<'a> Layer<'a> {
         let (down, of_down): (Vec<_>, Vec<_>) = parts.unzip();
         let mut h = Buffer::new(rows * width);
         let target = Target { start: h.as_mut_ptr(), stride: width, add: false };
-        multiply_parts(simd, (x, k), &[(&down, target)], &of_down, rounded);
+        // SAFETY: `h` has all rows.
+        unsafe { multiply_parts(simd, (x, k), &[(&down, target)], &of_down, rounded) };
         let (of_up, rounded_h) = round(simd, up.iter(), &h, width);
         // Of each matrix.
         let is_of = |up: &Product, base: &Product| (up.y_column, up.matrix.n()) == (base.y_column, base.matrix.n());
@@ -450,7 +461,7 @@ impl<'a> Layer<'a> {
         // SAFETY: as for `multiply_panels`.
         let outputs = |i: usize, panels: Range<usize>, rows: Range<usize>, y: Target| unsafe {
             let input = Input::of(&base[i], x, k, places[i].map(|place| &rounded[place]), rows.start);
-            base[i].matrix.multiply_panels(simd, panels.clone(), rows.len(), input, Ahead::default(), 1.0, y);
+            base[i].matrix.multiply_panels(simd, panels.clone(), rows.len(), input, Ahead::nothing(), 1.0, y);
             for &i in &adds[i] {
                 let p = &up[i];
                 let own = p.rows.start.max(rows.start)..p.rows.end.min(rows.end);
@@ -458,7 +469,7 @@ impl<'a> Layer<'a> {
                     let place = of_up[i].map(|place| &rounded_h[place]);
                     let input = Input::of(p, &h, width, place, own.start - p.rows.start);
                     let y = Target { add: true, ..y.at(own.start - rows.start, 0) };
-                    p.matrix.multiply_panels(simd, panels.clone(), own.len(), input, Ahead::default(), p.scale, y);
+                    p.matrix.multiply_panels(simd, panels.clone(), own.len(), input, Ahead::nothing(), p.scale, y);
                 }
             }
         };

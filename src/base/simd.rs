@@ -3,6 +3,8 @@
 //! Every output element is one chain of multiply-adds in ascending `k`, whatever the tile it was computed in. That is
 //! what makes a row's result independent of the rows that share its batch.
 
+use std::ops::Range;
+
 use std::sync::OnceLock;
 
 use candle_core::cpu::erf::erf_f32;
@@ -367,16 +369,20 @@ fn unpack_avx512(group: Group, out: &mut [f32; GROUP * LANES]) {
 
 /// What is read next, to be fetched line by line while something else is read: short parts of memory that lie apart have ended
 /// before the processor has seen where they go on.
-#[derive(Clone, Copy, Default)]
-pub struct Ahead<'a> {
-    now: &'a [u8],
-    then: &'a [u8],
+pub struct Ahead {
+    now: Range<*const u8>,
+    then: Range<*const u8>,
 }
 
-impl<'a> Ahead<'a> {
+impl Ahead {
+    pub fn nothing() -> Self {
+        Ahead::new::<u8, u8>(&[], &[])
+    }
+
     /// One after the other.
-    pub fn new(now: &'a [u8], then: &'a [u8]) -> Self {
-        Ahead { now, then }
+    pub fn new<T, U>(now: &[T], then: &[U]) -> Self {
+        let (now, then) = (now.as_ptr_range(), then.as_ptr_range());
+        Ahead { now: now.start.cast()..now.end.cast(), then: then.start.cast()..then.end.cast() }
     }
 
     /// Has the next lines on their way to a near cache, if there are any.
@@ -388,23 +394,18 @@ impl<'a> Ahead<'a> {
                 if self.then.is_empty() {
                     return;
                 }
-                (self.now, self.then) = (self.then, &[]);
+                self.now = self.then.clone();
+                self.then.start = self.then.end;
             }
             #[cfg(target_arch = "x86_64")]
             {
                 use std::arch::x86_64::*;
                 // SAFETY: every x86-64 has it, and it does nothing but that.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.now.as_ptr().cast()) };
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.now.start.cast()) };
             }
-            self.now = &self.now[LINE.min(self.now.len())..];
+            self.now.start = self.now.start.wrapping_add(LINE);
         }
     }
-}
-
-/// Numbers as bytes.
-pub fn bytes_of<T: Copy>(numbers: &[T]) -> &[u8] {
-    // SAFETY: initialised memory of its size, which is read only.
-    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size_of_val(numbers)) }
 }
 
 /// Has the memory of something on its way to a near cache.

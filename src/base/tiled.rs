@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::buffer::Buffer;
 use super::int8::{Lines, in_steps, nibble, nibble_scale, nibbles, per_group, whole};
 use super::parallel;
-use super::simd::{Ahead, LANES, Simd, Target, bytes_of};
+use super::simd::{Ahead, LANES, Simd, Target};
 use crate::large_pages::{Large, collected};
 
 #[cfg(target_arch = "x86_64")]
@@ -278,13 +278,13 @@ impl Weights {
     }
 
     /// Some panels, as they are read.
-    pub fn ahead(&self, panels: Range<usize>) -> Ahead<'_> {
+    pub fn ahead(&self, panels: Range<usize>) -> Ahead {
         let (codes, bytes) = match &self.codes {
             Codes::Bytes(codes) => (codes, self.k * LANES),
             Codes::Nibbles { codes, .. } => (codes, self.k * LANES / 2),
         };
         let scales = &self.scales[panels.start * self.chunks()..panels.end * self.chunks()];
-        Ahead::new(bytes_of(scales), &codes[panels.start * bytes..panels.end * bytes])
+        Ahead::new(scales, &codes[panels.start * bytes..panels.end * bytes])
     }
 
     pub fn bytes(&self) -> usize {
@@ -309,13 +309,16 @@ impl Weights {
         }
     }
 
-    /// `scale * x wᵀ` for some rows of `x` and some panels; `y` begins with the first feature of the first row.
+    /// `scale * x wᵀ` for some rows of `x` and some panels; `y` begins with the first feature of the first row. What is read next
+    /// is fetched meanwhile.
     ///
     /// # Safety
     /// `y` is good for writing those features of as many rows, and nobody else touches them meanwhile.
     ///
     /// # Panics
     /// If there are not so many rows or panels, or `x` was rounded for another `k`.
+    #[allow(clippy::too_many_arguments)]
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
     pub unsafe fn multiply(
         &self,
         simd: Simd,
@@ -418,7 +421,7 @@ mod tests {
                     let target = Target { start: y.as_mut_ptr(), stride: 1, add: false };
                     let x = Planes::new(simd, x, 64, 2, 64);
                     // SAFETY: that many features.
-                    unsafe { weights.multiply(simd, &x, 0..2, 0..1, Ahead::default(), 1.0, target) };
+                    unsafe { weights.multiply(simd, &x, 0..2, 0..1, Ahead::nothing(), 1.0, target) };
                     y
                 };
                 let good = Weights::round(1, 64, |_, _| 0.5);
@@ -428,7 +431,8 @@ mod tests {
                 assert!(!y[0].is_finite() && (y[1] - 32.0).abs() < 0.2, "{number} by {simd:?}: {y:?}");
                 let at = |i: usize| if i == 9 { number } else { 0.5 };
                 let group = |_, g: usize| if g == 1 { (number, 0.5) } else { (0.1, 0.5) };
-                for bad in [Weights::round(1, 64, |_, i| at(i)), Weights::spread(1, 64, |_, _| 3, group)] {
+                let rounded = [Weights::round(1, 64, |_, i| at(i)), Weights::round_to_nibbles(1, 64, |_, i| at(i))];
+                for bad in rounded.into_iter().chain([Weights::spread(1, 64, |_, _| 3, group)]) {
                     assert!(product(&[1.0; 128], &bad).iter().all(|y| !y.is_finite()), "{number} by {simd:?}");
                 }
             }
@@ -457,8 +461,8 @@ mod tests {
         /// Weights of 4 bits are what rounding their numbers gives, but for a code's half at most.
         #[test]
         fn products_equal_the_plain_sum(
-            rows in 1usize..40, panels in 1usize..7, tiles in 1usize..14, four in any::<bool>(), extreme in any::<bool>(),
-            seed in any::<u64>(),
+            rows in prop_oneof![1usize..40, 40usize..300], panels in 1usize..7, tiles in 1usize..14, form in 0..3,
+            extreme in any::<bool>(), seed in any::<u64>(),
         ) {
             let (n, k, mut next) = (panels * LANES - seed as usize % 5, tiles * TILE, noise(seed));
             // Also the largest ones, all over, so that sums are the largest there can be.
@@ -470,15 +474,17 @@ mod tests {
                 let (scale, min) = group(row, i / GROUP);
                 scale * f32::from(q[row * k + i]) + min
             };
-            let weights = match four {
-                true => Weights::spread(n, k, |row, i| q[row * k + i], group),
-                false => Weights::round(n, k, w),
+            let (weights, codes) = match form {
+                0 => (Weights::spread(n, k, |row, i| q[row * k + i], group), MAX_CODE),
+                1 => (Weights::round(n, k, w), MAX_CODE),
+                // The largest of the other sign is a whole code off.
+                _ => (Weights::round_to_nibbles(n, k, w), 4.0),
             };
             let kept = kept(&weights);
             for (i, kept) in kept.iter().enumerate() {
                 let (row, c) = (i / k, i % k / chunk(k) * chunk(k));
                 let max = (c..k.min(c + chunk(k))).map(|i| w(row, i).abs()).fold(0.0, f32::max);
-                prop_assert!((w(row, i % k) - kept).abs() <= 0.54 * max / MAX_CODE, "{} became {kept}", w(row, i % k));
+                prop_assert!((w(row, i % k) - kept).abs() <= 0.54 * max / codes, "{} became {kept}", w(row, i % k));
             }
             let mut all: Vec<Vec<f32>> = vec![];
             for simd in Simd::all() {
@@ -489,7 +495,7 @@ mod tests {
                     let mut y = vec![1.0f32; rows.len() * (width + 1)];
                     let target = Target { start: y.as_mut_ptr(), stride: width + 1, add };
                     // SAFETY: there are as many rows and features.
-                    unsafe { weights.multiply(simd, &planes, rows, panels, Ahead::default(), 0.5, target) };
+                    unsafe { weights.multiply(simd, &planes, rows, panels, Ahead::nothing(), 0.5, target) };
                     assert!(y.iter().skip(width).step_by(width + 1).all(|&one| one == 1.0));
                     y
                 };

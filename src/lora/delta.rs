@@ -358,11 +358,12 @@ mod tests {
         /// Whatever its rank.
         #[test]
         fn beside_a_base_in_whole_numbers_an_adapter_is_too(
-            ranks in prop::collection::vec(1usize..80, 3), rows in 1usize..20, seed in any::<u64>()
+            ranks in prop::collection::vec(1usize..80, 3), rows in 1usize..20, four in any::<bool>(), seed in any::<u64>()
         ) {
             let config = config(2, 1, 32, 64, 32);
             let kernels = Kernels::for_device(&Device::Cpu);
-            let base = decoder(&config, DecoderOptions { format: Some(Format::Int8), ..options(kernels) }, seed);
+            let format = if four { Format::Int4 } else { Format::Int8 };
+            let base = decoder(&config, DecoderOptions { format: Some(format), ..options(kernels) }, seed);
             let mut next = noise(seed);
             let site = Site::Qkv.projections(config.family);
             let pairs: BTreeMap<_, _> = site.iter().zip(&ranks).map(|(&projection, &rank)| {
@@ -374,7 +375,9 @@ mod tests {
             let adapter = Adapter { pairs: pairs.clone(), ..Adapter::new(Generation::new("g")) };
             let packed = PackedAdapter::new(adapter, &base).unwrap();
             for part in &packed.sites.get(0, Site::Qkv).unwrap().parts {
-                prop_assert_eq!(part.b.packed().format(), Format::Int8);
+                // Ranks of 4 bits are in eights.
+                let format = if part.b.k().is_multiple_of(8) { format } else { Format::Int8 };
+                prop_assert_eq!(part.b.packed().format(), format);
             }
             let Kernels::Packed(simd) = kernels else { unreachable!("these are a CPU's") };
             let delta = BatchDelta::new(simd, vec![Segment { rows: 0..rows, adapter: &packed }]);
@@ -398,7 +401,8 @@ mod tests {
                     }
                 }
             }
-            prop_assert!(off <= 1e-4 * size, "off by {} of it", (off / size).sqrt());
+            let most = if four { 0.2f32 } else { 0.01 };
+            prop_assert!(off <= most.powi(2) * size, "off by {} of it", (off / size).sqrt());
         }
     }
 

@@ -239,7 +239,7 @@ fn tensor(numbers: &[f32], shape: (usize, usize), base: &DecoderOptions) -> Resu
 /// the ranks more being 0.
 fn widened<'a>(pair: &'a LoraPair, base: &DecoderOptions) -> (Cow<'a, [f32]>, Cow<'a, [f32]>, usize) {
     let rank = match (base.kernels, base.format) {
-        (Kernels::Packed(_), Some(Format::Int8)) if pair.rank > 0 => {
+        (Kernels::Packed(_), Some(Format::Int8 | Format::Int4)) if pair.rank > 0 => {
             (pair.rank..).find(|&rank| Format::Int8.fits(rank))
         }
         _ => None,
@@ -262,7 +262,7 @@ fn coarseness(base: &Decoder, layer: usize, site: Site) -> Option<Format> {
     let is_coarse = |&projection: &_| base.format(layer, projection) == Some(Format::Int4);
     let projections = site.projections(base.config().family);
     match base.options().format {
-        Some(Format::Int8) if projections.iter().all(is_coarse) => Some(Format::Int4),
+        Some(Format::Int8 | Format::Int4) if projections.iter().all(is_coarse) => Some(Format::Int4),
         format => format,
     }
 }
