@@ -464,12 +464,16 @@ impl Weights {
         self.group
     }
 
+    fn codes(&self) -> &[u8] {
+        match &self.codes {
+            Codes::Bytes(codes) | Codes::Nibbles { codes, .. } => codes,
+        }
+    }
+
     /// Some panels, as they are read.
     pub fn ahead(&self, panels: Range<usize>) -> Ahead {
-        let (codes, bytes, groups) = match &self.codes {
-            Codes::Bytes(codes) => (codes, self.k * LANES, self.k / self.group),
-            Codes::Nibbles { codes, .. } => (codes, self.k * LANES / 2, self.k / self.group),
-        };
+        let (codes, groups) = (self.codes(), self.k / self.group);
+        let bytes = codes.len() / self.n.div_ceil(LANES);
         let of_groups = panels.start * groups..panels.end * groups;
         let codes = &codes[panels.start * bytes..panels.end * bytes];
         match &self.scales {
@@ -479,10 +483,7 @@ impl Weights {
     }
 
     pub fn bytes(&self) -> usize {
-        let codes = match &self.codes {
-            Codes::Bytes(codes) | Codes::Nibbles { codes, .. } => codes.len(),
-        };
-        codes + self.scales.bytes() + self.mins.as_ref().map_or(0, Scales::bytes)
+        self.codes().len() + self.scales.bytes() + self.mins.as_ref().map_or(0, Scales::bytes)
     }
 
     /// Writes the weights of output feature `row` to `out`, `[k]`.

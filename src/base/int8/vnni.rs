@@ -60,23 +60,22 @@ impl Weights {
         unsafe {
             if self.group == self.k && self.mins.is_none() {
                 macro_rules! short {
-                    ($codes:expr, $nibbles:literal, $steps:literal, $panels:literal) => {
-                        return self
-                            .vnni_short::<$nibbles, $steps, $panels>($codes, x, rows, panels, &mut ahead, scale, y)
+                    ($nibbles:literal, $steps:literal, $panels:literal) => {
+                        return self.vnni_short::<$nibbles, $steps, $panels>(x, rows, panels, &mut ahead, scale, y)
                     };
                 }
                 match (&self.codes, self.k / STEP) {
-                    (Codes::Bytes(codes), 1) => short!(codes, false, 1, 4),
-                    (Codes::Bytes(codes), 2) => short!(codes, false, 2, 4),
-                    (Codes::Bytes(codes), 3) => short!(codes, false, 3, 4),
-                    (Codes::Bytes(codes), 4) => short!(codes, false, 4, 4),
-                    (Codes::Bytes(codes), 6) => short!(codes, false, 6, 2),
-                    (Codes::Bytes(codes), 8) => short!(codes, false, 8, 2),
-                    (Codes::Bytes(codes), 16) => short!(codes, false, 16, 1),
-                    (Codes::Nibbles { codes, .. }, 2) => short!(codes, true, 2, 4),
-                    (Codes::Nibbles { codes, .. }, 4) => short!(codes, true, 4, 4),
-                    (Codes::Nibbles { codes, .. }, 6) => short!(codes, true, 6, 2),
-                    (Codes::Nibbles { codes, .. }, 8) => short!(codes, true, 8, 2),
+                    (Codes::Bytes(_), 1) => short!(false, 1, 4),
+                    (Codes::Bytes(_), 2) => short!(false, 2, 4),
+                    (Codes::Bytes(_), 3) => short!(false, 3, 4),
+                    (Codes::Bytes(_), 4) => short!(false, 4, 4),
+                    (Codes::Bytes(_), 6) => short!(false, 6, 2),
+                    (Codes::Bytes(_), 8) => short!(false, 8, 2),
+                    (Codes::Bytes(_), 16) => short!(false, 16, 1),
+                    (Codes::Nibbles { .. }, 2) => short!(true, 2, 4),
+                    (Codes::Nibbles { .. }, 4) => short!(true, 4, 4),
+                    (Codes::Nibbles { .. }, 6) => short!(true, 6, 2),
+                    (Codes::Nibbles { .. }, 8) => short!(true, 8, 2),
                     _ => {}
                 }
             }
@@ -98,7 +97,6 @@ impl Weights {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn vnni_short<const NIBBLES: bool, const STEPS: usize, const P: usize>(
         &self,
-        codes: &[u8],
         x: &Rounded,
         rows: Range<usize>,
         panels: Range<usize>,
@@ -107,7 +105,7 @@ impl Weights {
         y: Target,
     ) {
         let bytes = if NIBBLES { STEP * LANES / 2 } else { STEP * LANES };
-        debug_assert!(self.k == STEPS * STEP && codes.len() >= panels.end * STEPS * bytes);
+        debug_assert!(self.k == STEPS * STEP && self.codes().len() >= panels.end * STEPS * bytes);
         let mut panel = panels.start;
         while panel < panels.end {
             // SAFETY: the caller's promise.
@@ -115,15 +113,7 @@ impl Weights {
                 let y = y.at(0, (panel - panels.start) * LANES);
                 macro_rules! side {
                     ($panels:expr) => {{
-                        self.vnni_short_panels::<NIBBLES, STEPS, { $panels }>(
-                            codes,
-                            x,
-                            rows.clone(),
-                            panel,
-                            ahead,
-                            scale,
-                            y,
-                        );
+                        self.vnni_short_panels::<NIBBLES, STEPS, { $panels }>(x, rows.clone(), panel, ahead, scale, y);
                         panel += $panels;
                     }};
                 }
@@ -144,7 +134,6 @@ impl Weights {
     #[inline]
     unsafe fn vnni_short_panels<const NIBBLES: bool, const STEPS: usize, const P: usize>(
         &self,
-        codes: &[u8],
         x: &Rounded,
         rows: Range<usize>,
         panel: usize,
@@ -156,7 +145,7 @@ impl Weights {
         // The codes and the scales of as many panels.
         ahead.fetch(P * STEPS * bytes / CACHE_LINE + P / 2);
         // SAFETY: the caller's promise.
-        let of_panels = unsafe { codes.as_ptr().add(panel * STEPS * bytes) };
+        let of_panels = unsafe { self.codes().as_ptr().add(panel * STEPS * bytes) };
         // By steps.
         let weights: [[__m512i; P]; STEPS] = std::array::from_fn(|s| {
             std::array::from_fn(|p| {
