@@ -379,8 +379,13 @@ impl Ahead {
         Ahead::new::<u8, u8>(&[], &[])
     }
 
-    /// One after the other.
+    /// One after the other. Nothing where it is long: the processor fetches that by itself, and fetched as a whole it would push
+    /// out what is read before it.
     pub fn new<T, U>(now: &[T], then: &[U]) -> Self {
+        const LONG: usize = 64 << 10;
+        if size_of_val(now) + size_of_val(then) > LONG {
+            return Ahead::nothing();
+        }
         let (now, then) = (now.as_ptr_range(), then.as_ptr_range());
         Ahead { now: now.start.cast()..now.end.cast(), then: then.start.cast()..then.end.cast() }
     }
