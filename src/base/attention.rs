@@ -180,8 +180,10 @@ pub(super) fn packed(
     if let Some(all) = all {
         all.add_all(qkv);
     }
+    // What follows reads and writes rows without looking where they end.
+    assert!(qkv.len() == rows * width && sequences.iter().all(|s| s.rows.end <= rows));
     let qkv = Target(qkv.as_mut_ptr());
-    // SAFETY: each head of a row is one task's alone while it is written to.
+    // SAFETY: the assert; each head of a row is one task's alone while it is written to.
     let head_of = |row: usize, index: usize| -> &[f32] { unsafe { qkv.part(row * width + index * hd, hd) } };
 
     let turn = |which: usize, row: usize, x: &[f32], scale: f32, normed: &mut [f32], out: &mut [f32]| match head_norms {

@@ -259,11 +259,11 @@ pub struct Rest<'a> {
 }
 
 impl Rest<'_> {
-    /// Rows that a task takes at once, of so many.
+    /// Rows that a task takes at once, of so many; at least one.
     pub fn side(rows: usize) -> usize {
         /// Tasks of a thread: one that another program holds up leaves some to the others.
         const TASKS: usize = 4;
-        rows.div_ceil(TASKS * parallel::threads())
+        rows.div_ceil(TASKS * parallel::threads()).max(1)
     }
 
     /// Adds it to some rows' outputs, `[rows, n]`.
