@@ -151,13 +151,13 @@ pub(super) struct Attention<'a> {
 }
 
 /// Writes the step's keys and values into the cache and returns the attention's output `[rows, heads * head_dim]`.
-/// `qkv` is `[rows, (heads + 2 * kv_heads) * head_dim]`, but for the rest of it, which is added.
+/// `qkv` is `[rows, (heads + 2 * kv_heads) * head_dim]`, rows `stride` apart, but for the rest of it, which is added.
 ///
 /// Each row's sums are over blocks in ascending order, whatever the tile: its result does not depend on the other rows.
 pub(super) fn packed(
     attention: &Attention,
     simd: Simd,
-    qkv: &mut [f32],
+    (qkv, stride): (&mut [f32], usize),
     rest: Option<Rest>,
     cache: &mut LayerCache,
 ) -> Buffer {
@@ -166,25 +166,22 @@ pub(super) fn packed(
     let (hd, kv_heads, vw) = (config.head_dim, config.kv_heads, value_width(config));
     let (group, q_width) = (config.heads / kv_heads, config.heads * hd);
     let width = q_width + 2 * kv_heads * hd;
-    let rows = qkv.len() / width;
+    let rows = qkv.len() / stride;
     let (scale, softcap) = (config.attention_scale(layer), config.architecture.attention_softcap);
     let window = config.window(layer).unwrap_or(usize::MAX);
 
     // Where a sequence's rows are one tile, the task that reads what a head has seen is the only one, and writes it too.
     let is_one = |s: &SequenceRows| s.rows.len() <= ROWS;
-    // It adds the rest as well, where heads are whole panels of it.
-    let (rest, all) = match sequences.iter().all(is_one) && hd.is_multiple_of(LANES) {
-        true => (rest, None),
-        false => (None, rest),
-    };
+    // What the outputs lack is added where they are read first, where heads are whole panels.
+    let (rest, all) = if hd.is_multiple_of(LANES) { (rest, None) } else { (None, rest) };
     if let Some(all) = all {
         all.add_all(qkv);
     }
     // What follows reads and writes rows without looking where they end.
-    assert!(qkv.len() == rows * width && sequences.iter().all(|s| s.rows.end <= rows));
+    assert!(width <= stride && qkv.len() == rows * stride && sequences.iter().all(|s| s.rows.end <= rows));
     let qkv = Target(qkv.as_mut_ptr());
     // SAFETY: the assert; each head of a row is one task's alone while it is written to.
-    let head_of = |row: usize, index: usize| -> &[f32] { unsafe { qkv.part(row * width + index * hd, hd) } };
+    let head_of = |row: usize, index: usize| -> &[f32] { unsafe { qkv.part(row * stride + index * hd, hd) } };
 
     let turn = |which: usize, row: usize, x: &[f32], scale: f32, normed: &mut [f32], out: &mut [f32]| match head_norms {
         None => rotation.rotate(simd, row, x, scale, out),
@@ -208,36 +205,39 @@ pub(super) fn packed(
             unsafe { values.write(simd, (at * vw + panel * LANES) * BLOCK + slot * LANES, 1, value) };
         }
     };
-    let before: Vec<(&SequenceRows, usize)> =
-        sequences.iter().filter(|s| !is_one(s)).flat_map(|s| s.rows.clone().map(move |row| (s, row))).collect();
-    parallel::run(before.len().div_ceil(ROWS), |task| {
+    // Heads that share keys and values, of neighbouring rows of a sequence, share the reading of them.
+    let tiles: Vec<(&SequenceRows, Range<usize>)> = sequences
+        .iter()
+        .flat_map(|s| s.rows.clone().step_by(ROWS).map(move |row| (s, row..(row + ROWS).min(s.rows.end))))
+        .collect();
+    // Adds to so many heads of some rows what they lack.
+    let complete = |rows: &Range<usize>, first: usize, count: usize| {
+        if let Some(rest) = &rest {
+            // SAFETY: there are these rows, and a task completes only what is its own.
+            unsafe {
+                let y = simd::Target { start: qkv.at(rows.start * stride + first * hd), stride, add: true };
+                rest.add_columns(rows.clone(), first * hd..(first + count) * hd, y);
+            }
+        }
+    };
+    let before: Vec<&(&SequenceRows, Range<usize>)> = tiles.iter().filter(|(s, _)| !is_one(s)).collect();
+    parallel::run(before.len(), |task| {
+        let (s, rows) = before[task];
+        complete(rows, config.heads, 2 * kv_heads);
         let mut scratch = Buffer::new(2 * hd);
-        for &(s, row) in before[task * ROWS..].iter().take(ROWS) {
+        for row in rows.clone() {
             (0..kv_heads).for_each(|head| store(s, row, head, &mut scratch));
         }
     });
 
     let mut out = Buffer::new(rows * q_width);
     let target = Target(out.as_mut_ptr());
-    // Heads that share keys and values, of neighbouring rows of a sequence, share the reading of them.
-    let tiles: Vec<(&SequenceRows, Range<usize>)> = sequences
-        .iter()
-        .flat_map(|s| s.rows.clone().step_by(ROWS).map(move |row| (s, row..(row + ROWS).min(s.rows.end))))
-        .collect();
     parallel::run(tiles.len() * kv_heads, |task| {
         let (&(s, ref rows), head) = (&tiles[task / kv_heads], task % kv_heads);
-        if let Some(rest) = &rest {
-            for (first, count) in [(config.heads + head, 1), (config.heads + kv_heads + head, 1), (head * group, group)]
-            {
-                // SAFETY: these heads are this task's alone.
-                unsafe {
-                    let start = qkv.at(rows.start * width + first * hd);
-                    let y = simd::Target { start, stride: width, add: true };
-                    rest.add_columns(rows.clone(), first * hd..(first + count) * hd, y);
-                }
-            }
-        }
+        complete(rows, head * group, group);
         if is_one(s) {
+            complete(rows, config.heads + head, 1);
+            complete(rows, config.heads + kv_heads + head, 1);
             let mut scratch = Buffer::new(2 * hd);
             rows.clone().for_each(|row| store(s, row, head, &mut scratch));
         }
@@ -330,7 +330,8 @@ pub fn alone(
     cache: &mut KvCache,
 ) -> impl Deref<Target = [f32]> + use<> {
     let attention = Attention { config, layer: 0, head_norms: None, rotation, sequences };
-    packed(&attention, simd, qkv, None, &mut cache.layers[0])
+    let width = (config.heads + 2 * config.kv_heads) * config.head_dim;
+    packed(&attention, simd, (qkv, width), None, &mut cache.layers[0])
 }
 
 /// Rows of a sequence that are computed together.

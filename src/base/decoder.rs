@@ -106,23 +106,37 @@ pub enum Rows {
 
 /// What a linear layer gives, but for the rest.
 struct Outputs<'a> {
+    /// Those of the host may be wider than what they give.
     rows: Rows,
+    width: usize,
     rest: Option<Rest<'a>>,
 }
 
 impl Outputs<'_> {
     fn whole(self) -> Rows {
-        let Outputs { mut rows, rest } = self;
+        let Outputs { mut rows, width, rest } = self;
         if let (Some(rest), Rows::Host { data, .. }) = (rest, &mut rows) {
             rest.add_all(data);
         }
-        rows
+        match rows {
+            Rows::Host { data, width: stride } if stride > width => {
+                let mut close = Buffer::new(data.len() / stride * width);
+                let rows = close.chunks_exact_mut(width).zip(data.chunks_exact(stride));
+                rows.for_each(|(close, row)| close.copy_from_slice(&row[..width]));
+                Rows::Host { data: close, width }
+            }
+            rows => rows,
+        }
     }
 }
 
 impl From<Rows> for Outputs<'_> {
     fn from(rows: Rows) -> Self {
-        Outputs { rows, rest: None }
+        let width = match &rows {
+            Rows::Host { width, .. } => *width,
+            Rows::Device(t) => t.dims()[1],
+        };
+        Outputs { rows, width, rest: None }
     }
 }
 
@@ -618,8 +632,8 @@ impl Decoder {
             let attention = Attention { config, layer: l, head_norms, rotation: &rotation, sequences };
             let cache = &mut cache.layers[l];
             let mut h = match (&mut qkv.rows, self.options.kernels, &step) {
-                (Rows::Host { data, .. }, Kernels::Packed(simd), _) => {
-                    let data = attention::packed(&attention, simd, data, qkv.rest, cache);
+                (Rows::Host { data, width }, Kernels::Packed(simd), _) => {
+                    let data = attention::packed(&attention, simd, (data, *width), qkv.rest, cache);
                     Rows::Host { data, width: config.heads * config.head_dim }
                 }
                 (Rows::Device(qkv), _, Some(step)) => Rows::Device(attention::tensors(&attention, qkv, step, cache)?),
@@ -758,13 +772,15 @@ impl Decoder {
         match (&linear.matrices, x, self.options.kernels) {
             (Matrices::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd)) => {
                 let (rows, n) = (x.len() / k, parts.iter().map(PackedMatrix::n).sum());
-                let mut y = Buffer::new(rows * n);
                 let ((down, width), up) = (delta.down(layer, site), delta.up(layer, site));
                 let products = products::Layer { k: *k, matrices: parts, down, width, up };
                 if linear.bias.is_none() && !delta.finishes(layer, site) {
+                    let stride = products.stride();
+                    let mut y = Buffer::new(rows * stride);
                     let rest = products.begin(simd, x, &mut y);
-                    return Ok(Outputs { rows: Rows::Host { data: y, width: n }, rest });
+                    return Ok(Outputs { rows: Rows::Host { data: y, width: stride }, width: n, rest });
                 }
+                let mut y = Buffer::new(rows * n);
                 products.multiply(simd, x, &mut y, None);
                 delta.finish(layer, site, &mut y, rows);
                 if let Some(Vector::Host(bias)) = &linear.bias {
@@ -846,30 +862,23 @@ impl Decoder {
         let h = match (&mut *x, h, self.options.kernels) {
             (
                 Rows::Host { data: x, width },
-                Some(Outputs { rows: Rows::Host { data: mut h, .. }, rest }),
+                Some(Outputs { rows: Rows::Host { data: mut h, width: stride }, rest, .. }),
                 Kernels::Packed(simd),
             ) => {
                 let (width, mut out) = (*width, Buffer::new(x.len()));
-                // Of neighbouring rows, which the rest is added to at once.
-                let of_rows = |first: usize, x: &mut [f32], h: &mut [f32], out: &mut [f32]| {
+                // Neighbouring rows, which the rest is added to at once.
+                let of_rows = |rows: Range<usize>, [x, h, out]: [&mut [f32]; 3]| {
                     if let Some(rest) = &rest {
-                        rest.add(first..first + h.len() / width, h);
+                        rest.add(rows.clone(), h);
                     }
-                    let rows = x.chunks_exact_mut(width).zip(h.chunks_exact(width)).zip(out.chunks_exact_mut(width));
-                    for (i, ((x, h), out)) in rows.enumerate() {
-                        simd::add(simd, x, h);
-                        norm.of_row(first + i).row(simd, x, out);
+                    let parts = x.chunks_exact_mut(width).zip(h.chunks_exact(stride)).zip(out.chunks_exact_mut(width));
+                    for (row, ((x, h), out)) in rows.zip(parts) {
+                        simd::add(simd, x, &h[..width]);
+                        norm.of_row(row).row(simd, x, out);
                     }
                 };
-                if x.len() < PARALLEL && rest.is_none() {
-                    of_rows(0, x, &mut h, &mut out);
-                } else {
-                    let side = Rest::side(x.len() / width);
-                    let size = side * width;
-                    parallel::chunk_triples((x, size), (&mut h, size), (&mut out, size), |i, x, h, out| {
-                        of_rows(i * side, x, h, out);
-                    });
-                }
+                let data = [(&mut x[..], width), (&mut h[..], stride), (&mut out[..], width)];
+                products::by_rows(rest.as_ref(), NORM * width, data, of_rows);
                 return Ok(Rows::Host { data: out, width });
             }
             (_, h, _) => h.map(Outputs::whole),
@@ -999,5 +1008,7 @@ fn add(x: &mut Rows, y: Rows) -> Result<()> {
     Ok(())
 }
 
+/// What takes as long as to add a number and to norm it, in multiply-adds.
+const NORM: usize = 16;
 /// Numbers of which a cheap operation is worth a parallel region.
 const PARALLEL: usize = 1 << 12;

@@ -36,11 +36,19 @@ pub fn threads() -> usize {
 /// # Panics
 /// If a task does, once no other is running any more.
 pub fn run(tasks: usize, task: impl Fn(usize) + Sync) {
+    run_shares(tasks, |thread| thread * tasks / threads(), task)
+}
+
+/// [`run`] where a thread's share, which it begins with, starts with task `first(thread)`; the first one's with the first task.
+///
+/// # Panics
+/// As there.
+pub fn run_shares(tasks: usize, first: impl Fn(usize) -> usize, task: impl Fn(usize) + Sync) {
     static TEAM: OnceLock<Team> = OnceLock::new();
     if tasks <= 1 || threads() == 1 {
         return (0..tasks).for_each(task);
     }
-    TEAM.get_or_init(|| Team::new(threads() - 1)).run(tasks, &task);
+    TEAM.get_or_init(|| Team::new(threads() - 1)).run(tasks, first, &task);
 }
 
 /// [`run`] for small tasks, of which a thread takes some side by side: to take one takes about as long as to norm a row.
@@ -74,22 +82,6 @@ pub fn chunk_pairs<T: Send, U: Send>(
     assert_eq!(first.count(), second.count());
     // SAFETY: each part is lent once.
     run_small(first.count(), |i| task(i, unsafe { first.part(i) }, unsafe { second.part(i) }));
-}
-
-/// The same for three.
-///
-/// # Panics
-/// As [`chunk_pairs`].
-pub fn chunk_triples<T: Send, U: Send, V: Send>(
-    (first, first_size): (&mut [T], usize),
-    (second, second_size): (&mut [U], usize),
-    (third, third_size): (&mut [V], usize),
-    task: impl Fn(usize, &mut [T], &mut [U], &mut [V]) + Sync,
-) {
-    let third = Parts::new(third, third_size);
-    assert_eq!(first.len().div_ceil(first_size), third.count());
-    // SAFETY: each part is lent once.
-    chunk_pairs((first, first_size), (second, second_size), |i, a, b| task(i, a, b, unsafe { third.part(i) }));
 }
 
 /// What `task` makes of each item, in their order.
@@ -294,7 +286,7 @@ impl Team {
         Team { shared, caller: Mutex::new(()) }
     }
 
-    fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: &F) {
+    fn run<F: Fn(usize) + Sync>(&self, tasks: usize, first: impl Fn(usize) -> usize, task: &F) {
         assert!(tasks <= u32::MAX as usize);
         let _caller = match self.caller.try_lock() {
             Ok(caller) => caller,
@@ -310,8 +302,13 @@ impl Team {
         let job = Job { call: call::<F>, data: std::ptr::from_ref(task).cast() };
         // SAFETY: the last region is closed and left, and this caller is the only one.
         unsafe { *shared.job.get() = job };
-        let share = |thread: usize| thread * tasks / shared.left.len();
-        shared.left.iter().enumerate().for_each(|(i, left)| left.set(share(i)..share(i + 1)));
+        let mut start = 0;
+        for (thread, left) in shared.left.iter().enumerate() {
+            let is_last = thread + 1 == shared.left.len();
+            let end = if is_last { tasks } else { first(thread + 1).clamp(start, tasks) };
+            left.set(start..end);
+            start = end;
+        }
         let region = (shared.state.load(SeqCst) / REGION).wrapping_add(1);
         shared.state.store(region * REGION + OPEN, SeqCst);
         if shared.sleeping.load(SeqCst) > 0 {
@@ -342,7 +339,9 @@ mod tests {
             let team = Team::new(others);
             for region in 0..3000 {
                 let counts: Vec<AtomicUsize> = (0..region % 50).map(|_| AtomicUsize::new(0)).collect();
-                team.run(counts.len(), &|i| {
+                // Shares that are empty, and some that would overlap.
+                let first = |thread: usize| region * thread * 7 % 61;
+                team.run(counts.len(), first, &|i| {
                     counts[i].fetch_add(1, SeqCst);
                 });
                 assert!(counts.iter().all(|count| count.load(SeqCst) == 1));
@@ -362,8 +361,8 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..500 {
-                        team.run(7, &|_| {
-                            team.run(3, &|i| {
+                        team.run(7, |thread| 3 * thread, &|_| {
+                            team.run(3, |_| 0, &|i| {
                                 total.fetch_add(i, SeqCst);
                             })
                         });
@@ -378,11 +377,13 @@ mod tests {
     fn a_panic_reaches_the_caller_and_the_team_goes_on() {
         let team = Team::new(2);
         for round in 0..100 {
-            let bad = catch_unwind(AssertUnwindSafe(|| team.run(20, &|i| assert!(i != round % 20, "task {i}"))));
+            let bad = catch_unwind(AssertUnwindSafe(|| {
+                team.run(20, |thread| 10 * thread, &|i| assert!(i != round % 20, "task {i}"))
+            }));
             let message = *bad.unwrap_err().downcast::<String>().unwrap();
             assert_eq!(message, format!("task {}", round % 20));
             let sum = AtomicUsize::new(0);
-            team.run(20, &|i| {
+            team.run(20, |_| 20, &|i| {
                 sum.fetch_add(i, SeqCst);
             });
             assert_eq!(sum.load(SeqCst), 190);

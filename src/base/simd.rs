@@ -390,26 +390,25 @@ impl Ahead {
         Ahead { now: now.start.cast()..now.end.cast(), then: then.start.cast()..then.end.cast() }
     }
 
-    /// Has the next lines on their way to a near cache, if there are any.
+    /// Has the next lines on their way to a near cache, and a few behind the last one; false if there are none.
     #[inline(always)]
-    pub fn fetch(&mut self, lines: usize) {
+    pub fn fetch(&mut self, lines: usize) -> bool {
         const LINE: usize = 64;
-        for _ in 0..lines {
-            if self.now.is_empty() {
-                if self.then.is_empty() {
-                    return;
-                }
-                self.now = self.then.clone();
-                self.then.start = self.then.end;
+        if self.now.start >= self.now.end {
+            if self.then.is_empty() {
+                return false;
             }
-            #[cfg(target_arch = "x86_64")]
-            {
-                use std::arch::x86_64::*;
-                // SAFETY: every x86-64 has it, and it does nothing but that.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.now.start.cast()) };
-            }
-            self.now.start = self.now.start.wrapping_add(LINE);
+            self.now = self.then.clone();
+            self.then.start = self.then.end;
         }
+        #[cfg(target_arch = "x86_64")]
+        for line in 0..lines {
+            use std::arch::x86_64::*;
+            // SAFETY: every x86-64 has it, and it does nothing but that.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.now.start.wrapping_add(line * LINE).cast()) };
+        }
+        self.now.start = self.now.start.wrapping_add(lines * LINE);
+        true
     }
 }
 

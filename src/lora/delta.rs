@@ -196,6 +196,7 @@ impl<'a> Delta for BatchDelta<'a> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::sync::Arc;
 
     use candle_core::{DType, Device};
     use proptest::prelude::*;
@@ -206,6 +207,7 @@ mod tests {
     use crate::base::products::{self, Batch};
     use crate::base::testing::{decoder, noise, options};
     use crate::base::{Architecture, DecoderOptions, Family, Kernels, ModelConfig, Module, Rope};
+    use crate::engine::{Model, Output, Runner, Work};
 
     fn config(heads: usize, kv_heads: usize, head_dim: usize, hidden: usize, ffn: usize) -> ModelConfig {
         ModelConfig {
@@ -403,6 +405,62 @@ mod tests {
             }
             let most = if four { 0.2f32 } else { 0.01 };
             prop_assert!(off <= most.powi(2) * size, "off by {} of it", (off / size).sqrt());
+        }
+    }
+
+    /// Also where a layer's outputs are so wide that rows of them are not one behind the other.
+    #[test]
+    fn a_step_gives_each_sequence_what_it_has_alone() {
+        let config = ModelConfig {
+            layers: 2,
+            architecture: Architecture::of(Family::Llama),
+            context: 32,
+            ..config(4, 2, 64, 512, 256)
+        };
+        let mut next = noise(7);
+        let adapters: Vec<Adapter> = (0..9)
+            .map(|i| {
+                let mut pairs = BTreeMap::new();
+                for module in config.target_modules() {
+                    let (n, k, rank) = (module.out_features, module.in_features, 3 + 5 * i);
+                    let mut weights = |n: usize| (0..n).map(|_| next() / 8.0).collect();
+                    let (a, b) = (weights(rank * k), weights(n * rank));
+                    let pair = LoraPair { rank, scale: 0.5, a, b, ..LoraPair::default() };
+                    pairs.insert((module.layer, module.projection), pair);
+                }
+                Adapter { pairs, ..Adapter::new(Generation::new(i.to_string())) }
+            })
+            .collect();
+        let plain = Kernels::Tensor;
+        let packed = Simd::all().into_iter().map(Kernels::Packed);
+        let mut want: Option<Vec<Vec<f32>>> = None;
+        let kinds = std::iter::once((plain, None)).chain(packed.flat_map(|k| [(k, None), (k, Some(Format::Int8))]));
+        for (kernels, format) in kinds {
+            let base = Arc::new(decoder(&config, DecoderOptions { format, ..options(kernels) }, 3));
+            let packed: Vec<_> =
+                adapters.iter().map(|a| Arc::new(PackedAdapter::new(a.clone(), &base).unwrap())).collect();
+            let mut runner = Runner::new(base, 1 << 20).unwrap();
+            let work = |i: usize| Work {
+                tokens: (0..if i == 4 { 20 } else { 1 }).map(|j| (i + j) as u32 % 8).collect(),
+                start: 0,
+                blocks: vec![2 * i as u32, 2 * i as u32 + 1],
+                // One without.
+                adapter: packed.get(i).cloned(),
+                output: Output::LastLogits,
+            };
+            let works: Vec<Work> = (0..10).map(work).collect();
+            let got = runner.step(&works).unwrap();
+            for (i, work) in works.iter().enumerate() {
+                let alone = runner.step(std::slice::from_ref(work)).unwrap();
+                assert!(kernels == plain || alone[0] == got[i], "{kernels:?} {format:?}: sequence {i}");
+            }
+            let want = want.get_or_insert_with(|| got.clone());
+            let most = if format.is_some() { 0.2 } else { 1e-3 };
+            for (got, want) in got.iter().zip(&*want) {
+                let size = want.iter().map(|w| w.abs()).fold(0.0, f32::max);
+                let off = got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, f32::max);
+                assert!(off <= most * size, "{kernels:?} {format:?}: {off} of {size}");
+            }
         }
     }
 
