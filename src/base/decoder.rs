@@ -772,7 +772,7 @@ impl Decoder {
         match (&linear.matrices, x, self.options.kernels) {
             (Matrices::Packed(parts), Rows::Host { data: x, width: k }, Kernels::Packed(simd)) => {
                 let (rows, n) = (x.len() / k, parts.iter().map(PackedMatrix::n).sum());
-                let ((down, width), up) = (delta.down(layer, site), delta.up(layer, site));
+                let ((down, width), up) = (delta.down(layer, site), || delta.up(layer, site));
                 let products = products::Layer { k: *k, matrices: parts, down, width, up };
                 if linear.bias.is_none() && !delta.finishes(layer, site) {
                     let stride = products.stride();
@@ -812,7 +812,7 @@ impl Decoder {
             {
                 let width = self.config.intermediate_size;
                 let mut y = Buffer::new(x.len() / k * width);
-                let ((down, h_width), up) = (delta.down(layer, site), delta.up(layer, site));
+                let ((down, h_width), up) = (delta.down(layer, site), || delta.up(layer, site));
                 let products = products::Layer { k: *k, matrices: parts, down, width: h_width, up };
                 let gate = |first: &[f32], up: &[f32], out: &mut [f32]| gate(simd, activation, first, up, out);
                 products.multiply(simd, x, &mut y, Some(&gate));

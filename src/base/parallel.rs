@@ -36,19 +36,21 @@ pub fn threads() -> usize {
 /// # Panics
 /// If a task does, once no other is running any more.
 pub fn run(tasks: usize, task: impl Fn(usize) + Sync) {
-    run_shares(tasks, |thread| thread * tasks / threads(), task)
+    run_shares(tasks, |thread| thread * tasks / threads(), || {}, task)
 }
 
 /// [`run`] where a thread's share, which it begins with, starts with task `first(thread)`; the first one's with the first task.
+/// The caller does `meanwhile` before its own.
 ///
 /// # Panics
-/// As there.
-pub fn run_shares(tasks: usize, first: impl Fn(usize) -> usize, task: impl Fn(usize) + Sync) {
+/// As there, or if `meanwhile` does.
+pub fn run_shares(tasks: usize, first: impl Fn(usize) -> usize, meanwhile: impl FnOnce(), task: impl Fn(usize) + Sync) {
     static TEAM: OnceLock<Team> = OnceLock::new();
     if tasks <= 1 || threads() == 1 {
+        meanwhile();
         return (0..tasks).for_each(task);
     }
-    TEAM.get_or_init(|| Team::new(threads() - 1)).run(tasks, first, &task);
+    TEAM.get_or_init(|| Team::new(threads() - 1)).run(tasks, first, meanwhile, &task);
 }
 
 /// [`run`] for small tasks, of which a thread takes some side by side: to take one takes about as long as to norm a row.
@@ -197,13 +199,17 @@ impl Shared {
 
     /// Takes tasks until there are none.
     fn work(&self, job: Job, thread: usize) {
-        let tasks = || {
+        self.catch(|| {
             while let Some(task) = self.take(thread) {
                 // SAFETY: the region is not over before this thread has left it, so the closure is there.
                 unsafe { (job.call)(job.data, task) };
             }
-        };
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(tasks)) {
+        });
+    }
+
+    /// Keeps what `body` panics with for the caller; no more tasks are taken then.
+    fn catch(&self, body: impl FnOnce()) {
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(body)) {
             self.left.iter().for_each(|left| left.set(0..0));
             self.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(payload);
         }
@@ -286,13 +292,22 @@ impl Team {
         Team { shared, caller: Mutex::new(()) }
     }
 
-    fn run<F: Fn(usize) + Sync>(&self, tasks: usize, first: impl Fn(usize) -> usize, task: &F) {
+    fn run<F: Fn(usize) + Sync>(
+        &self,
+        tasks: usize,
+        first: impl Fn(usize) -> usize,
+        meanwhile: impl FnOnce(),
+        task: &F,
+    ) {
         assert!(tasks <= u32::MAX as usize);
         let _caller = match self.caller.try_lock() {
             Ok(caller) => caller,
             // Its data is nothing.
             Err(TryLockError::Poisoned(caller)) => caller.into_inner(),
-            Err(TryLockError::WouldBlock) => return (0..tasks).for_each(task),
+            Err(TryLockError::WouldBlock) => {
+                meanwhile();
+                return (0..tasks).for_each(task);
+            }
         };
         unsafe fn call<F: Fn(usize)>(data: *const (), task: usize) {
             // SAFETY: `data` is the closure of the region.
@@ -315,6 +330,7 @@ impl Team {
             drop(shared.sleep.lock());
             shared.wake.notify_all();
         }
+        shared.catch(meanwhile);
         shared.work(job, 0);
         shared.state.fetch_and(!OPEN, SeqCst);
         let mut turns = 0u32;
@@ -341,10 +357,11 @@ mod tests {
                 let counts: Vec<AtomicUsize> = (0..region % 50).map(|_| AtomicUsize::new(0)).collect();
                 // Shares that are empty, and some that would overlap.
                 let first = |thread: usize| region * thread * 7 % 61;
-                team.run(counts.len(), first, &|i| {
+                let mut has_begun = false;
+                team.run(counts.len(), first, || has_begun = true, &|i| {
                     counts[i].fetch_add(1, SeqCst);
                 });
-                assert!(counts.iter().all(|count| count.load(SeqCst) == 1));
+                assert!(has_begun && counts.iter().all(|count| count.load(SeqCst) == 1));
                 if region % 300 == 0 {
                     // Long enough for the others to fall asleep.
                     thread::sleep(5 * AWAKE);
@@ -361,8 +378,8 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..500 {
-                        team.run(7, |thread| 3 * thread, &|_| {
-                            team.run(3, |_| 0, &|i| {
+                        team.run(7, |thread| 3 * thread, || {}, &|_| {
+                            team.run(3, |_| 0, || {}, &|i| {
                                 total.fetch_add(i, SeqCst);
                             })
                         });
@@ -378,12 +395,14 @@ mod tests {
         let team = Team::new(2);
         for round in 0..100 {
             let bad = catch_unwind(AssertUnwindSafe(|| {
-                team.run(20, |thread| 10 * thread, &|i| assert!(i != round % 20, "task {i}"))
+                team.run(20, |thread| 10 * thread, || {}, &|i| assert!(i != round % 20, "task {i}"))
             }));
             let message = *bad.unwrap_err().downcast::<String>().unwrap();
             assert_eq!(message, format!("task {}", round % 20));
+            let bad = catch_unwind(AssertUnwindSafe(|| team.run(20, |_| 10, || panic!("meanwhile"), &|_| ())));
+            assert_eq!(*bad.unwrap_err().downcast::<&str>().unwrap(), "meanwhile");
             let sum = AtomicUsize::new(0);
-            team.run(20, |_| 20, &|i| {
+            team.run(20, |_| 20, || {}, &|i| {
                 sum.fetch_add(i, SeqCst);
             });
             assert_eq!(sum.load(SeqCst), 190);

@@ -138,16 +138,18 @@ impl Plan {
     }
 
     /// Calls `run((matrix, panels), next)` for all parts, on all threads where that is worth it. `next` is the part that the
-    /// thread most likely gets then.
-    fn run(&self, run: impl Fn(Part, Option<Part>) + Sync) {
+    /// thread most likely gets then. The caller does `meanwhile` first.
+    fn run(&self, meanwhile: impl FnOnce(), run: impl Fn(Part, Option<Part>) + Sync) {
         let part = |(i, panels): &(u32, Range<u32>)| (*i as usize, panels.start as usize..panels.end as usize);
         let run = |at: usize| run(part(&self.parts[at]), self.parts.get(at + 1).map(part));
         if self.total < 2 * Self::GRAIN {
+            meanwhile();
             (0..self.parts.len()).for_each(run);
         } else {
             parallel::run_shares(
                 self.tasks.len(),
                 |thread| self.shares[thread],
+                meanwhile,
                 |i| {
                     let Range { start, end } = self.tasks[i];
                     (start as usize..end as usize).for_each(run)
@@ -196,7 +198,7 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batch: Batch) {
     let (places, rounded) = round(simd, products.iter(), x, x_stride);
     let target = Target { start: y.as_mut_ptr(), stride: y_stride, add };
     // SAFETY: the products lie inside `y`.
-    unsafe { multiply_parts(simd, (x, x_stride), to(products, &places, target).collect(), &rounded) }
+    unsafe { multiply_parts(simd, (x, x_stride), to(products, &places, target).collect(), &rounded, || {}) }
 }
 
 /// Products, where each one's rows are, and where it goes.
@@ -208,8 +210,8 @@ fn to<'a, 'b>(
     products.iter().zip(places).map(move |(p, &place)| (Product { rows: p.rows.clone(), ..*p }, place, target))
 }
 
-/// [`multiply`] of products that were checked and rounded, in the order in which they are begun. Targets begin with the first row
-/// of all.
+/// [`multiply`] of products that were checked and rounded, in the order in which they are begun; this thread does `meanwhile`
+/// before its part. Targets begin with the first row of all.
 ///
 /// # Safety
 /// Targets are good for writing what the products give, and nobody else touches it meanwhile.
@@ -218,9 +220,10 @@ unsafe fn multiply_parts(
     (x, x_stride): (&[f32], usize),
     products: Vec<(Product, Option<usize>, Target)>,
     rounded: &[(usize, Whole)],
+    meanwhile: impl FnOnce(),
 ) {
     let plan = Plan::new(products.iter().map(|(p, ..)| (p.matrix.panels(), p.matrix.side(), Plan::of_panel(p))));
-    plan.run(|(i, panels), next| {
+    plan.run(meanwhile, |(i, panels), next| {
         let ahead = next.map_or(Ahead::nothing(), |(i, panels)| products[i].0.matrix.ahead(panels));
         let (p, place, y) = &products[i];
         let x = Input::of(p, x, x_stride, place.map(|place| &rounded[place]), 0);
@@ -249,15 +252,16 @@ fn in_parts<'a>(
 }
 
 /// A layer's products: of its input with matrices whose outputs lie side by side, and with the factors of adapters.
-pub struct Layer<'a> {
+pub struct Layer<'a, U> {
     /// Input features of a row.
     pub k: usize,
     pub matrices: &'a [PackedMatrix],
-    /// Products of the input, rows of `width` numbers, and of what they give, which are added to the outputs. The outputs of each
-    /// of `up` are those of a matrix.
+    /// Products of the input, rows of `width` numbers.
     pub down: Vec<Product<'a>>,
     pub width: usize,
-    pub up: Vec<Product<'a>>,
+    /// Gives the products of what comes of `down`, which are added to the outputs: those of each are those of a matrix. It is
+    /// called while the other threads compute, and there are such products only where there are some `down`.
+    pub up: U,
 }
 
 /// What a layer's products read.
@@ -345,7 +349,7 @@ impl Rest<'_> {
         let target = Target { start: y.as_mut_ptr(), stride: self.stride, add: true };
         // SAFETY: `y` has all rows.
         let up = to(&self.up, &self.places, target).collect();
-        unsafe { multiply_parts(self.simd, (&self.h, self.width), up, &self.rounded) }
+        unsafe { multiply_parts(self.simd, (&self.h, self.width), up, &self.rounded, || {}) }
     }
 }
 
@@ -373,10 +377,10 @@ pub fn by_rows<const N: usize>(
     };
     let of_rest = rest.map_or(0, |rest| rest.up.iter().map(|p| p.matrix.panels() * Plan::of_panel(p)).sum());
     let plan = Plan::new(std::iter::once((rows, 1, each + of_rest / rows.max(1))));
-    plan.run(|(_, rows), _| task(rows));
+    plan.run(|| {}, |(_, rows), _| task(rows));
 }
 
-impl<'a> Layer<'a> {
+impl<'a, U: FnOnce() -> Vec<Product<'a>>> Layer<'a, U> {
     /// Outputs.
     fn n(&self) -> usize {
         self.matrices.iter().map(PackedMatrix::n).sum()
@@ -389,7 +393,7 @@ impl<'a> Layer<'a> {
         /// Rows as far apart meet in a page, or two of them do.
         const HALF_PAGE: usize = 2048 / size_of::<f32>();
         let n = self.n();
-        if n.is_multiple_of(HALF_PAGE) && !self.up.is_empty() { n + LANES } else { n }
+        if n.is_multiple_of(HALF_PAGE) && !self.down.is_empty() { n + LANES } else { n }
     }
 
     /// The outputs of `x`, `[rows, k]`, to `y`: `[rows, n]` for all `n` outputs, or with a gate `[rows, n / 2]`, what it makes of
@@ -464,7 +468,6 @@ impl<'a> Layer<'a> {
         }
         check(&base, (x.len(), k), (rows * n, n));
         check(&self.down, (x.len(), k), (rows * self.width, self.width));
-        check(&self.up, (rows * self.width, self.width), (rows * n, n));
         let (places, rounded) = round(simd, base.iter().chain(&self.down), x, k);
         then(self, &Read { x, base: &base, places: &places, rounded: &rounded })
     }
@@ -475,8 +478,8 @@ impl<'a> Layer<'a> {
         const FEW_ROWS: usize = 64;
         /// For fewer rows of an adapter it counts more to read its factors in their order than where the outputs are.
         const FEW_ROWS_OF_ADAPTER: usize = 16;
-        let of_adapters = self.up.iter().map(|p| p.rows.len()).sum::<usize>();
-        x.len() / self.k >= FEW_ROWS && of_adapters >= FEW_ROWS_OF_ADAPTER * self.up.len()
+        let of_adapters = self.down.iter().map(|p| p.rows.len()).sum::<usize>();
+        x.len() / self.k >= FEW_ROWS && of_adapters >= FEW_ROWS_OF_ADAPTER * self.down.len()
     }
 
     /// The base's products with those that the adapters begin with, and where it is worth a parallel region of its own, the rest.
@@ -496,12 +499,14 @@ impl<'a> Layer<'a> {
         let (of_first, places) = places.split_at(base.len());
         let products = to(base, of_first, of_base).chain(to(&self.down, places, of_down)).collect();
         // SAFETY: `y` and `h` have all rows.
-        unsafe { multiply_parts(simd, (x, self.k), products, rounded) };
-        if self.up.is_empty() {
+        let mut up = vec![];
+        unsafe { multiply_parts(simd, (x, self.k), products, rounded, || up = (self.up)()) };
+        if up.is_empty() {
             return None;
         }
-        let (places, rounded) = round(simd, self.up.iter(), &h, width);
-        let rest = Rest { simd, h, width, n, stride, up: self.up, places, rounded };
+        check(&up, (h.len(), width), (rows * n, n));
+        let (places, rounded) = round(simd, up.iter(), &h, width);
+        let rest = Rest { simd, h, width, n, stride, up, places, rounded };
         if rows < ROWS * parallel::threads() {
             rest.add_all(y);
             return None;
@@ -512,7 +517,7 @@ impl<'a> Layer<'a> {
     /// The products that the adapters begin with; then all that concerns some outputs as one task, which finds in a near cache
     /// what it wrote before.
     fn together(
-        &self,
+        self,
         simd: Simd,
         &Read { x, base, places, rounded }: &Read,
         (y, stride): (&mut [f32], usize),
@@ -520,13 +525,14 @@ impl<'a> Layer<'a> {
     ) {
         /// Rows whose outputs of both matrices stay in a near cache.
         const NEAR_ROWS: usize = 256;
-        let &Layer { k, width, ref up, .. } = self;
-        let (rows, n) = (x.len() / k, self.n());
+        let (k, width, rows, n) = (self.k, self.width, x.len() / self.k, self.n());
         let (places, of_down) = places.split_at(base.len());
         let mut h = Buffer::new(rows * width);
         let target = Target { start: h.as_mut_ptr(), stride: width, add: false };
         // SAFETY: `h` has all rows.
-        unsafe { multiply_parts(simd, (x, k), to(&self.down, of_down, target).flat_map(in_parts).collect(), rounded) };
+        let (mut up, down) = (vec![], to(&self.down, of_down, target).flat_map(in_parts).collect());
+        unsafe { multiply_parts(simd, (x, k), down, rounded, || up = (self.up)()) };
+        check(&up, (h.len(), width), (rows * n, n));
         let (of_up, rounded_h) = round(simd, up.iter(), &h, width);
         // Of each matrix.
         let is_of = |up: &Product, base: &Product| (up.y_column, up.matrix.n()) == (base.y_column, base.matrix.n());
@@ -555,36 +561,42 @@ impl<'a> Layer<'a> {
         let Some(gate) = gate else {
             let y = Target { start: y.as_mut_ptr(), stride, add: false };
             let matrices = base.iter().enumerate().map(|(i, p)| (p.matrix.panels(), p.matrix.side(), of_panel(i)));
-            Plan::new(matrices).run(|(i, panels), _| {
-                // SAFETY: the outputs lie inside `y`, and those of panels are disjoint.
-                unsafe { outputs(i, panels.clone(), 0..rows, y.at(0, base[i].y_column + panels.start * LANES)) }
-            });
+            Plan::new(matrices).run(
+                || {},
+                |(i, panels), _| {
+                    // SAFETY: the outputs lie inside `y`, and those of panels are disjoint.
+                    unsafe { outputs(i, panels.clone(), 0..rows, y.at(0, base[i].y_column + panels.start * LANES)) }
+                },
+            );
             return;
         };
         let half = n / 2;
         let y = Target { start: y.as_mut_ptr(), stride, add: false };
         let near = rows.div_ceil(rows.div_ceil(NEAR_ROWS).max(1)).max(1);
         let (panels, side) = (base[0].matrix.panels(), base[0].matrix.side());
-        Plan::new(std::iter::once((panels, side, of_panel(0) + of_panel(1)))).run(|(_, panels), _| {
-            let (column, width) = (panels.start * LANES, panels.len() * LANES);
-            let count = width.min(half - column);
-            let apart = 2 * width + LANES;
-            let mut both = Buffer::new(near * apart);
-            for start in (0..rows).step_by(near) {
-                let of_block = start..rows.min(start + near);
-                let target = Target { start: both.as_mut_ptr(), stride: apart, add: false };
-                for side in [0, 1] {
-                    // SAFETY: `both` has room for so many rows of both.
-                    unsafe { outputs(side, panels.clone(), of_block.clone(), target.at(0, side * width)) };
+        Plan::new(std::iter::once((panels, side, of_panel(0) + of_panel(1)))).run(
+            || {},
+            |(_, panels), _| {
+                let (column, width) = (panels.start * LANES, panels.len() * LANES);
+                let count = width.min(half - column);
+                let apart = 2 * width + LANES;
+                let mut both = Buffer::new(near * apart);
+                for start in (0..rows).step_by(near) {
+                    let of_block = start..rows.min(start + near);
+                    let target = Target { start: both.as_mut_ptr(), stride: apart, add: false };
+                    for side in [0, 1] {
+                        // SAFETY: `both` has room for so many rows of both.
+                        unsafe { outputs(side, panels.clone(), of_block.clone(), target.at(0, side * width)) };
+                    }
+                    for (row, both) in of_block.zip(both.chunks_exact(apart)) {
+                        let (first, second) = both.split_at(width);
+                        // SAFETY: these outputs lie inside `y`, and are this task's alone.
+                        let out = unsafe { std::slice::from_raw_parts_mut(y.at(row, column).start, count) };
+                        gate(&first[..count], &second[..count], out);
+                    }
                 }
-                for (row, both) in of_block.zip(both.chunks_exact(apart)) {
-                    let (first, second) = both.split_at(width);
-                    // SAFETY: these outputs lie inside `y`, and are this task's alone.
-                    let out = unsafe { std::slice::from_raw_parts_mut(y.at(row, column).start, count) };
-                    gate(&first[..count], &second[..count], out);
-                }
-            }
-        });
+            },
+        );
     }
 }
 
@@ -649,7 +661,7 @@ mod tests {
                 matrices: &matrices,
                 down: down.iter().map(|p| Product { rows: p.rows.clone(), ..*p }).collect(),
                 width,
-                up: up.iter().map(|p| Product { rows: p.rows.clone(), ..*p }).collect(),
+                up: || up.iter().map(|p| Product { rows: p.rows.clone(), ..*p }).collect(),
             };
             let gate = |first: &[f32], second: &[f32], out: &mut [f32]| {
                 out.iter_mut().zip(first.iter().zip(second)).for_each(|(out, (a, b))| *out = a.max(0.0) * b);
