@@ -106,8 +106,8 @@ pub enum Rows {
 
 /// What a linear layer gives, but for the rest.
 struct Outputs<'a> {
-    /// Those of the host may be wider than what they give.
     rows: Rows,
+    /// Numbers of a row; on the host others may follow, which mean nothing.
     width: usize,
     rest: Option<Rest<'a>>,
 }
