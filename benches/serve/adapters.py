@@ -76,7 +76,7 @@ def kv_bytes(server):
     return KV_MEMORY * (1 - blocks["free"] / sum(blocks.values()))
 
 
-def load(args, server, *options):
+def load(args, server, *options, requests=None):
     """The report of `loramux bench serve`, or without a server of `loramux bench engine`."""
     command = [str(args.loramux), "bench"]
     if server:
@@ -84,7 +84,7 @@ def load(args, server, *options):
     else:
         command += ["engine", "--model", str(args.model), "--device", "cpu", *shlex.split(args.loramux_options)]
     command += ["--json", "--clients", str(CLIENTS), "--seed", str(next(SEEDS))]
-    command += ["--requests", str(args.requests), "--prompt-tokens", str(args.prompt_tokens)]
+    command += ["--requests", str(requests or args.requests), "--prompt-tokens", str(args.prompt_tokens)]
     return json.loads(output([*command, "--max-tokens", str(args.max_tokens), *options]))
 
 
@@ -126,13 +126,17 @@ def beside_base(args):
     for _ in range(args.repetitions):
         with serve(args, [linear, qv], "--kv-memory", str(KV_MEMORY)) as server:
             result["ready_s"].append(server.ready)
+            # What comes first pays for memory that is used for the first time, and for loading.
+            load(args, server, requests=2)
             ran(BASE, load(args, server))
             resident = server.resident()
             held = server.metric("loramux_base_bytes") + kv_bytes(server) + adapter_bytes(server)
             result["resident"].append(resident)
             result["resident_beyond"].append(resident - held)
-            ran(LINEAR, load(args, server, "--ask", ",".join(linear_names)))
-            ran(Q_AND_V, load(args, server, "--ask", ",".join(qv_names)))
+            for kind, names in (LINEAR, linear_names), (Q_AND_V, qv_names):
+                asks = ["--ask", ",".join(names)]
+                load(args, server, *asks, requests=2)
+                ran(kind, load(args, server, *asks))
         ran(ENGINE, load(args, None))
     return result
 
