@@ -781,7 +781,7 @@ impl Decoder {
                     return Ok(Outputs { rows: Rows::Host { data: y, width: stride }, width: n, rest });
                 }
                 let mut y = Buffer::new(rows * n);
-                products.multiply(simd, x, &mut y, None);
+                products.multiply(simd, x, &mut y);
                 delta.finish(layer, site, &mut y, rows);
                 if let Some(Vector::Host(bias)) = &linear.bias {
                     y.chunks_exact_mut(n).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
@@ -815,7 +815,7 @@ impl Decoder {
                 let ((down, h_width), up) = (delta.down(layer, site), || delta.up(layer, site));
                 let products = products::Layer { k: *k, matrices: parts, down, width: h_width, up };
                 let gate = |first: &[f32], up: &[f32], out: &mut [f32]| gate(simd, activation, first, up, out);
-                products.multiply(simd, x, &mut y, Some(&gate));
+                products.gated(simd, x, &mut y, &gate);
                 Ok(Rows::Host { data: y, width })
             }
             _ => self.activate(self.linear(linear, layer, site, x, delta)?),

@@ -201,12 +201,15 @@ pub fn multiply(simd: Simd, x: &[f32], x_stride: usize, batch: Batch) {
     unsafe { multiply_parts(simd, (x, x_stride), to(products, &places, target).collect(), &rounded, || {}) }
 }
 
-/// Products, where each one's rows are, and where it goes.
+/// A product, where its rows are, and where it goes.
+type Placed<'a> = (Product<'a>, Option<usize>, Target);
+
+/// Products that go to one place.
 fn to<'a, 'b>(
     products: &'b [Product<'a>],
     places: &'b [Option<usize>],
     target: Target,
-) -> impl Iterator<Item = (Product<'a>, Option<usize>, Target)> + 'b {
+) -> impl Iterator<Item = Placed<'a>> + 'b {
     products.iter().zip(places).map(move |(p, &place)| (Product { rows: p.rows.clone(), ..*p }, place, target))
 }
 
@@ -218,7 +221,7 @@ fn to<'a, 'b>(
 unsafe fn multiply_parts(
     simd: Simd,
     (x, x_stride): (&[f32], usize),
-    products: Vec<(Product, Option<usize>, Target)>,
+    products: Vec<Placed>,
     rounded: &[(usize, Whole)],
     meanwhile: impl FnOnce(),
 ) {
@@ -239,9 +242,7 @@ unsafe fn multiply_parts(
 const PART_ROWS: usize = 16;
 
 /// A product in parts of some rows: an adapter's A has no more panels than one.
-fn in_parts<'a>(
-    (p, place, target): (Product<'a>, Option<usize>, Target),
-) -> impl Iterator<Item = (Product<'a>, Option<usize>, Target)> {
+fn in_parts<'a>((p, place, target): Placed<'a>) -> impl Iterator<Item = Placed<'a>> {
     /// For each thread.
     const PARTS: usize = 2;
     let size = p.rows.len().div_ceil(PARTS * parallel::threads()).max(1).next_multiple_of(PART_ROWS);
@@ -347,8 +348,8 @@ impl Rest<'_> {
     pub fn add_all(&self, y: &mut [f32]) {
         assert_eq!(y.len() * self.width, self.h.len() * self.stride);
         let target = Target { start: y.as_mut_ptr(), stride: self.stride, add: true };
-        // SAFETY: `y` has all rows.
         let up = to(&self.up, &self.places, target).collect();
+        // SAFETY: `y` has all rows.
         unsafe { multiply_parts(self.simd, (&self.h, self.width), up, &self.rounded, || {}) }
     }
 }
@@ -376,6 +377,7 @@ pub fn by_rows<const N: usize>(
         task(rows, theirs);
     };
     let of_rest = rest.map_or(0, |rest| rest.up.iter().map(|p| p.matrix.panels() * Plan::of_panel(p)).sum());
+    // As if each row were a panel of a matrix.
     let plan = Plan::new(std::iter::once((rows, 1, each + of_rest / rows.max(1))));
     plan.run(|| {}, |(_, rows), _| task(rows));
 }
@@ -396,24 +398,18 @@ impl<'a, U: FnOnce() -> Vec<Product<'a>>> Layer<'a, U> {
         if n.is_multiple_of(HALF_PAGE) && !self.down.is_empty() { n + LANES } else { n }
     }
 
-    /// The outputs of `x`, `[rows, k]`, to `y`: `[rows, n]` for all `n` outputs, or with a gate `[rows, n / 2]`, what it makes of
-    /// those of the first matrix and the second.
+    /// The outputs of `x`, `[rows, k]`, to `y`, `[rows, n]`.
     ///
     /// # Panics
     /// If there are not such matrices, rows or products.
-    pub fn multiply(self, simd: Simd, x: &[f32], y: &mut [f32], gate: Option<Gate>) {
-        match gate {
-            None => {
-                let n = self.n();
-                if let Some(rest) = self.begin_at(simd, x, y, n) {
-                    rest.add_all(y);
-                }
-            }
-            Some(gate) => self.gated(simd, x, y, gate),
+    pub fn multiply(self, simd: Simd, x: &[f32], y: &mut [f32]) {
+        let n = self.n();
+        if let Some(rest) = self.begin_at(simd, x, y, n) {
+            rest.add_all(y);
         }
     }
 
-    /// [`Self::multiply`] without a gate, but for what it returns; rows are [`Self::stride`] apart.
+    /// [`Self::multiply`], but for what it returns; rows are [`Self::stride`] apart.
     ///
     /// # Panics
     /// As there.
@@ -433,8 +429,11 @@ impl<'a, U: FnOnce() -> Vec<Product<'a>>> Layer<'a, U> {
         })
     }
 
-    /// [`Self::multiply`] with a gate.
-    fn gated(self, simd: Simd, x: &[f32], y: &mut [f32], gate: Gate) {
+    /// What the gate makes of the outputs of two matrices to `y`, `[rows, n / 2]`.
+    ///
+    /// # Panics
+    /// As [`Self::multiply`].
+    pub fn gated(self, simd: Simd, x: &[f32], y: &mut [f32], gate: Gate) {
         /// What takes as long as an output in multiply-adds.
         const GATE: usize = 16;
         let (rows, n) = (x.len() / self.k, self.n());
@@ -498,8 +497,8 @@ impl<'a, U: FnOnce() -> Vec<Product<'a>>> Layer<'a, U> {
         let of_down = Target { start: h.as_mut_ptr(), stride: width, add: false };
         let (of_first, places) = places.split_at(base.len());
         let products = to(base, of_first, of_base).chain(to(&self.down, places, of_down)).collect();
-        // SAFETY: `y` and `h` have all rows.
         let mut up = vec![];
+        // SAFETY: `y` and `h` have all rows.
         unsafe { multiply_parts(simd, (x, self.k), products, rounded, || up = (self.up)()) };
         if up.is_empty() {
             return None;
@@ -529,8 +528,8 @@ impl<'a, U: FnOnce() -> Vec<Product<'a>>> Layer<'a, U> {
         let (places, of_down) = places.split_at(base.len());
         let mut h = Buffer::new(rows * width);
         let target = Target { start: h.as_mut_ptr(), stride: width, add: false };
-        // SAFETY: `h` has all rows.
         let (mut up, down) = (vec![], to(&self.down, of_down, target).flat_map(in_parts).collect());
+        // SAFETY: `h` has all rows.
         unsafe { multiply_parts(simd, (x, k), down, rounded, || up = (self.up)()) };
         check(&up, (h.len(), width), (rows * n, n));
         let (of_up, rounded_h) = round(simd, up.iter(), &h, width);
@@ -673,7 +672,7 @@ mod tests {
                 multiply(simd, &x, k, Batch { products: &down, y: &mut h, y_stride: width, add: false });
                 multiply(simd, &h, width, Batch { products: &up, y: &mut want, y_stride: 2 * n, add: true });
                 let mut got = vec![f32::NAN; rows * 2 * n];
-                layer().multiply(simd, &x, &mut got, None);
+                layer().multiply(simd, &x, &mut got);
                 prop_assert!(got == want, "{simd:?}");
                 let stride = layer().stride();
                 let mut got = vec![f32::NAN; rows * stride];
@@ -694,7 +693,7 @@ mod tests {
                 let got: Vec<f32> = got.chunks_exact(stride).flat_map(|row| &row[..2 * n]).copied().collect();
                 prop_assert!(got == want, "{simd:?} with the rest by rows");
                 let mut gated = vec![f32::NAN; rows * n];
-                layer().multiply(simd, &x, &mut gated, Some(&gate));
+                layer().gated(simd, &x, &mut gated, &gate);
                 let mut of_all = vec![f32::NAN; rows * n];
                 of_all.chunks_exact_mut(n).zip(want.chunks_exact(2 * n)).for_each(|(out, both)| gate(&both[..n], &both[n..], out));
                 prop_assert!(gated == of_all, "{simd:?} with a gate");

@@ -390,13 +390,13 @@ impl Ahead {
         Ahead { now: now.start.cast()..now.end.cast(), then: then.start.cast()..then.end.cast() }
     }
 
-    /// Has the next lines on their way to a near cache, and a few behind the last one; false if there are none.
+    /// Has the next lines on their way to a near cache, if there are any, and maybe a few behind the last one.
     #[inline(always)]
-    pub fn fetch(&mut self, lines: usize) -> bool {
+    pub fn fetch(&mut self, lines: usize) {
         const LINE: usize = 64;
         if self.now.start >= self.now.end {
             if self.then.is_empty() {
-                return false;
+                return;
             }
             self.now = self.then.clone();
             self.then.start = self.then.end;
@@ -408,7 +408,6 @@ impl Ahead {
             unsafe { _mm_prefetch::<_MM_HINT_T1>(self.now.start.wrapping_add(line * LINE).cast()) };
         }
         self.now.start = self.now.start.wrapping_add(lines * LINE);
-        true
     }
 }
 
