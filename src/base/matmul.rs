@@ -590,15 +590,8 @@ pub(super) enum Input<'a> {
 mod tests {
     use super::*;
     use crate::base::products::{Batch, Product, multiply};
+    use crate::base::testing::noise;
     use proptest::prelude::*;
-
-    fn numbers(seed: u64) -> impl FnMut() -> f32 {
-        let mut state = seed | 1;
-        move || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        }
-    }
 
     fn unpacked(matrix: &PackedMatrix) -> Vec<f32> {
         let mut rows = vec![0.0; matrix.n * matrix.k];
@@ -616,7 +609,7 @@ mod tests {
         fn products_equal_the_plain_sum_and_rows_do_not_depend_on_each_other(
             m in 1usize..70, n in 1usize..90, groups in 1usize..4, odd in 0usize..31, seed in any::<u64>()
         ) {
-            let mut next = numbers(seed);
+            let mut next = noise(seed);
             for format in FORMATS {
                 let k = groups * GROUP + odd;
                 let k = if format.fits(k) { k } else { groups * GROUP };
@@ -656,7 +649,7 @@ mod tests {
         use candle_core::quantized::QTensor;
         use candle_core::{Device, Tensor};
         let (n, k, m) = (21, 512, 5);
-        let mut next = numbers(7);
+        let mut next = noise(7);
         let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();
         let x: Vec<f32> = (0..m * k).map(|_| next()).collect();
         let weights = Tensor::from_vec(weights, (n, k), &Device::Cpu).unwrap();

@@ -603,15 +603,8 @@ impl<'a, U: FnOnce() -> Vec<Product<'a>>> Layer<'a, U> {
 mod tests {
     use super::*;
     use crate::base::matmul::Format;
+    use crate::base::testing::noise;
     use proptest::prelude::*;
-
-    fn numbers(seed: u64) -> impl FnMut() -> f32 {
-        let mut state = seed | 1;
-        move || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        }
-    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
@@ -626,7 +619,7 @@ mod tests {
             format in prop::sample::select(vec![Format::F32, Format::Q4, Format::Int8]),
             (like_base, seed) in any::<(bool, u64)>(),
         ) {
-            let (mut next, k) = (numbers(seed), 64 * groups);
+            let (mut next, k) = (noise(seed), 64 * groups);
             let mut pack = |n: usize, k: usize| {
                 let weights: Vec<f32> = (0..n * k).map(|_| next()).collect();
                 match format {
