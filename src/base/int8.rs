@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::buffer::Buffer;
 use super::parallel;
-use super::simd::{Ahead, LANES, Simd, Target};
+use super::simd::{Ahead, LANES, Simd, Target, place};
 use crate::large_pages::{Large, collected, repeated};
 
 /// The body for every `$i` below `$n`, which is 8 at most, each time with `$i` known to the compiler: an array that is read
@@ -220,7 +220,55 @@ fn round_body(x: &[f32], group: usize, q: &mut [i8], groups: &mut [RowGroup]) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn round_avx2(x: &[f32], group: usize, q: &mut [i8], groups: &mut [RowGroup]) {
-    round_body(x, group, q, groups)
+    match group {
+        32 => round_blocks::<1>(x, q, groups),
+        64 => round_blocks::<2>(x, q, groups),
+        _ => round_body(x, group, q, groups),
+    }
+}
+
+/// [`round_body`] for groups of `B` times 32 numbers, in which the compiler sees too little to do.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn round_blocks<const B: usize>(x: &[f32], q: &mut [i8], groups: &mut [RowGroup]) {
+    use std::arch::x86_64::*;
+    const HALF: usize = LANES / 2;
+    let (xs, qs) = (x.as_chunks::<32>().0.as_chunks::<B>().0, q.as_chunks_mut::<32>().0.as_chunks_mut::<B>().0);
+    // As in `whole`.
+    let (shift, bits) = (_mm256_set1_ps(12_582_912.0), _mm256_set1_epi32(0x4B40_0000));
+    let (positive, ones) = (_mm256_set1_epi32(i32::MAX), _mm256_set1_epi16(1));
+    // The packing works on halves of vectors: fours of one after fours of the next.
+    let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for ((x, q), out) in xs.iter().zip(qs).zip(groups) {
+        // SAFETY: loads are of HALF numbers, of which a block has four times as many.
+        let x: [[__m256; 4]; B] =
+            std::array::from_fn(|b| std::array::from_fn(|v| unsafe { _mm256_loadu_ps(x[b][v * HALF..].as_ptr()) }));
+        let sizes = x.as_flattened().iter().map(|&x| _mm256_and_si256(_mm256_castps_si256(x), positive));
+        let max = sizes.fold(_mm256_setzero_si256(), |max, size| _mm256_max_epu32(max, size));
+        let max = _mm_max_epu32(_mm256_castsi256_si128(max), _mm256_extracti128_si256::<1>(max));
+        let max = _mm_max_epu32(max, _mm_shuffle_epi32::<0b01_00_11_10>(max));
+        let max = _mm_max_epu32(max, _mm_shuffle_epi32::<0b10_11_00_01>(max));
+        let scale = f32::from_bits(_mm_cvtsi128_si32(max) as u32) / 127.0;
+        let factor = _mm256_set1_ps(if scale == 0.0 { 0.0 } else { 1.0 / scale });
+        let mut sums = _mm256_setzero_si256();
+        for (x, q) in x.iter().zip(q) {
+            let number = |x: __m256| {
+                let moved = _mm256_add_ps(_mm256_mul_ps(x, factor), shift);
+                _mm256_sub_epi32(_mm256_castps_si256(moved), bits)
+            };
+            let pairs = [[x[0], x[1]], [x[2], x[3]]].map(|[a, b]| _mm256_packs_epi32(number(a), number(b)));
+            for pair in pairs {
+                sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pair, ones));
+            }
+            let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(pairs[0], pairs[1]), order);
+            // SAFETY: a block has 32 bytes.
+            unsafe { _mm256_storeu_si256(q.as_mut_ptr().cast(), bytes) };
+        }
+        let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+        let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b01_00_11_10>(sums));
+        let sum = _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32::<0b10_11_00_01>(sums)));
+        *out = RowGroup { scale, sum, total: scale * sum as f32 };
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -361,6 +409,13 @@ impl Scales {
         }
     }
 
+    fn place(&self, of: Range<usize>) -> Range<*const u8> {
+        match self {
+            Scales::F16(numbers) => place(&numbers[of]),
+            Scales::F32(numbers) => place(&numbers[of]),
+        }
+    }
+
     fn get(&self, index: usize) -> [f32; LANES] {
         match self {
             Scales::F32(numbers) => numbers[index],
@@ -470,16 +525,18 @@ impl Weights {
         }
     }
 
-    /// Some panels, as they are read.
+    /// The first of some panels, as they are read.
     pub fn ahead(&self, panels: Range<usize>) -> Ahead {
+        /// Bytes of codes that are worth it: while they are multiplied, the others come.
+        const ENOUGH: usize = 16 << 10;
         let (codes, groups) = (self.codes(), self.k / self.group);
         let bytes = codes.len() / self.n.div_ceil(LANES);
+        let panels = panels.start..panels.end.min(panels.start + (ENOUGH / bytes).max(1));
         let of_groups = panels.start * groups..panels.end * groups;
-        let codes = &codes[panels.start * bytes..panels.end * bytes];
-        match &self.scales {
-            Scales::F16(numbers) => Ahead::new(&numbers[of_groups], codes),
-            Scales::F32(numbers) => Ahead::new(&numbers[of_groups], codes),
-        }
+        let codes = place(&codes[panels.start * bytes..panels.end * bytes]);
+        let none = || place::<u8>(&[]);
+        let mins = self.mins.as_ref().map_or(none(), |mins| mins.place(of_groups.clone()));
+        Ahead::new([self.scales.place(of_groups), mins, codes])
     }
 
     pub fn bytes(&self) -> usize {
@@ -547,7 +604,7 @@ impl Weights {
             #[cfg(target_arch = "x86_64")]
             Form::Vnni => unsafe { self.vnni(x, rows, panels, ahead, scale, y) },
             #[cfg(target_arch = "x86_64")]
-            Form::Avx2 => unsafe { self.avx2(x, rows, panels, scale, y) },
+            Form::Avx2 => unsafe { self.avx2(x, rows, panels, ahead, scale, y) },
             Form::Portable => {
                 let first = (rows.start, panels.start);
                 for (panel, row) in panels.flat_map(|p| rows.clone().map(move |r| (p, r))) {

@@ -371,44 +371,54 @@ fn unpack_avx512(group: Group, out: &mut [f32; GROUP * LANES]) {
 /// before the processor has seen where they go on.
 pub struct Ahead {
     now: Range<*const u8>,
-    then: Range<*const u8>,
+    /// After that, one after the other.
+    then: [Range<*const u8>; 2],
 }
 
 impl Ahead {
+    const LINE: usize = 64;
+
     pub fn nothing() -> Self {
-        Ahead::new::<u8, u8>(&[], &[])
+        Ahead::new([const { std::ptr::null()..std::ptr::null() }; 3])
     }
 
-    /// One after the other. Nothing where it is long: the processor fetches that by itself, and fetched as a whole it would push
-    /// out what is read before it.
-    pub fn new<T, U>(now: &[T], then: &[U]) -> Self {
-        const LONG: usize = 64 << 10;
-        if size_of_val(now) + size_of_val(then) > LONG {
-            return Ahead::nothing();
-        }
-        let (now, then) = (now.as_ptr_range(), then.as_ptr_range());
-        Ahead { now: now.start.cast()..now.end.cast(), then: then.start.cast()..then.end.cast() }
+    /// Parts one after the other. Nothing where they are long: the processor fetches that by itself, and fetched as a whole it
+    /// would push out what is read before it.
+    pub fn new([now, first, second]: [Range<*const u8>; 3]) -> Self {
+        const LONG: usize = 128 << 10;
+        let all = Ahead { now, then: [first, second] };
+        if all.lines() * Self::LINE > LONG { Ahead::nothing() } else { all }
     }
 
-    /// Has the next lines on their way to a near cache, if there are any, and maybe a few behind the last one.
+    pub fn lines(&self) -> usize {
+        let of_part = |part: &Range<*const u8>| part.end.addr().saturating_sub(part.start.addr()).div_ceil(Self::LINE);
+        of_part(&self.now) + self.then.iter().map(of_part).sum::<usize>()
+    }
+
+    /// Has the next lines on their way to a near cache, if there are any, and maybe a few behind the last one of a part.
     #[inline(always)]
     pub fn fetch(&mut self, lines: usize) {
-        const LINE: usize = 64;
-        if self.now.start >= self.now.end {
-            if self.then.is_empty() {
+        while self.now.start >= self.now.end {
+            let [first, second] = &mut self.then;
+            if first.is_empty() && second.is_empty() {
                 return;
             }
-            self.now = self.then.clone();
-            self.then.start = self.then.end;
+            self.now = std::mem::replace(first, std::mem::replace(second, second.end..second.end));
         }
         #[cfg(target_arch = "x86_64")]
         for line in 0..lines {
             use std::arch::x86_64::*;
             // SAFETY: every x86-64 has it, and it does nothing but that.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.now.start.wrapping_add(line * LINE).cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(self.now.start.wrapping_add(line * Self::LINE).cast()) };
         }
-        self.now.start = self.now.start.wrapping_add(lines * LINE);
+        self.now.start = self.now.start.wrapping_add(lines * Self::LINE);
     }
+}
+
+/// Where something lies.
+pub fn place<T>(of: &[T]) -> Range<*const u8> {
+    let Range { start, end } = of.as_ptr_range();
+    start.cast()..end.cast()
 }
 
 /// Has the memory of something on its way to a near cache.
@@ -1084,6 +1094,18 @@ mod tests {
 
     fn close(a: f32, b: f32, scale: f32) -> bool {
         (a - b).abs() <= 1e-5 * scale.max(1.0)
+    }
+
+    #[test]
+    fn what_is_ahead_is_fetched_part_by_part() {
+        let (long, short) = ([0u8; 200], [0u8; 64]);
+        let mut ahead = Ahead::new([place(&long), place::<u8>(&[]), place(&short)]);
+        let left = [2, 2, 1, 1].map(|lines| {
+            ahead.fetch(lines);
+            ahead.lines()
+        });
+        assert_eq!(left, [2 + 1, 1, 0, 0]);
+        assert_eq!(Ahead::new([place(&[0u8; 1 << 18]), place(&short), place(&short)]).lines(), 0);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::buffer::Buffer;
 use super::int8::{Lines, in_steps, nibble, nibble_scale, nibbles, per_group, whole};
 use super::parallel;
-use super::simd::{Ahead, LANES, Simd, Target};
+use super::simd::{Ahead, LANES, Simd, Target, place};
 use crate::large_pages::{Large, collected};
 
 #[cfg(target_arch = "x86_64")]
@@ -284,7 +284,7 @@ impl Weights {
             Codes::Nibbles { codes, .. } => (codes, self.k * LANES / 2),
         };
         let scales = &self.scales[panels.start * self.chunks()..panels.end * self.chunks()];
-        Ahead::new(scales, &codes[panels.start * bytes..panels.end * bytes])
+        Ahead::new([place(scales), place(&codes[panels.start * bytes..panels.end * bytes]), place::<u8>(&[])])
     }
 
     pub fn bytes(&self) -> usize {

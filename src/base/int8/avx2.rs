@@ -7,13 +7,15 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{AHEAD, CACHE_LINE, Codes, NEAR, Rounded, STEP, Scales, Weights, in_memory};
-use crate::base::simd::{LANES, Target};
+use crate::base::simd::{Ahead, LANES, Target};
 
 const HALF: usize = LANES / 2;
 /// Rows of the largest tile: 16 registers hold their sums beside weights, numbers and constants.
 const ROWS: usize = 4;
+/// The same of codes that were taken apart, which need no constants meanwhile.
+const MOST_ROWS: usize = 6;
 /// Rows for which codes of 4 bits are taken apart once for all, and their scales made f32.
-const MANY: usize = 3 * ROWS;
+const MANY: usize = 2 * MOST_ROWS;
 
 /// How a panel's codes lie in memory: as in [`Codes::Nibbles`], a byte each in the same order of steps, or as in
 /// [`Codes::Bytes`].
@@ -123,33 +125,144 @@ impl Weights {
     /// # Safety
     /// The CPU has avx2, fma and f16c; there are such rows and panels; `y` is as for [`Self::multiply`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn avx2(&self, x: &Rounded, rows: Range<usize>, panels: Range<usize>, scale: f32, y: Target) {
+    pub(super) unsafe fn avx2(
+        &self,
+        x: &Rounded,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        ahead: Ahead,
+        scale: f32,
+        y: Target,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
-            match (&self.codes, self.group / STEP) {
-                (Codes::Nibbles { codes, .. }, 8) if rows.len() >= MANY => {
-                    self.avx2_tiles::<APART, 8>(codes, x, rows, panels, scale, y)
-                }
-                (Codes::Nibbles { codes, .. }, 8) => self.avx2_tiles::<NIBBLES, 8>(codes, x, rows, panels, scale, y),
-                (Codes::Nibbles { codes, .. }, _) => self.avx2_tiles::<NIBBLES, 0>(codes, x, rows, panels, scale, y),
-                (Codes::Bytes(codes), 4) => self.avx2_tiles::<BYTES, 4>(codes, x, rows, panels, scale, y),
-                (Codes::Bytes(codes), 16) => self.avx2_tiles::<BYTES, 16>(codes, x, rows, panels, scale, y),
-                (Codes::Bytes(codes), _) => self.avx2_tiles::<BYTES, 0>(codes, x, rows, panels, scale, y),
+            macro_rules! short {
+                ($layout:ident, $steps:literal) => {
+                    self.avx2_short::<$layout, $steps>(x, rows, panels, ahead, scale, y)
+                };
+            }
+            macro_rules! tiles {
+                ($codes:ident, $layout:ident, $steps:literal, $from_zero:literal) => {
+                    self.avx2_tiles::<$layout, $steps, $from_zero>($codes, x, rows, panels, ahead, scale, y)
+                };
+            }
+            let (steps, is_many) = (self.group / STEP, rows.len() >= MANY);
+            let is_short = self.group == self.k && self.mins.is_none();
+            match (&self.codes, steps) {
+                (Codes::Nibbles { .. }, 2) if is_short => short!(NIBBLES, 2),
+                (Codes::Nibbles { .. }, 4) if is_short => short!(NIBBLES, 4),
+                (Codes::Nibbles { .. }, 8) if is_short => short!(NIBBLES, 8),
+                (Codes::Nibbles { codes, zero: 0 }, 8) if is_many => tiles!(codes, APART, 8, true),
+                (Codes::Nibbles { codes, .. }, 8) if is_many => tiles!(codes, APART, 8, false),
+                (Codes::Nibbles { codes, zero: 0 }, 8) => tiles!(codes, NIBBLES, 8, true),
+                (Codes::Nibbles { codes, .. }, 8) => tiles!(codes, NIBBLES, 8, false),
+                (Codes::Nibbles { codes, .. }, _) => tiles!(codes, NIBBLES, 0, false),
+                (Codes::Bytes(_), 1) if is_short => short!(BYTES, 1),
+                (Codes::Bytes(_), 2) if is_short => short!(BYTES, 2),
+                (Codes::Bytes(_), 4) if is_short => short!(BYTES, 4),
+                (Codes::Bytes(codes), 4) => tiles!(codes, BYTES, 4, true),
+                (Codes::Bytes(codes), 8) => tiles!(codes, BYTES, 8, true),
+                (Codes::Bytes(codes), 16) => tiles!(codes, BYTES, 16, true),
+                (Codes::Bytes(codes), _) => tiles!(codes, BYTES, 0, true),
             }
         }
     }
 
-    /// For groups of `STEPS` steps, of any number if it is 0.
+    /// For panels of one group of `STEPS` steps, as in an adapter's B: so short that it counts what else there is to do for each.
+    ///
+    /// # Safety
+    /// As for [`Self::avx2`]; the group is such a one, and has no minima.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn avx2_short<const LAYOUT: u8, const STEPS: usize>(
+        &self,
+        x: &Rounded,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        mut ahead: Ahead,
+        scale: f32,
+        y: Target,
+    ) {
+        let bytes = if LAYOUT == NIBBLES { STEP * HALF } else { STEP * LANES };
+        debug_assert!(self.k == STEPS * STEP && self.codes().len() >= panels.end * STEPS * bytes);
+        debug_assert!(rows.end <= x.rows());
+        let (ones, flip, mask) = (_mm256_set1_epi16(1), _mm256_set1_epi8(-128), _mm256_set1_epi8(15));
+        let (factor, zero) = (_mm256_set1_ps(scale), self.zero());
+        for (i, panel) in panels.enumerate() {
+            // The codes and the scales of as much.
+            ahead.fetch((STEPS * bytes).div_ceil(CACHE_LINE) + i % 2);
+            let is_full = self.features(panel) == LANES;
+            // SAFETY: there are such panels and rows, and the caller's promise.
+            unsafe {
+                let codes = self.codes().as_ptr().add(panel * STEPS * bytes);
+                let weights: [[__m256i; 2]; STEPS] = std::array::from_fn(|s| {
+                    // Two steps of nibbles lie together.
+                    let line = codes.add(if LAYOUT == NIBBLES { s / 2 } else { s } * STEP * LANES);
+                    [line, line.add(STEP * HALF)].map(|half| {
+                        let codes = _mm256_loadu_si256(half.cast());
+                        match (LAYOUT, s % 2) {
+                            (NIBBLES, 0) => _mm256_and_si256(codes, mask),
+                            (NIBBLES, _) => _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask),
+                            _ => _mm256_xor_si256(codes, flip),
+                        }
+                    })
+                });
+                let scales = self.scales.halves(panel);
+                for (r, row) in rows.clone().enumerate() {
+                    let (common, q) =
+                        (&*x.groups.as_ptr().add(row), x.q.as_ptr().add(row * STEPS * STEP).cast::<i32>());
+                    let mut sums = [_mm256_setzero_si256(); 2];
+                    for (s, weights) in weights.iter().enumerate() {
+                        let x = _mm256_set1_epi32(q.add(s).read_unaligned());
+                        for (sum, &weights) in sums.iter_mut().zip(weights) {
+                            // As in a tile.
+                            *sum = if LAYOUT == NIBBLES {
+                                _mm256_add_epi16(*sum, _mm256_maddubs_epi16(weights, x))
+                            } else {
+                                let pairs =
+                                    _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+                                _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones))
+                            };
+                        }
+                    }
+                    if LAYOUT == NIBBLES {
+                        let excess = _mm256_set1_epi32(zero * common.sum);
+                        sums = sums.map(|sum| _mm256_sub_epi32(_mm256_madd_epi16(sum, ones), excess));
+                    }
+                    let common = _mm256_set1_ps(common.scale);
+                    let sum = |h: usize| {
+                        let product = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[h]), scales[h]);
+                        // To 0, as others add it to the sum of the groups before.
+                        _mm256_fmadd_ps(product, common, _mm256_setzero_ps())
+                    };
+                    let y = y.at(r, i * LANES);
+                    if is_full {
+                        for h in 0..2 {
+                            let (start, product) = (y.start.add(h * HALF), _mm256_mul_ps(factor, sum(h)));
+                            let sum = if y.add { _mm256_add_ps(_mm256_loadu_ps(start), product) } else { product };
+                            _mm256_storeu_ps(start, sum);
+                        }
+                    } else {
+                        let mut both = [0.0; LANES];
+                        (0..2).for_each(|h| _mm256_storeu_ps(both[h * HALF..].as_mut_ptr(), sum(h)));
+                        y.put(&both, self.features(panel), scale);
+                    }
+                }
+            }
+        }
+    }
+
+    /// For groups of `STEPS` steps, of any number if it is 0; `FROM_ZERO` if codes are the whole numbers.
     ///
     /// # Safety
     /// As for [`Self::avx2`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn avx2_tiles<const LAYOUT: u8, const STEPS: usize>(
+    unsafe fn avx2_tiles<const LAYOUT: u8, const STEPS: usize, const FROM_ZERO: bool>(
         &self,
         codes: &[u8],
         x: &Rounded,
         rows: Range<usize>,
         panels: Range<usize>,
+        mut ahead: Ahead,
         scale: f32,
         y: Target,
     ) {
@@ -157,10 +270,20 @@ impl Weights {
         let length = self.k * if LAYOUT == NIBBLES { HALF } else { LANES };
         let zero = if let Codes::Nibbles { zero, .. } = self.codes { zero } else { 0 };
         let mut apart = (LAYOUT == APART).then(|| Apart::new(self));
-        let near = (NEAR / self.k / ROWS).max(1) * ROWS;
+        let most = if LAYOUT == APART { MOST_ROWS } else { ROWS };
+        let near = (NEAR / self.k / most).max(1) * most;
+        let of_one = rows.len() == 1;
         for start in rows.clone().step_by(near) {
+            let end = rows.end.min(start + near);
             for p in panels.clone() {
                 let features = self.features(p);
+                // What follows comes from memory while this panel's tiles are computed.
+                // One row takes less time than asking for each panel, of which the processor sees where they go on.
+                let mut of_next = (!of_one && p + 1 < panels.end).then(|| self.ahead(p + 1..p + 2));
+                let left = if of_one { panels.end - p } else { 1 };
+                let next = of_next.as_mut().unwrap_or(&mut ahead);
+                let tiles = (end - start).div_ceil(most);
+                let lines = next.lines().div_ceil(tiles * groups * left);
                 let weights = match &mut apart {
                     Some(apart) => {
                         apart.take(self, codes, p);
@@ -172,18 +295,28 @@ impl Weights {
                         Panel { codes, numbers: Numbers::Packed(self, p * groups), features, zero }
                     }
                 };
-                let end = rows.end.min(start + near);
-                for r in (start..end).step_by(ROWS) {
+                let mut r = start;
+                for tile in 0..tiles {
+                    // As many in each, or one more.
+                    let take = (end - r).div_ceil(tiles - tile);
                     // SAFETY: the caller's promise.
                     unsafe {
                         let y = y.at(r - row, (p - panel) * LANES);
-                        match end - r {
-                            1 => avx2_tile::<LAYOUT, 1, STEPS>(&weights, x, r, scale, y),
-                            2 => avx2_tile::<LAYOUT, 2, STEPS>(&weights, x, r, scale, y),
-                            3 => avx2_tile::<LAYOUT, 3, STEPS>(&weights, x, r, scale, y),
-                            _ => avx2_tile::<LAYOUT, ROWS, STEPS>(&weights, x, r, scale, y),
+                        macro_rules! tile {
+                            ($rows:expr) => {
+                                avx2_tile::<LAYOUT, { $rows }, STEPS, FROM_ZERO>(&weights, x, r, next, lines, scale, y)
+                            };
+                        }
+                        match take {
+                            1 => tile!(1),
+                            2 => tile!(2),
+                            3 => tile!(3),
+                            5 if LAYOUT == APART => tile!(5),
+                            6 if LAYOUT == APART => tile!(6),
+                            _ => tile!(4),
                         }
                     }
+                    r += take;
                 }
             }
         }
@@ -196,10 +329,12 @@ impl Weights {
 /// As for [`Self::avx2`].
 #[target_feature(enable = "avx2,fma,f16c")]
 #[inline(never)]
-unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize>(
+unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize, const FROM_ZERO: bool>(
     weights: &Panel,
     x: &Rounded,
     row: usize,
+    next: &mut Ahead,
+    lines: usize,
     scale: f32,
     y: Target,
 ) {
@@ -227,9 +362,12 @@ unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize>(
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
         // SAFETY: there are as many codes and numbers as `k` asks for, and as many groups' scales.
         unsafe {
-            for line in (0..if LAYOUT == APART { 0 } else { steps * bytes }).step_by(CACHE_LINE) {
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD + line).cast());
+            if R == 1 {
+                for line in (0..steps * bytes).step_by(CACHE_LINE) {
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD + line).cast());
+                }
             }
+            next.fetch(lines);
             for _ in 0..steps / unroll {
                 for turn in 0..unroll {
                     let codes = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(STEP * HALF).cast())];
@@ -273,13 +411,15 @@ unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize>(
             unrolled!(r < R, {
                 let common = &*common.add(r * groups);
                 let (scale, total) = (_mm256_set1_ps(common.scale), _mm256_set1_ps(common.total));
-                // Once for each number of the row.
-                let excess = _mm256_set1_epi32(weights.zero * common.sum);
                 unrolled!(h < 2, {
-                    let sum = match LAYOUT {
+                    let mut sum = match LAYOUT {
                         BYTES => sums[r][h],
-                        _ => _mm256_sub_epi32(_mm256_madd_epi16(sums[r][h], ones), excess),
+                        _ => _mm256_madd_epi16(sums[r][h], ones),
                     };
+                    if !FROM_ZERO {
+                        // Once for each number of the row.
+                        sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(weights.zero * common.sum));
+                    }
                     let product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scales[h]);
                     let acc = acc.add(r * LANES + h * HALF);
                     let mut sum = _mm256_fmadd_ps(product, scale, _mm256_loadu_ps(acc));
