@@ -142,8 +142,8 @@ impl Weights {
                 };
             }
             macro_rules! tiles {
-                ($codes:ident, $layout:ident, $steps:literal, $from_zero:literal) => {
-                    self.avx2_tiles::<$layout, $steps, $from_zero>($codes, x, rows, panels, ahead, scale, y)
+                ($layout:ident, $steps:literal, $from_zero:literal) => {
+                    self.avx2_tiles::<$layout, $steps, $from_zero>(x, rows, panels, ahead, scale, y)
                 };
             }
             let (steps, is_many) = (self.group / STEP, rows.len() >= MANY);
@@ -152,18 +152,18 @@ impl Weights {
                 (Codes::Nibbles { .. }, 2) if is_short => short!(NIBBLES, 2),
                 (Codes::Nibbles { .. }, 4) if is_short => short!(NIBBLES, 4),
                 (Codes::Nibbles { .. }, 8) if is_short => short!(NIBBLES, 8),
-                (Codes::Nibbles { codes, zero: 0 }, 8) if is_many => tiles!(codes, APART, 8, true),
-                (Codes::Nibbles { codes, .. }, 8) if is_many => tiles!(codes, APART, 8, false),
-                (Codes::Nibbles { codes, zero: 0 }, 8) => tiles!(codes, NIBBLES, 8, true),
-                (Codes::Nibbles { codes, .. }, 8) => tiles!(codes, NIBBLES, 8, false),
-                (Codes::Nibbles { codes, .. }, _) => tiles!(codes, NIBBLES, 0, false),
+                (Codes::Nibbles { zero: 0, .. }, 8) if is_many => tiles!(APART, 8, true),
+                (Codes::Nibbles { .. }, 8) if is_many => tiles!(APART, 8, false),
+                (Codes::Nibbles { zero: 0, .. }, 8) => tiles!(NIBBLES, 8, true),
+                (Codes::Nibbles { .. }, 8) => tiles!(NIBBLES, 8, false),
+                (Codes::Nibbles { .. }, _) => tiles!(NIBBLES, 0, false),
                 (Codes::Bytes(_), 1) if is_short => short!(BYTES, 1),
                 (Codes::Bytes(_), 2) if is_short => short!(BYTES, 2),
                 (Codes::Bytes(_), 4) if is_short => short!(BYTES, 4),
-                (Codes::Bytes(codes), 4) => tiles!(codes, BYTES, 4, true),
-                (Codes::Bytes(codes), 8) => tiles!(codes, BYTES, 8, true),
-                (Codes::Bytes(codes), 16) => tiles!(codes, BYTES, 16, true),
-                (Codes::Bytes(codes), _) => tiles!(codes, BYTES, 0, true),
+                (Codes::Bytes(_), 4) => tiles!(BYTES, 4, true),
+                (Codes::Bytes(_), 8) => tiles!(BYTES, 8, true),
+                (Codes::Bytes(_), 16) => tiles!(BYTES, 16, true),
+                (Codes::Bytes(_), _) => tiles!(BYTES, 0, true),
             }
         }
     }
@@ -258,7 +258,6 @@ impl Weights {
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn avx2_tiles<const LAYOUT: u8, const STEPS: usize, const FROM_ZERO: bool>(
         &self,
-        codes: &[u8],
         x: &Rounded,
         rows: Range<usize>,
         panels: Range<usize>,
@@ -266,7 +265,7 @@ impl Weights {
         scale: f32,
         y: Target,
     ) {
-        let (row, panel, groups) = (rows.start, panels.start, x.groups_per_row);
+        let (row, panel, groups, codes) = (rows.start, panels.start, x.groups_per_row, self.codes());
         let length = self.k * if LAYOUT == NIBBLES { HALF } else { LANES };
         let zero = if let Codes::Nibbles { zero, .. } = self.codes { zero } else { 0 };
         let mut apart = (LAYOUT == APART).then(|| Apart::new(self));
