@@ -525,13 +525,15 @@ impl Weights {
         }
     }
 
-    /// The first of some panels, as they are read.
+    /// Some panels, as they are read: the first ones of long panels.
     pub fn ahead(&self, panels: Range<usize>) -> Ahead {
         /// Bytes of codes that are worth it: while they are multiplied, the others come.
         const ENOUGH: usize = 16 << 10;
         let (codes, groups) = (self.codes(), self.k / self.group);
         let bytes = codes.len() / self.n.div_ceil(LANES);
-        let panels = panels.start..panels.end.min(panels.start + (ENOUGH / bytes).max(1));
+        // Short ones are over before what comes behind them is there.
+        let most = if groups == 1 { panels.len() } else { (ENOUGH / bytes).max(1) };
+        let panels = panels.start..panels.end.min(panels.start + most);
         let of_groups = panels.start * groups..panels.end * groups;
         let codes = place(&codes[panels.start * bytes..panels.end * bytes]);
         let none = || place::<u8>(&[]);
