@@ -385,7 +385,7 @@ impl Ahead {
     /// Parts one after the other. Nothing where they are long: the processor fetches that by itself, and fetched as a whole it
     /// would push out what is read before it.
     pub fn new([now, first, second]: [Range<*const u8>; 3]) -> Self {
-        const LONG: usize = 128 << 10;
+        const LONG: usize = 64 << 10;
         let all = Ahead { now, then: [first, second] };
         if all.lines() * Self::LINE > LONG { Ahead::nothing() } else { all }
     }

@@ -277,7 +277,7 @@ impl Weights {
             for p in panels.clone() {
                 let features = self.features(p);
                 // What follows comes from memory while this panel's tiles are computed.
-                // One row takes less time than asking for each panel, of which the processor sees where they go on.
+                // For one row, a panel takes hardly longer than to work out where the next one is.
                 let mut of_next = (!of_one && p + 1 < panels.end).then(|| self.ahead(p + 1..p + 2));
                 let left = if of_one { panels.end - p } else { 1 };
                 let next = of_next.as_mut().unwrap_or(&mut ahead);
@@ -361,7 +361,8 @@ unsafe fn avx2_tile<const LAYOUT: u8, const R: usize, const STEPS: usize, const 
         let mut sums = [[_mm256_setzero_si256(); 2]; R];
         // SAFETY: there are as many codes and numbers as `k` asks for, and as many groups' scales.
         unsafe {
-            if R == 1 {
+            // Of long panels and at a product's end nothing else is known to come.
+            if LAYOUT != APART && (R == 1 || lines == 0) {
                 for line in (0..steps * bytes).step_by(CACHE_LINE) {
                     _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD + line).cast());
                 }
