@@ -11,6 +11,7 @@
 //! - [`train`]: makes adapters and fine-tuned models of a base; beside the layers that serve
 //! - [`hosting`]: the cost of hosting and of training, measured; beside the layers that serve
 //! - [`memory`]: what is kept of freed memory
+//! - `output`: what the programs print
 //! - [`base`]: configuration, weights, tokenizer, chat template and the decoder
 //! - `cuda`: kernels of our own for NVIDIA GPUs, with the feature of that name
 
@@ -26,6 +27,7 @@ mod large_pages;
 pub mod lora;
 pub mod memory;
 pub mod metrics;
+mod output;
 pub mod server;
 mod signals;
 pub mod train;

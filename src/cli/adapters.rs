@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::args::AdaptersCommand;
 use super::client::Client;
 use crate::base::Base;
-use crate::{Error, Result, adapter};
+use crate::{Error, Result, adapter, output};
 
 pub async fn run(command: AdaptersCommand) -> Result<()> {
     match command {
@@ -15,50 +15,44 @@ pub async fn run(command: AdaptersCommand) -> Result<()> {
             let client = server.client()?;
             let answer = client.json(client.http.get(client.at("/v1/adapters"))).await?;
             let rows = answer["adapters"].as_array().map(Vec::as_slice).unwrap_or_default();
-            println!(
+            output::line(format_args!(
                 "{:<32} {:<12} {:<6} {:>5} {:>12} {:>10}",
                 "NAME", "GENERATION", "TIER", "RANK", "BYTES", "IN FLIGHT"
-            );
+            ))?;
             for a in rows {
                 let text = |key: &str| a[key].as_str().unwrap_or("-").to_string();
                 // As texts: a JSON value does not take a width.
                 let number = |key: &str| if a[key].is_null() { "-".to_string() } else { a[key].to_string() };
                 let generation: String = text("generation").chars().take(12).collect();
-                println!(
+                output::line(format_args!(
                     "{:<32} {generation:<12} {:<6} {:>5} {:>12} {:>10}",
                     text("name"),
                     text("tier"),
                     number("rank"),
                     number("bytes"),
                     number("in_flight")
-                );
+                ))?;
             }
             Ok(())
         }
-        AdaptersCommand::Inspect { directory } => {
-            print(&adapter::inspect(&directory, None)?)?;
-            Ok(())
-        }
+        AdaptersCommand::Inspect { directory } => print(&adapter::inspect(&directory, None)?),
         AdaptersCommand::Verify { directory, model } => {
             let base = Base::open(&model)?;
             print(&adapter::inspect(&directory, Some(&base.config))?)?;
             adapter::language(&directory)?.map_or(Ok(None), |own| own.over(&base.language()))?;
-            println!("{} fits {}", directory.display(), base.id);
-            Ok(())
+            output::line(format_args!("{} fits {}", directory.display(), base.id))
         }
         AdaptersCommand::Push { name, directory, if_match, server } => {
             let client = server.client()?;
             let generation = push(&client, &name, &directory, if_match.as_deref()).await?;
-            println!("{name} {generation}");
-            Ok(())
+            output::line(format_args!("{name} {generation}"))
         }
         AdaptersCommand::Rm { name, server } => {
             adapter::check_whole_name(&name)?;
             let client = server.client()?;
             let request = client.http.delete(client.at(&format!("/v1/adapters/{name}")));
             let _: Value = client.json(request).await?;
-            println!("{name} removed");
-            Ok(())
+            output::line(format_args!("{name} removed"))
         }
     }
 }
@@ -77,8 +71,7 @@ pub async fn push(client: &Client, name: &str, directory: &Path, if_match: Optio
 }
 
 fn print(inspection: &adapter::Inspection) -> Result<()> {
-    println!("{}", serde_json::to_string_pretty(inspection).map_err(Error::internal)?);
-    Ok(())
+    output::line(serde_json::to_string_pretty(inspection).map_err(Error::internal)?)
 }
 
 /// The files of an adapter directory as the upload's form.

@@ -14,7 +14,7 @@ use super::host::Host;
 use super::oneshot;
 use crate::engine::{Event, Generate, Request, Sampling, Task};
 use crate::hosting::statistics::{quantile, zipf};
-use crate::{Error, Result};
+use crate::{Error, Result, output};
 
 /// What one request saw.
 struct Sample {
@@ -238,19 +238,20 @@ async fn load(system: System, args: LoadArgs) -> Result<()> {
         let report = json!({ "clients": args.clients, "requests": samples.len(), "adapters": adapters.len(),
             "prompt_tokens": args.prompt_tokens, "generated_tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
             "ttft_ms": told(&first), "token_ms": told(&gaps), "request_ms": told(&whole) });
-        println!("{report}");
-        return Ok(());
+        return output::line(report);
     }
-    println!(
+    output::line(format_args!(
         "{} clients, {} requests, {} prompt tokens each, {} adapters: {tokens} tokens in {seconds:.2} s, {rate:.1} tok/s",
         args.clients,
         samples.len(),
         args.prompt_tokens,
         adapters.len()
-    );
+    ))?;
     for (name, times) in [("first token", &first), ("between tokens", &gaps), ("whole request", &whole)] {
         let [p50, p95, p99, max] = quantiles(times);
-        println!("{name:>15}: p50 {p50:8.1} ms  p95 {p95:8.1} ms  p99 {p99:8.1} ms  max {max:8.1} ms");
+        output::line(format_args!(
+            "{name:>15}: p50 {p50:8.1} ms  p95 {p95:8.1} ms  p99 {p99:8.1} ms  max {max:8.1} ms"
+        ))?;
     }
     Ok(())
 }

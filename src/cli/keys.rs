@@ -1,8 +1,10 @@
 //! `loramux keys`: the file of API keys.
 
+use std::io::Write;
+
 use super::args::KeysCommand;
-use crate::Result;
 use crate::server::{Entry, create_key};
+use crate::{Error, Result};
 
 pub fn run(command: KeysCommand) -> Result<()> {
     let KeysCommand::New { file, id, scopes, tenant, requests_per_minute, tokens_per_minute, max_concurrent, expires } =
@@ -16,6 +18,7 @@ pub fn run(command: KeysCommand) -> Result<()> {
         max_concurrent,
         expires,
     };
-    println!("{}", create_key(&file, &id, entry)?);
-    Ok(())
+    let key = create_key(&file, &id, entry)?;
+    // It is nowhere else, so that nobody reads it is an error here.
+    writeln!(std::io::stdout(), "{key}").map_err(|e| Error::internal(format!("{id} is made, and its key is lost: {e}")))
 }

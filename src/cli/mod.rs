@@ -25,7 +25,7 @@ use host::{Host, Limits};
 use crate::engine::Grammars;
 use crate::server::{Access, Audit, Certificate, Entrance, Origins};
 use crate::signals::Signals;
-use crate::{Error, Result, hosting, server};
+use crate::{Error, Result, hosting, output, server};
 
 /// What is logged where nobody says otherwise. What strangers send that is no HTTP is no error of the server's, as it is to
 /// actix, and must not fill the log.
@@ -52,8 +52,7 @@ pub fn run() -> Result<()> {
     let command = match command {
         Command::Serve(args) => return serve(args),
         Command::Fetch { model } => {
-            println!("{}", crate::base::fetch(&model)?.display());
-            return Ok(());
+            return output::line(crate::base::fetch(&model)?.display());
         }
         Command::Keys(command) => return keys::run(command),
         other => other,

@@ -1,6 +1,6 @@
 //! `loramux generate` and `loramux classify`: the engine without the server.
 
-use std::io::{BufRead, Read, Write};
+use std::io::{BufRead, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::base::Language;
 use crate::base::labels::softmax;
 use crate::engine::{Client, Event, Generate, Request, Sampling, Task};
 use crate::lora::PackedAdapter;
-use crate::{Error, Result};
+use crate::{Error, Result, output};
 
 pub(super) type NamedAdapter = (Arc<str>, Arc<PackedAdapter>);
 
@@ -91,16 +91,12 @@ pub async fn generate(args: GenerateArgs) -> Result<()> {
         grammar: None,
     });
     let mut events = host.engine.submit(Request { client: Client::default(), adapter, prompt, task })?;
-    let mut out = std::io::stdout();
     while let Some(event) = events.recv().await {
         match event {
-            Event::Progress(choice) => {
-                out.write_all(choice.text.as_bytes())?;
-                out.flush()?;
-            }
+            Event::Progress(choice) => output::part(choice.text)?,
             Event::Failed(e) => return Err(e),
             Event::Done(usage) => {
-                writeln!(out)?;
+                output::line("")?;
                 tracing::info!("{} prompt tokens, {} generated", usage.prompt_tokens, usage.completion_tokens);
             }
             Event::Classified { .. } | Event::Scored { .. } => {}
@@ -135,7 +131,8 @@ pub async fn classify(args: ClassifyArgs) -> Result<()> {
                 let scores = softmax(&logits);
                 let best = (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap_or(0);
                 let all: serde_json::Map<_, _> = labels.iter().cloned().zip(scores.iter().map(|&s| json!(s))).collect();
-                println!("{}", json!({ "input": text, "label": labels[best], "score": scores[best], "scores": all }));
+                let answer = json!({ "input": text, "label": labels[best], "score": scores[best], "scores": all });
+                output::line(answer)?;
             }
             Some(Event::Failed(e)) => return Err(e),
             other => return Err(Error::internal(format!("unexpected answer {other:?}"))),

@@ -19,7 +19,7 @@ use super::sender::{self, Sender};
 use super::statistics::Line;
 use super::traffic::{self, Lengths, Load, Popularity, Source};
 use super::{machine, pages};
-use crate::{Error, Result};
+use crate::{Error, Result, output};
 
 /// What is to be measured.
 #[derive(Debug, Clone)]
@@ -246,8 +246,7 @@ pub async fn run(options: Options) -> Result<()> {
     record::write(&options.out.join("report.html"), &pages.html()?)?;
     // Gigabytes, which another run makes again.
     std::fs::remove_dir_all(&folder)?;
-    println!("{}", pages.markdown());
-    Ok(())
+    output::line(pages.markdown())
 }
 
 fn check(options: &Options) -> Result<()> {

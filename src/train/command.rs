@@ -25,7 +25,7 @@ use super::table::{self, Record};
 use super::trainer::{Account, Ended, Evaluation, Event, Metric, Trainer, TrainerOptions};
 use crate::base::{Base, Head, device};
 use crate::signals::Signals;
-use crate::{Error, Result, memory};
+use crate::{Error, Result, memory, output};
 
 /// Largest rank, as the server takes it.
 const MAX_RANK: usize = 4096;
@@ -403,7 +403,7 @@ fn train(mut args: TrainArgs, method: &Method, start: Start) -> Result<()> {
     if let Some(best) = history.best.map(|b| &history.evaluations[b]) {
         report(best, data.labels.as_deref());
     }
-    println!("{}", run.out.display());
+    output::line(run.out.display())?;
     push.map_or(Ok(()), |push| push.upload(&run.out))
 }
 

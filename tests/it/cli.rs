@@ -82,6 +82,27 @@ fn wrong_options_have_a_status_of_their_own() {
     assert!(code == Some(1) && error.contains("onnection refused"), "{code:?} {error}");
 }
 
+/// As behind `| head`. But a key is nowhere else.
+#[test]
+fn what_is_no_longer_read_is_no_error() {
+    let tiny = fixtures().join("tiny/llama");
+    let (base, adapter) = (tiny.join("base").display().to_string(), tiny.join("adapter_qv_r4").display().to_string());
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys.toml").display().to_string();
+    let unread = |arguments: &[&str]| {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_loramux"));
+        let output = command.args(arguments).env("LORAMUX_LOG", "warn").stdout(writer).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let said_nothing = (Some(0), String::new());
+    assert_eq!(unread(&["adapters", "verify", &adapter, "--model", &base]), said_nothing);
+    assert_eq!(unread(&["generate", "--model", &base, "--max-tokens", "3", "t5"]), said_nothing);
+    let (code, error) = unread(&["keys", "new", &keys, "ops", "--scopes", "infer"]);
+    assert!(code == Some(1) && error.contains("its key is lost"), "{code:?} {error}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn adapters_from_the_shell() {
     let tiny = fixtures().join("tiny/llama");

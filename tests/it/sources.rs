@@ -176,8 +176,9 @@ async fn nginx(folder: &Path, servers: &[&Server]) -> Option<(Process, String)> 
     }
     config = config.replace("listen 8000", &format!("listen 127.0.0.1:{port}"));
     let temp = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(|name| format!("{name}_temp_path {name};\n"));
+    // One process, which ends with the test: a worker would outlive its killed master.
     let main = format!(
-        "daemon off; pid nginx.pid; error_log stderr warn; worker_processes 1;\nevents {{}}\nhttp {{\naccess_log off;\n{}{config}}}",
+        "daemon off; master_process off; pid nginx.pid; error_log stderr warn;\nevents {{}}\nhttp {{\naccess_log off;\n{}{config}}}",
         temp.concat()
     );
     std::fs::write(folder.join("nginx.conf"), main).unwrap();

@@ -17,7 +17,7 @@ use super::task::{Data, Task, sha256};
 use super::{Kind, Method, Options, Recipe, Size, check, summary};
 use crate::hosting::process::forget_options;
 use crate::hosting::{machine, record};
-use crate::{Error, Result};
+use crate::{Error, Result, output};
 
 /// What runs must have in common to stand in one report. Tasks and methods may be added later.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -234,8 +234,7 @@ fn report(options: &Options, tasks: &[Task], settings: &Settings, runs: &[Run]) 
     record::write(&path("report.json"), &(serde_json::to_string_pretty(&all).map_err(Error::internal)? + "\n"))?;
     record::write(&path("report.md"), &document.markdown())?;
     record::write(&path("report.html"), &document.html()?)?;
-    println!("{}", path("report.html").display());
-    Ok(())
+    output::line(path("report.html").display())
 }
 
 /// What makes times of the runs less comparable. `cores` are those of a run.
