@@ -5,7 +5,7 @@
 #
 #   benches/gpu.sh pack DIR [MODEL]   on a machine with nvcc: puts programs, fixtures, this script (and a model's folder) there
 #   DIR/gpu.sh run [DEVICE NUMBERS SHAPES]   on the machine with the GPU (default cuda 'f32 bf16' '1b 8b'); CUDA's libraries
-#                                     may lie in DIR/lib. FEATURES=flash-attn packs a program with that feature
+#                                     may lie in DIR/lib, or be PyTorch's. FEATURES=flash-attn packs a program with that feature
 set -euo pipefail
 
 pack() {
@@ -31,11 +31,16 @@ for line in sys.stdin:
 }
 
 run() {
-  local here device=$1 numbers=$2 shapes=$3 failed=0 dtype peft
+  local here device=$1 numbers=$2 shapes=$3 failed=0 dtype libraries peft
   here=$(cd "$(dirname "$0")" && pwd)
-  export LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+  # Where PyTorch is, CUDA's libraries are packages of Python's.
+  libraries=$(python3 -c '
+import glob, nvidia
+print(":".join(folder for root in nvidia.__path__ for folder in glob.glob(root + "/*/lib")))
+' 2> /dev/null || true)
+  export LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}${libraries:+:$libraries}"
   if [ "${device#cuda}" != "$device" ]; then
-    nvidia-smi --query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader
+    nvidia-smi --query-gpu=name,compute_cap,driver_version,memory.total --format=csv,noheader || true
   fi
   echo "| model | numbers | what | result | verdict |"
   echo "|---|---|---|---|---|"

@@ -44,9 +44,9 @@ const MAX_SPELLING: usize = 4 << 20;
 const MAX_TOKEN: usize = 1000;
 /// Characters of llguidance's messages that are passed on.
 const MAX_MESSAGE: usize = 400;
-/// What may stand between the parts of a JSON text. llguidance has no bound there by default, and a model that is not sure
-/// how to go on likes to add spaces without end.
-const JSON_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,64}";
+/// What may stand between the parts of a JSON text: a space, or a new line and its indentation, as those who write JSON do.
+/// llguidance allows any number of either by default, and a model that is not sure how to go on likes to add them without end.
+const JSON_SPACE: &str = r"\x20|\x0A[\x20\x09]{0,64}";
 
 /// What an answer must be like.
 #[derive(Debug, Clone, PartialEq)]
@@ -582,8 +582,8 @@ pub(super) mod tests {
     fn space_between_the_parts_of_json_has_an_end() {
         let grammar =
             compile_for_bytes(&Constraint::Json(json!({ "type": "array", "items": { "const": 1 } }))).unwrap();
-        // The first byte that is allowed is a tab as long as one is.
-        assert_eq!(walk(&grammar, false, 200)[..66], format!("[{}1", "\t".repeat(64)));
+        // The first byte that is allowed is a new line, and then a tab as long as one is.
+        assert_eq!(walk(&grammar, false, 200)[..67], format!("[\n{}1", "\t".repeat(64)));
         let bare = json!({ "const": [1, 2], "x-guidance": { "whitespace_flexible": false } });
         assert_eq!(walk(&compile_for_bytes(&Constraint::Json(bare)).unwrap(), false, 200), "[1,2]");
         assert!(compile_for_bytes(&Constraint::Json(json!(true))).is_ok());
