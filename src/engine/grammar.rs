@@ -87,7 +87,7 @@ impl Constraint {
     fn source(&self) -> Result<TopLevelGrammar> {
         self.check_size()?;
         Ok(match self {
-            Constraint::Json(schema) => TopLevelGrammar::from_json_schema(with_bounded_space(schema)),
+            Constraint::Json(schema) => TopLevelGrammar::from_json_schema(with_json_space(schema)),
             Constraint::Regex(regex) => {
                 let backslashes = regex.len() - regex.trim_end_matches('\\').len();
                 if backslashes % 2 == 1 {
@@ -131,7 +131,7 @@ fn patterns(schema: &Value) -> usize {
 }
 
 /// The schema with [`JSON_SPACE`], unless it has its own mind about space in `x-guidance`, where llguidance's options stand.
-fn with_bounded_space(schema: &Value) -> Value {
+fn with_json_space(schema: &Value) -> Value {
     // The schema `true` has no place for options.
     let mut schema = if *schema == true { json!({}) } else { schema.clone() };
     if let Value::Object(keywords) = &mut schema {
