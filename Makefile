@@ -2,6 +2,8 @@
 
 CARGO ?= cargo
 LISTEN ?= 127.0.0.1:8080
+# More options of `loramux serve`.
+OPTIONS ?=
 PYTHON ?= python3
 
 # Everything built goes outside the checkout, where a second checkout finds it again.
@@ -13,7 +15,7 @@ DATA := $(abspath $(CARGO_TARGET_DIR))/data
 .PHONY: serve build model test deploy-check bench-train bench-methods adapters cuda-check lint deny audit page page-check page-test
 
 serve: build model
-	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN)
+	$(CARGO_TARGET_DIR)/release/loramux serve --adapters adapters --listen $(LISTEN) $(OPTIONS)
 
 build:
 	$(CARGO) build --release
