@@ -13,21 +13,6 @@ use super::parallel;
 use super::simd::{Ahead, LANES, Simd, Target, place};
 use crate::large_pages::{Large, collected, repeated};
 
-/// The body for every `$i` below `$n`, which is 8 at most, each time with `$i` known to the compiler: an array that is read
-/// at a place it doesn't know lies in memory, not in registers.
-#[cfg(target_arch = "x86_64")]
-macro_rules! unrolled {
-    ($i:ident < $n:expr, $body:block) => {
-        unrolled!($i < $n, $body, 0, 1, 2, 3, 4, 5, 6, 7)
-    };
-    ($i:ident < $n:expr, $body:block, $($value:literal),*) => {
-        $(if $value < $n {
-            let $i: usize = $value;
-            $body
-        })*
-    };
-}
-
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]

@@ -1,5 +1,9 @@
 //! The frozen base model: where it comes from, its configuration, weights, tokenizer, chat template and decoder.
 
+#[cfg(target_arch = "x86_64")]
+#[macro_use]
+mod unrolled;
+
 pub mod attention;
 pub mod budget;
 mod buffer;
@@ -23,6 +27,7 @@ mod language;
 pub mod matmul;
 mod paged;
 pub mod parallel;
+mod plain;
 pub mod products;
 mod rope;
 pub mod simd;

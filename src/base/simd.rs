@@ -21,6 +21,9 @@ const MAX_TILE_AVX2: usize = 6;
 /// The same for the 32 registers of AVX-512; more rows would need more addresses than there are registers for.
 #[cfg(target_arch = "x86_64")]
 const MAX_TILE_AVX512: usize = 12;
+/// Terms whose code is written out at once with AVX2: how fast a shorter loop runs depends on where it lies, and may be half.
+#[cfg(target_arch = "x86_64")]
+pub const UNROLLED: usize = 4;
 /// Up to this many rows, weights are unpacked in registers, for each tile anew, rather than once into memory.
 #[cfg(target_arch = "x86_64")]
 const MAX_DIRECT: usize = 4;
@@ -156,7 +159,8 @@ fn unpack_body(group: Group, out: &mut [f32; GROUP * LANES]) {
     }
 }
 
-/// The compiler does not make vector code of the loops above, so it is written out.
+/// The compiler does not make vector code of the loops above, so it is written out for the formats that are unpacked here:
+/// products with others have their own way.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn unpack_avx2(group: Group, out: &mut [f32; GROUP * LANES]) {
@@ -164,9 +168,7 @@ fn unpack_avx2(group: Group, out: &mut [f32; GROUP * LANES]) {
     // SAFETY (all loads and stores below): chunks have the length that each access needs; unaligned forms are used.
     let store = |out: &mut [f32], v: __m256| unsafe { _mm256_storeu_ps(out.as_mut_ptr(), v) };
     let bytes = |b: *const u8| unsafe { _mm_loadu_si128(b.cast()) };
-    let pair = |v: &[f32; LANES]| unsafe { [_mm256_loadu_ps(v.as_ptr()), _mm256_loadu_ps(v[8..].as_ptr())] };
     match group {
-        Group::F32(_) => unpack_body(group, out),
         Group::Bf16(w) => {
             for (o, w) in out.chunks_exact_mut(8).zip(w.chunks_exact(8)) {
                 let wide = _mm256_cvtepu16_epi32(bytes(w.as_ptr().cast()));
@@ -178,43 +180,7 @@ fn unpack_avx2(group: Group, out: &mut [f32; GROUP * LANES]) {
                 store(o, _mm256_cvtph_ps(bytes(h.as_ptr().cast())));
             }
         }
-        Group::Q8 { scale, q } => {
-            let scale = pair(scale);
-            for (o, q) in out.chunks_exact_mut(LANES).zip(q.chunks_exact(LANES)) {
-                let q = bytes(q.as_ptr().cast());
-                let low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
-                let high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(q)));
-                store(&mut o[..8], _mm256_mul_ps(low, scale[0]));
-                store(&mut o[8..], _mm256_mul_ps(high, scale[1]));
-            }
-        }
-        Group::Q5 { scale, min, q } => {
-            let (scale, min) = (pair(scale), pair(min));
-            for (o, q) in out.chunks_exact_mut(LANES).zip(q.chunks_exact(LANES)) {
-                let q = bytes(q.as_ptr());
-                let low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(q));
-                let high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(q)));
-                // Not fused, as below.
-                store(&mut o[..8], _mm256_add_ps(_mm256_mul_ps(low, scale[0]), min[0]));
-                store(&mut o[8..], _mm256_add_ps(_mm256_mul_ps(high, scale[1]), min[1]));
-            }
-        }
-        Group::Q4 { scale, min, q } => {
-            let (scale, min, mask) = (pair(scale), pair(min), _mm_set1_epi8(15));
-            let (first, second) = out.split_at_mut(GROUP / 2 * LANES);
-            let rows = first.chunks_exact_mut(LANES).zip(second.chunks_exact_mut(LANES)).zip(q.chunks_exact(LANES));
-            for ((first, second), q) in rows {
-                let q = bytes(q.as_ptr());
-                let halves = [_mm_and_si128(q, mask), _mm_and_si128(_mm_srli_epi16::<4>(q), mask)];
-                for (o, q) in [first, second].into_iter().zip(halves) {
-                    let low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(q));
-                    let high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(q)));
-                    // Not fused: the portable form and ggml round the product too.
-                    store(&mut o[..8], _mm256_add_ps(_mm256_mul_ps(low, scale[0]), min[0]));
-                    store(&mut o[8..], _mm256_add_ps(_mm256_mul_ps(high, scale[1]), min[1]));
-                }
-            }
-        }
+        _ => unpack_body(group, out),
     }
 }
 
@@ -836,14 +802,24 @@ unsafe fn tile_avx2<const R: usize>(
         for (r, sum) in sum.iter_mut().enumerate() {
             *sum = [_mm256_loadu_ps(acc.add(r * acc_stride)), _mm256_loadu_ps(acc.add(r * acc_stride + 8))];
         }
-        for i in 0..k {
-            let w = w.add(i * w_stride);
-            let (w0, w1) = (_mm256_loadu_ps(w), _mm256_loadu_ps(w.add(8)));
-            for (r, sum) in sum.iter_mut().enumerate() {
-                let x = _mm256_broadcast_ss(&*x.add(r * x_stride + i));
-                sum[0] = _mm256_fmadd_ps(x, w0, sum[0]);
-                sum[1] = _mm256_fmadd_ps(x, w1, sum[1]);
-            }
+        macro_rules! add_term {
+            ($i:expr) => {{
+                let i = $i;
+                let w = w.add(i * w_stride);
+                let (w0, w1) = (_mm256_loadu_ps(w), _mm256_loadu_ps(w.add(8)));
+                for (r, sum) in sum.iter_mut().enumerate() {
+                    let x = _mm256_broadcast_ss(&*x.add(r * x_stride + i));
+                    sum[0] = _mm256_fmadd_ps(x, w0, sum[0]);
+                    sum[1] = _mm256_fmadd_ps(x, w1, sum[1]);
+                }
+            }};
+        }
+        let whole = k - k % UNROLLED;
+        for i in (0..whole).step_by(UNROLLED) {
+            unrolled!(u < UNROLLED, { add_term!(i + u) }, 0, 1, 2, 3);
+        }
+        for i in whole..k {
+            add_term!(i);
         }
         for (r, sum) in sum.iter().enumerate() {
             _mm256_storeu_ps(acc.add(r * acc_stride), sum[0]);
