@@ -230,6 +230,15 @@ pub(super) fn packed(
         }
     });
 
+    let seen = |s: &SequenceRows, row: usize| {
+        let end = s.seen(config, s.start + row - s.rows.start);
+        end.saturating_sub(window)..end
+    };
+    // The positions that some of a sequence's rows see, and their blocks.
+    let seen_blocks = |s: &&SequenceRows, rows: &Range<usize>| {
+        let (first, end) = (seen(s, rows.start).start, seen(s, rows.end - 1).end);
+        (first..end, first / BLOCK..end.div_ceil(BLOCK))
+    };
     let mut out = Buffer::new(rows * q_width);
     let target = Target(out.as_mut_ptr());
     parallel::run(tiles.len() * kv_heads, |task| {
@@ -241,12 +250,8 @@ pub(super) fn packed(
             let mut scratch = Buffer::new(2 * hd);
             rows.clone().for_each(|row| store(s, row, head, &mut scratch));
         }
-        let seen = |row: usize| {
-            let end = s.seen(config, s.start + row - s.rows.start);
-            end.saturating_sub(window)..end
-        };
-        let (first, end) = (seen(rows.start).start, seen(rows.end - 1).end);
-        let blocks = &s.blocks[first / BLOCK..end.div_ceil(BLOCK)];
+        let (Range { start: first, end }, blocks) = seen_blocks(&s, rows);
+        let blocks = &s.blocks[blocks];
         // Positions are counted from the start of the first block from here on.
         let (zero, span) = (first / BLOCK * BLOCK, blocks.len() * BLOCK);
         let (first, end) = (first - zero, end - zero);
@@ -264,6 +269,10 @@ pub(super) fn packed(
         let at = |block: u32| block as usize * kv_heads + head;
         for (i, side) in blocks.chunks(SIDE).enumerate() {
             for d in (0..hd).step_by(GROUP) {
+                // The values of these blocks come meanwhile.
+                for &block in side {
+                    values.fetch((at(block) * vw + d) * BLOCK, GROUP.min(vw - d) * BLOCK);
+                }
                 let q = Rows { data: &queries[d..], stride: hd };
                 let mut k = [Group::F32(&[]); SIDE];
                 for (k, &block) in k.iter_mut().zip(side) {
@@ -275,7 +284,7 @@ pub(super) fn packed(
             }
         }
         let softmax = |(h, scores): (usize, &mut [f32])| {
-            let seen = seen(rows.start + h / group);
+            let seen = seen(s, rows.start + h / group);
             let seen = seen.start - zero..seen.end - zero;
             // What this row does not see, another one of the tile does.
             scores[..seen.start].fill(0.0);
@@ -291,7 +300,14 @@ pub(super) fn packed(
         let (panels, of_panel) = (vw / LANES, heads * LANES);
         let mut acc = Buffer::new(panels * of_panel);
         acc.fill(0.0);
+        // What the thread most likely does next.
+        let next = tiles.get((task + 1) / kv_heads).map(|(s, rows)| &s.blocks[seen_blocks(s, rows).1]);
         for (i, &block) in blocks.iter().enumerate() {
+            // Its keys come meanwhile.
+            if let Some(next) = next.and_then(|next| next.get(i)) {
+                let at = *next as usize * kv_heads + (task + 1) % kv_heads;
+                keys.fetch(at * hd * BLOCK, hd * BLOCK);
+            }
             // Slots past the last row's position may hold anything, so they are left out, not multiplied by 0.
             let (from, to) = (first.saturating_sub(i * BLOCK), BLOCK.min(end - i * BLOCK));
             let p = Rows { data: &scores[i * BLOCK + from..], stride: span };

@@ -76,6 +76,15 @@ impl Split<'_> {
         }
     }
 
+    /// Has the `count` numbers from `at` on, as far as there are so many, on their way to a near cache.
+    pub fn fetch(&self, at: usize, count: usize) {
+        let count = count.min(self.len.saturating_sub(at));
+        match self.start {
+            Start::F32(start) => simd::fetch(std::ptr::slice_from_raw_parts(start.wrapping_add(at), count)),
+            Start::F16(start) => simd::fetch(std::ptr::slice_from_raw_parts(start.wrapping_add(at), count)),
+        }
+    }
+
     /// Writes `x` from `at` on, `stride` apart.
     ///
     /// # Safety

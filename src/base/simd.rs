@@ -388,12 +388,12 @@ pub fn place<T>(of: &[T]) -> Range<*const u8> {
 }
 
 /// Has the memory of something on its way to a near cache.
-pub fn fetch<T>(of: &[T]) {
+pub fn fetch<T>(of: *const [T]) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..size_of_val(of)).step_by(64) {
+    for line in (0..of.len() * size_of::<T>()).step_by(64) {
         use std::arch::x86_64::*;
         // SAFETY: every x86-64 has it, and it does nothing but that.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(of.as_ptr().cast::<i8>().wrapping_add(line)) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(of.cast::<i8>().wrapping_add(line)) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = of;

@@ -98,7 +98,7 @@ impl<'a> Delta for BatchDelta<'a> {
         let (mut products, mut width) = (Vec::with_capacity(self.segments.len()), 0);
         for (rows, site) in self.sites(layer, site) {
             // For `up`.
-            simd::fetch(&site.parts);
+            simd::fetch(site.parts.as_slice());
             if let Some(matrix) = site.a.as_ref().map(Factor::packed) {
                 width = width.max(matrix.n());
                 products.push(Product { matrix, rows: rows.clone(), x_column: 0, y_column: 0, scale: 1.0 });

@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{ROWS, Task};
+use super::Task;
 use crate::base::matmul::{Data, Format};
 use crate::base::simd::{self, Ahead, GROUP, LANES, Rows, Simd, UNROLLED, place};
 
@@ -14,6 +14,8 @@ type Lanes = [__m256; 2];
 
 /// Rows of the largest tile: 12 accumulators, 2 weight vectors and a broadcast fit the 16 registers.
 const TILE: usize = 6;
+/// Rows that share one unpacking of the weights; their accumulators stay in the first-level cache.
+const ROWS: usize = 128;
 /// Terms that are unpacked at once: as f32 they leave room in the first-level cache for the rows.
 const BLOCK: usize = 128;
 /// How a matrix's weights become f32. Terms are counted from its first panel's first on through all panels.
