@@ -271,6 +271,7 @@ impl PackedMatrix {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn data(&self) -> &Data {
         &self.data
     }

@@ -590,7 +590,9 @@ fn rounded(row: &[f32], format: Format) -> Vec<f32> {
         Format::Q4 if whole_groups => {
             let group = |group: &[f32]| {
                 let (low, high) = group.iter().fold((f32::MAX, f32::MIN), |(l, h), &x| (x.min(l), x.max(h)));
-                let scale = (high - low) / 15.0;
+                // Scales beside minima have 16 significant bits.
+                let scale: f32 = (high - low) / 15.0;
+                let scale = f32::from_bits((scale.to_bits() + 0x80) & !0xFF);
                 group.iter().map(|x| ((x - low) / scale).round() * scale + low).collect::<Vec<_>>()
             };
             row.chunks(GROUP).flat_map(group).collect()

@@ -80,7 +80,7 @@ unsafe fn codes(bytes: *const u8) -> [__m256i; 2] {
             "vpmovzxbd {high}, qword ptr [{bytes} + 8]",
             bytes = in(reg) bytes,
             low = out(ymm_reg) low,
-            high = lateout(ymm_reg) high,
+            high = out(ymm_reg) high,
             options(pure, readonly, nostack, preserves_flags)
         );
     }
