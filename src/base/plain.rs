@@ -1,7 +1,7 @@
 //! Products of rows in f32 with packed weights, which become f32 on the way.
 //!
-//! Every output element is one chain of multiply-adds in ascending `k` from 0 on, whatever the rows beside it and the kind of
-//! CPU: a product with weights in fewer bits is, bit by bit, the one with the same numbers in f32.
+//! Every output element is one chain of multiply-adds in ascending `k`, from 0 on. So on one kind of CPU its bits do not depend
+//! on the rows beside it, and a product with weights in fewer bits has those of the product with the same numbers in f32.
 
 use std::ops::Range;
 

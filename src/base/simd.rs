@@ -816,7 +816,7 @@ unsafe fn tile_avx2<const R: usize>(
         }
         let whole = k - k % UNROLLED;
         for i in (0..whole).step_by(UNROLLED) {
-            unrolled!(u < UNROLLED, { add_term!(i + u) }, 0, 1, 2, 3);
+            unrolled!(u < UNROLLED, { add_term!(i + u) });
         }
         for i in whole..k {
             add_term!(i);

@@ -95,6 +95,7 @@ fn scaled(q: [__m256i; 2], scale: Lanes, min: Lanes) -> Lanes {
     [lanes(0), lanes(1)]
 }
 
+/// Where the numbers of some terms lie, one for `apart` of them; nowhere past the end.
 fn part<T>(of: &[T], terms: Range<usize>, apart: usize) -> Range<*const u8> {
     place(of.get(terms.start / apart..terms.end / apart).unwrap_or(&[]))
 }
@@ -127,10 +128,11 @@ impl Weights for F32<'_> {
     }
 }
 
+/// bf16, or f16.
 #[derive(Clone, Copy)]
-struct Bf16<'a>(&'a [u16]);
+struct Half<'a, const BF16: bool>(&'a [u16]);
 
-impl Weights for Bf16<'_> {
+impl<const BF16: bool> Weights for Half<'_, BF16> {
     type Group = *const u16;
 
     #[inline]
@@ -143,36 +145,14 @@ impl Weights for Bf16<'_> {
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn lanes<const SECOND: bool>(w: Self::Group, i: usize) -> Lanes {
         // SAFETY: the caller's promise.
-        let bits = unsafe { halves(w.add(i * LANES)) };
-        bits.map(|bits| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits))))
+        unsafe { halves(w.add(i * LANES)) }.map(|bits| match BF16 {
+            true => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits))),
+            false => _mm256_cvtph_ps(bits),
+        })
     }
 
     fn ahead(self, terms: Range<usize>) -> Ahead {
         Ahead::new([part(self.0.as_chunks::<LANES>().0, terms, 1), place::<u8>(&[]), place::<u8>(&[])])
-    }
-}
-
-#[derive(Clone, Copy)]
-struct F16<'a>(&'a [u16]);
-
-impl Weights for F16<'_> {
-    type Group = *const u16;
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn group(self, term: usize) -> Self::Group {
-        self.0[term * LANES..].as_ptr()
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn lanes<const SECOND: bool>(w: Self::Group, i: usize) -> Lanes {
-        // SAFETY: the caller's promise.
-        unsafe { halves(w.add(i * LANES)) }.map(|bits| _mm256_cvtph_ps(bits))
-    }
-
-    fn ahead(self, terms: Range<usize>) -> Ahead {
-        Bf16(self.0).ahead(terms)
     }
 }
 
@@ -271,16 +251,18 @@ impl Weights for Q4<'_> {
     }
 }
 
+/// [`super::multiply`].
+///
 /// # Safety
-/// As [`super::multiply`]; the CPU has avx2, fma and f16c, `x` is long enough, and the matrix has the panels.
+/// As there; the CPU has avx2, fma and f16c, `x` is long enough, and the matrix has the panels.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn multiply(task: &Task) {
     // SAFETY: the caller's promise.
     unsafe {
         match task.matrix.data() {
             Data::F32(w) => with(task, F32(w)),
-            Data::Half(w) if task.matrix.format() == Format::F16 => with(task, F16(w)),
-            Data::Half(w) => with(task, Bf16(w)),
+            Data::Half(w) if task.matrix.format() == Format::F16 => with(task, Half::<false>(w)),
+            Data::Half(w) => with(task, Half::<true>(w)),
             Data::Q8 { group: GROUP, scales, q } => with(task, Q8::<GROUP> { scales, q }),
             Data::Q8 { group: 16, scales, q } => with(task, Q8::<16> { scales, q }),
             Data::Q5 { scales, mins, q } => with(task, Q5 { scales, mins, q }),
@@ -340,27 +322,14 @@ unsafe fn side<const R: usize, const S: usize, W: Weights>(task: &Task, w: W, pa
         ($second:literal, $groups:ident, $x:ident, $i:expr) => {{
             let i = $i;
             let mut w = [[_mm256_setzero_ps(); 2]; S];
-            unrolled!(s < S, { w[s] = W::lanes::<$second>($groups[s], i) }, 0, 1);
-            unrolled!(
-                r < R,
-                {
-                    let x = _mm256_broadcast_ss(&*$x.add(r * stride + i));
-                    unrolled!(
-                        s < S,
-                        {
-                            sums[r][s][0] = _mm256_fmadd_ps(x, w[s][0], sums[r][s][0]);
-                            sums[r][s][1] = _mm256_fmadd_ps(x, w[s][1], sums[r][s][1]);
-                        },
-                        0,
-                        1
-                    );
-                },
-                0,
-                1,
-                2,
-                3,
-                4
-            );
+            unrolled!(s < S, { w[s] = W::lanes::<$second>($groups[s], i) });
+            unrolled!(r < R, {
+                let x = _mm256_broadcast_ss(&*$x.add(r * stride + i));
+                unrolled!(s < S, {
+                    sums[r][s][0] = _mm256_fmadd_ps(x, w[s][0], sums[r][s][0]);
+                    sums[r][s][1] = _mm256_fmadd_ps(x, w[s][1], sums[r][s][1]);
+                });
+            });
         }};
     }
     macro_rules! add {
@@ -368,7 +337,7 @@ unsafe fn side<const R: usize, const S: usize, W: Weights>(task: &Task, w: W, pa
             let (terms, x) = ($terms, $x);
             let whole = terms - terms % UNROLLED;
             for i in (0..whole).step_by(UNROLLED) {
-                unrolled!(u < UNROLLED, { add_term!($second, $groups, x, i + u) }, 0, 1, 2, 3);
+                unrolled!(u < UNROLLED, { add_term!($second, $groups, x, i + u) });
             }
             for i in whole..terms {
                 add_term!($second, $groups, x, i);
