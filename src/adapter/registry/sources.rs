@@ -18,9 +18,9 @@ use futures::{FutureExt, StreamExt};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
-use super::{
-    AdapterInfo, Entry, Inner, Names, RegistryOptions, Slot, Source, Tier, blocking, not_found, now, unusable,
-};
+use super::info::unusable;
+use super::names::{Entry, Names, Slot};
+use super::{AdapterInfo, Inner, RegistryOptions, Source, Tier, blocking, not_found, now};
 use crate::adapter::name::check_name;
 use crate::adapter::peft::{self, Loaded};
 use crate::adapter::remote::{Failure, Found, Remote};
