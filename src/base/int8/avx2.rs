@@ -6,7 +6,8 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{AHEAD, CACHE_LINE, Codes, NEAR, Rounded, STEP, Scales, Weights, in_memory};
+use super::{AHEAD, CACHE_LINE, Codes, Lines, NEAR, Rounded, STEP, Scales, Weights, in_memory};
+use crate::base::buffer::Buffer;
 use crate::base::simd::{Ahead, LANES, Target};
 
 const HALF: usize = LANES / 2;
@@ -42,14 +43,22 @@ enum Numbers<'a> {
 
 /// A panel whose codes of 4 bits are bytes, and its scales and minima f32. Room for one after the other.
 struct Apart {
-    codes: Vec<u8>,
-    numbers: Vec<[[f32; LANES]; 2]>,
+    codes: Lines,
+    numbers: Buffer,
 }
 
 impl Apart {
     fn new(weights: &Weights) -> Self {
         let groups = weights.k / weights.group;
-        Apart { codes: vec![0; weights.k * LANES], numbers: vec![[[0.0; LANES]; 2]; groups] }
+        let mut apart = Apart { codes: Lines::new(weights.k * LANES), numbers: Buffer::new(groups * 2 * LANES) };
+        // Where there are no minima, they are 0.
+        apart.numbers.fill(0.0);
+        apart
+    }
+
+    /// The scales and the minima of each group.
+    fn numbers(&mut self) -> &mut [[[f32; LANES]; 2]] {
+        self.numbers.as_chunks_mut().0.as_chunks_mut().0
     }
 
     #[target_feature(enable = "avx2,f16c")]
@@ -68,11 +77,11 @@ impl Apart {
                 }
             }
         }
-        let groups = self.numbers.len();
+        let groups = self.numbers().len();
         let scales = [Some(&weights.scales), weights.mins.as_ref()];
         for (which, scales) in scales.into_iter().enumerate().filter_map(|(i, scales)| Some((i, scales?))) {
             assert!(scales.len() >= (panel + 1) * groups);
-            for (g, numbers) in self.numbers.iter_mut().enumerate() {
+            for (g, numbers) in self.numbers().iter_mut().enumerate() {
                 // SAFETY: the assert; there are two halves.
                 unsafe {
                     for (h, half) in scales.halves(panel * groups + g).into_iter().enumerate() {
@@ -286,8 +295,8 @@ impl Weights {
                 let weights = match &mut apart {
                     Some(apart) => {
                         apart.take(self, codes, p);
-                        let numbers = Numbers::Apart(apart.numbers.as_ptr());
-                        Panel { codes: apart.codes.as_ptr(), numbers, features, zero }
+                        let numbers = Numbers::Apart(apart.numbers().as_ptr());
+                        Panel { codes: apart.codes.as_ptr().cast(), numbers, features, zero }
                     }
                     None => {
                         let codes = codes[p * length..][..length].as_ptr();
