@@ -102,6 +102,7 @@ async fn ask_engine(host: &Host, model: &str, prompt: &[u32], max_tokens: usize)
     };
     let task = Task::Generate(Generate {
         max_tokens,
+        min_tokens: 0,
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         stop: vec![],
         stop_tokens: vec![],

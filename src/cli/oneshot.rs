@@ -81,6 +81,7 @@ pub async fn generate(args: GenerateArgs) -> Result<()> {
     };
     let task = Task::Generate(Generate {
         max_tokens: args.max_tokens,
+        min_tokens: 0,
         sampling,
         stop: args.stop,
         stop_tokens: vec![],

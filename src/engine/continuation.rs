@@ -1,5 +1,6 @@
 //! One choice of a generation: from logits to tokens and text, until it ends.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::engine::detokenizer::{Detokenizer, Vocabulary};
@@ -43,10 +44,22 @@ impl Continuation {
     /// for log-probabilities. Its token has to go to [`Continuation::advance`].
     ///
     /// [`Model::step_and_draw`]: crate::engine::Model::step_and_draw
-    pub fn draw(&mut self) -> Option<Draw> {
+    pub fn draw(&mut self, eos_tokens: &[u32]) -> Option<Draw> {
         let Generate { grammar, logprobs, sampling, .. } = &*self.generate;
         let simple = grammar.is_none() && logprobs.is_none() && sampling.typical_p >= 1.0;
-        simple.then(|| self.sampler.draw())
+        let refused = if simple { self.early_ends(eos_tokens) } else { vec![] };
+        simple.then(|| self.sampler.draw(&refused))
+    }
+
+    /// The tokens that would end the text before it may end.
+    fn early_ends(&self, eos_tokens: &[u32]) -> Vec<u32> {
+        let Generate { min_tokens, ignore_eos, stop_tokens, .. } = &*self.generate;
+        if self.drawn >= *min_tokens {
+            return vec![];
+        }
+        let eos_tokens = if *ignore_eos { &[] } else { eos_tokens };
+        // Each once.
+        [eos_tokens, stop_tokens].concat().into_iter().collect::<BTreeSet<u32>>().into_iter().collect()
     }
 
     /// Draws a token from the model's logits, `[vocab_size]`, or takes the one that it drew. `room` is how many tokens the
@@ -97,7 +110,11 @@ impl Continuation {
         if !vocabulary.is_special(token) {
             let mut piece = String::new();
             self.detokenizer.push(vocabulary.token_bytes(token), &mut piece);
-            choice.matched_stop = self.stop.push(&piece, &mut choice.text);
+            if self.drawn > self.generate.min_tokens {
+                choice.matched_stop = self.stop.push(&piece, &mut choice.text);
+            } else {
+                self.stop.pass(&piece, &mut choice.text);
+            }
         }
         if choice.matched_stop.is_some() {
             choice.finish = Some(FinishReason::Stop);
@@ -114,13 +131,16 @@ impl Continuation {
         if self.drawn == 0 {
             self.matcher = self.generate.grammar.as_ref().map(Grammar::matcher);
         }
+        let mut refused = self.early_ends(eos_tokens);
         if let Some(matcher) = &mut self.matcher {
-            let refused = if self.generate.ignore_eos { eos_tokens } else { &[] };
-            if !matcher.mask(logits, refused)? {
+            if self.generate.ignore_eos {
+                refused.extend(eos_tokens);
+            }
+            if !matcher.mask(logits, &refused)? {
                 return Ok(None);
             }
         }
-        self.sampler.sample(logits).map(Some)
+        self.sampler.sample(logits, &refused).map(Some)
     }
 
     /// Of the logits as the model gave them, as vLLM does: neither penalties nor temperature are in, nor the grammar's mask. So

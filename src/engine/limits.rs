@@ -88,6 +88,7 @@ impl Limits {
 
     fn check_generate(&self, generate: &Generate, vocab_size: usize) -> Result<()> {
         within("n", generate.n, 1, MAX_CHOICES)?;
+        within("min_tokens", generate.min_tokens, 0, generate.max_tokens)?;
         if let Some(logprobs) = generate.logprobs {
             within("logprobs", logprobs, 0, MAX_LOGPROBS)?;
         }
@@ -154,6 +155,7 @@ mod tests {
     fn generate() -> Generate {
         Generate {
             max_tokens: 4,
+            min_tokens: 0,
             sampling: Sampling::default(),
             stop: vec![],
             stop_tokens: vec![],
@@ -184,7 +186,7 @@ mod tests {
     fn a_value_out_of_range_is_refused_by_name() {
         assert!(check(&[1], Task::Generate(generate())).is_ok());
         type Change = fn(&mut Generate);
-        let cases: [(&str, Change); 22] = [
+        let cases: [(&str, Change); 23] = [
             ("temperature", |g| g.sampling.temperature = -0.1),
             ("temperature", |g| g.sampling.temperature = f32::NAN),
             ("temperature", |g| g.sampling.temperature = f32::INFINITY),
@@ -206,6 +208,7 @@ mod tests {
             ("stop", |g| g.stop = vec!["x".repeat(1025)]),
             ("stop", |g| g.stop = vec!["x".into(); 65]),
             ("stop_token_ids", |g| g.stop_tokens = vec![1; 1025]),
+            ("min_tokens", |g| g.min_tokens = 5),
             ("top_p", |g| g.sampling.top_p = -1.0),
         ];
         for (param, change) in cases {

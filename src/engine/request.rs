@@ -54,6 +54,9 @@ impl Default for Sampling {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generate {
     pub max_tokens: usize,
+    /// Before so many tokens neither an end token nor one of [`Generate::stop_tokens`] is drawn, and no stop string counts
+    /// that is complete by then. A grammar's end still is one.
+    pub min_tokens: usize,
     pub sampling: Sampling,
     /// Generation ends before the first of these appears in the text.
     pub stop: Vec<String>,

@@ -49,20 +49,20 @@ impl Sampler {
         Sampler { sampling, rng, seen, drawn: HashMap::new(), candidates: vec![] }
     }
 
-    /// Draws a token from `logits`, `[vocab_size]`, which it overwrites.
+    /// Draws a token from `logits`, `[vocab_size]`, which it overwrites; none of `refused`.
     ///
     /// Errors: `Internal` if a logit is NaN or the largest is not finite.
-    pub fn sample(&mut self, logits: &mut [f32]) -> Result<u32> {
-        let token = self.draw().token(logits, &mut self.candidates)?;
+    pub fn sample(&mut self, logits: &mut [f32], refused: &[u32]) -> Result<u32> {
+        let token = self.draw(refused).token(logits, &mut self.candidates)?;
         self.take(token);
         Ok(token)
     }
 
     /// The next draw, for whoever has the logits; [`Sampler::take`] has to follow.
-    pub fn draw(&mut self) -> Draw {
+    pub fn draw(&mut self, refused: &[u32]) -> Draw {
         let s = &self.sampling;
         Draw {
-            edits: self.edits(),
+            edits: self.edits(refused),
             repetition_penalty: s.repetition_penalty,
             temperature: s.temperature,
             min_p: s.min_p,
@@ -83,20 +83,23 @@ impl Sampler {
         }
     }
 
-    /// A change for each token that has a bias, was seen or was drawn.
-    fn edits(&self) -> Vec<Edit> {
+    /// A change for each token that is refused, has a bias, was seen or was drawn.
+    fn edits(&self, refused: &[u32]) -> Vec<Edit> {
         let s = &self.sampling;
         let edit = |&token: &u32, seen: bool| {
             // Most maps have nothing in them.
             let bias = if s.logit_bias.is_empty() { None } else { s.logit_bias.get(&token) };
+            let bias = if refused.contains(&token) { Some(&f32::NEG_INFINITY) } else { bias };
             let count = if self.drawn.is_empty() { None } else { self.drawn.get(&token) };
             let penalty = count.map_or(0.0, |&count| count as f32 * s.frequency_penalty + s.presence_penalty);
             Edit { token, bias: bias.copied().unwrap_or(0.0), seen, penalty }
         };
         let seen = self.seen.iter().map(|token| edit(token, true));
         let drawn = self.drawn.keys().filter(|token| !self.seen.contains(token));
-        let biased = s.logit_bias.keys().filter(|token| !self.seen.contains(token) && !self.drawn.contains_key(token));
-        seen.chain(drawn.chain(biased).map(|token| edit(token, false))).collect()
+        let is_new = |token: &&u32| !self.seen.contains(token) && !self.drawn.contains_key(token);
+        let biased = s.logit_bias.keys().filter(is_new);
+        let refused = refused.iter().filter(is_new).filter(|token| !s.logit_bias.contains_key(token));
+        seen.chain(drawn.chain(biased).chain(refused).map(|token| edit(token, false))).collect()
     }
 }
 
@@ -247,7 +250,7 @@ mod tests {
             let mut drawn = vec![];
             for _ in 0..5 {
                 let p = reference(&sampling, &prompt, &drawn, &logits);
-                let token = sampler.sample(&mut logits.clone()).unwrap();
+                let token = sampler.sample(&mut logits.clone(), &[]).unwrap();
                 // A token at the edge of a threshold may fall to either side by rounding; such edges are rare enough
                 // among random numbers never to be met.
                 prop_assert!(p[token as usize] > 0.0, "drew {token}, of probability 0");
@@ -255,7 +258,7 @@ mod tests {
             }
             let again: Vec<u32> = {
                 let mut sampler = Sampler::new(sampling, &prompt, seed);
-                (0..5).map(|_| sampler.sample(&mut logits.clone()).unwrap()).collect()
+                (0..5).map(|_| sampler.sample(&mut logits.clone(), &[]).unwrap()).collect()
             };
             prop_assert_eq!(again, drawn);
         }
@@ -289,7 +292,7 @@ mod tests {
             let mut counts = vec![0u32; logits.len()];
             let mut sampler = Sampler::new(s.clone(), &[], 7);
             for _ in 0..draws {
-                counts[sampler.sample(&mut logits.clone()).unwrap() as usize] += 1;
+                counts[sampler.sample(&mut logits.clone(), &[]).unwrap() as usize] += 1;
             }
             let (mut chi2, mut cells) = (0.0, 0.0);
             for (&p, &count) in p.iter().zip(&counts) {
@@ -310,7 +313,7 @@ mod tests {
     #[test]
     fn greedy_takes_the_lowest_of_equals() {
         let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, &[], 0);
-        assert_eq!(sampler.sample(&mut [1.0, 3.0, 3.0, 2.0]).unwrap(), 1);
+        assert_eq!(sampler.sample(&mut [1.0, 3.0, 3.0, 2.0], &[]).unwrap(), 1);
     }
 
     #[test]
@@ -322,7 +325,7 @@ mod tests {
             logit_bias: [(0, 3.0)].into(),
             ..Sampling::default()
         };
-        assert_eq!(Sampler::new(sampling, &[0], 0).sample(&mut [1.0, 3.0]).unwrap(), 1);
+        assert_eq!(Sampler::new(sampling, &[0], 0).sample(&mut [1.0, 3.0], &[]).unwrap(), 1);
     }
 
     #[test]
@@ -330,7 +333,7 @@ mod tests {
         for cut in [Sampling { top_k: 3, ..Sampling::default() }, Sampling { top_p: 0.4, ..Sampling::default() }] {
             let mut sampler = Sampler::new(cut, &[], 11);
             // Each has a probability of 0.2, and f32's 0.4 is a little more than two of them.
-            let drawn: HashSet<u32> = (0..500).map(|_| sampler.sample(&mut [0.0; 5]).unwrap()).collect();
+            let drawn: HashSet<u32> = (0..500).map(|_| sampler.sample(&mut [0.0; 5], &[]).unwrap()).collect();
             assert!(drawn.iter().all(|&token| token < 3), "{drawn:?}");
         }
     }
@@ -341,23 +344,23 @@ mod tests {
         // Of 0.4, 0.3, 0.2 and 0.1 the expected surprise is 1.28, and their own 0.92, 1.20, 1.61 and 2.30.
         let mut sampler = Sampler::new(Sampling { typical_p: 0.25, ..Sampling::default() }, &[], 5);
         let mut logits = [0.4f32, 0.3, 0.2, 0.1, 0.0].map(f32::ln);
-        assert_eq!(sampler.sample(&mut logits).unwrap(), 1);
+        assert_eq!(sampler.sample(&mut logits, &[]).unwrap(), 1);
     }
 
     #[test]
     fn logits_that_are_not_numbers_are_errors() {
         let mut sampler = Sampler::new(Sampling::default(), &[], 0);
         for logits in [vec![0.0, f32::NAN, 1.0], vec![f32::INFINITY, 0.0], vec![f32::NEG_INFINITY; 3], vec![]] {
-            assert!(sampler.sample(&mut logits.clone()).is_err(), "{logits:?}");
+            assert!(sampler.sample(&mut logits.clone(), &[]).is_err(), "{logits:?}");
             assert!(log_sum_exp(&logits).is_err(), "{logits:?}");
         }
-        assert_eq!(sampler.sample(&mut [f32::NEG_INFINITY, -3.0]).unwrap(), 1);
+        assert_eq!(sampler.sample(&mut [f32::NEG_INFINITY, -3.0], &[]).unwrap(), 1);
     }
 
     #[test]
     fn a_tiny_temperature_is_greedy() {
         let mut sampler = Sampler::new(Sampling { temperature: 1e-40, ..Sampling::default() }, &[], 3);
-        assert_eq!(sampler.sample(&mut [1.0, 1.5, 1.25]).unwrap(), 1);
+        assert_eq!(sampler.sample(&mut [1.0, 1.5, 1.25], &[]).unwrap(), 1);
     }
 
     #[test]

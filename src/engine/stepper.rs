@@ -279,8 +279,12 @@ impl Stepper {
                 items.push((sequence, part.output));
             }
         }
+        let eos_tokens = &self.options.eos_tokens;
         let draw = |(sequence, output): (&mut Sequence<Job>, Output)| match &mut sequence.payload {
-            Job::Generate { continuation, .. } if output == Output::LastLogits => continuation.draw(),
+            Job::Generate { continuation, .. } if output == Output::LastLogits => {
+                let own = sequence.adapter.as_ref().and_then(|a| a.language.as_ref());
+                continuation.draw(own.map_or(eos_tokens, |own| &own.eos_tokens))
+            }
             _ => None,
         };
         // Penalties look at all that a sequence has so far.

@@ -36,7 +36,11 @@ impl Pattern {
         if bytes[self.matched] == byte {
             self.matched += 1;
         }
-        self.matched == bytes.len()
+        let is_whole = self.matched == bytes.len();
+        if is_whole {
+            self.matched = self.fallback[self.matched];
+        }
+        is_whole
     }
 }
 
@@ -59,6 +63,15 @@ impl StopMatcher {
     /// Takes a piece of text and appends to `out` what is sure to stay. After a match, which it returns, there is nothing
     /// more to come and `push` is not to be called again.
     pub fn push(&mut self, piece: &str, out: &mut String) -> Option<String> {
+        self.take(piece, true, out)
+    }
+
+    /// The same for text that no match ends in; one may begin there.
+    pub fn pass(&mut self, piece: &str, out: &mut String) {
+        self.take(piece, false, out);
+    }
+
+    fn take(&mut self, piece: &str, may_end: bool, out: &mut String) -> Option<String> {
         if self.patterns.is_empty() {
             out.push_str(piece);
             return None;
@@ -68,7 +81,7 @@ impl StopMatcher {
         for (i, byte) in self.held.bytes().enumerate().skip(start) {
             let mut longest: Option<&str> = None;
             for pattern in &mut self.patterns {
-                if pattern.push(byte) && longest.is_none_or(|l| l.len() < pattern.text.len()) {
+                if pattern.push(byte) && may_end && longest.is_none_or(|l| l.len() < pattern.text.len()) {
                     longest = Some(&pattern.text);
                 }
             }
@@ -102,12 +115,22 @@ mod tests {
     use super::*;
 
     fn run(stop: &[&str], include: bool, pieces: &[&str]) -> (Vec<String>, Option<String>) {
+        run_after(0, stop, include, pieces)
+    }
+
+    /// Where nothing ends in the first `passed` pieces.
+    fn run_after(passed: usize, stop: &[&str], include: bool, pieces: &[&str]) -> (Vec<String>, Option<String>) {
         let stop: Vec<String> = stop.iter().map(|s| s.to_string()).collect();
         let mut matcher = StopMatcher::new(&stop, include);
         let mut outs = vec![];
-        for piece in pieces {
+        for (i, piece) in pieces.iter().enumerate() {
             let mut out = String::new();
-            let matched = matcher.push(piece, &mut out);
+            let matched = if i < passed {
+                matcher.pass(piece, &mut out);
+                None
+            } else {
+                matcher.push(piece, &mut out)
+            };
             outs.push(out);
             if matched.is_some() {
                 return (outs, matched);
@@ -139,10 +162,14 @@ mod tests {
             text in "[abé]{0,40}",
             stop in prop::collection::vec("[abé]{1,5}", 0..5),
             cuts in prop::collection::vec(0usize..40, 0..10),
-            include: bool,
+            (include, passed) in (any::<bool>(), 0usize..6),
         ) {
+            let mut cuts: Vec<usize> = cuts.into_iter().filter(|&c| c < text.len() && text.is_char_boundary(c)).collect();
+            cuts.extend([0, text.len()]);
+            cuts.sort();
+            let from = cuts[passed.min(cuts.len() - 1)];
             let mut expected = (text.clone(), None);
-            'search: for end in 1..=text.len() {
+            'search: for end in from + 1..=text.len() {
                 if !text.is_char_boundary(end) {
                     continue;
                 }
@@ -154,12 +181,9 @@ mod tests {
                     break 'search;
                 }
             }
-            let mut cuts: Vec<usize> = cuts.into_iter().filter(|&c| c < text.len() && text.is_char_boundary(c)).collect();
-            cuts.extend([0, text.len()]);
-            cuts.sort();
             let pieces: Vec<&str> = cuts.windows(2).map(|w| &text[w[0]..w[1]]).collect();
             let stop: Vec<&str> = stop.iter().map(String::as_str).collect();
-            let (outs, matched) = run(&stop, include, &pieces);
+            let (outs, matched) = run_after(passed, &stop, include, &pieces);
             prop_assert_eq!((outs.concat(), matched), expected);
         }
     }

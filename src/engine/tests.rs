@@ -297,6 +297,7 @@ fn wait_until(condition: impl Fn() -> bool) {
 fn generate(max_tokens: usize) -> Generate {
     Generate {
         max_tokens,
+        min_tokens: 0,
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         stop: vec![],
         stop_tokens: vec![],
@@ -389,7 +390,8 @@ fn expected(request: &Request, max_tokens: usize) -> Answer {
 
 fn any_request() -> impl Strategy<Value = Request> {
     let sampling = (prop_oneof![Just(0.0f32), 0.5f32..1.5], 0usize..12, 0.3f32..1.0, 0u64..4, prop::bool::ANY);
-    let choices = (1usize..30, 1usize..4, prop::option::of(0usize..4), 0u8..3, prop::bool::ANY);
+    let least = prop_oneof![Just(0usize), 1usize..30];
+    let choices = (1usize..30, least, 1usize..4, prop::option::of(0usize..4), 0u8..3, prop::bool::ANY);
     // Prompts are beginnings of few texts, so that prefixes are shared, also between adapters.
     let task = (0u8..6, prop::option::of(0..GRAMMARS.len()));
     (0usize..4, 0u32..3, 1usize..40, 0usize..40, sampling, choices, task).prop_map(
@@ -399,7 +401,7 @@ fn any_request() -> impl Strategy<Value = Request> {
             length,
             fork,
             (temperature, top_k, top_p, seed, penalties),
-            (max, n, logprobs, stop, eos),
+            (max, least, n, logprobs, stop, eos),
             (task, grammar),
         )| {
             let names = ["", "a", "b", "c"];
@@ -426,7 +428,9 @@ fn any_request() -> impl Strategy<Value = Request> {
                     (generate.n, generate.logprobs, generate.ignore_eos) = (n, logprobs, eos);
                     generate.stop =
                         [vec![], vec!["QX".to_string()], vec!["B".into(), "éC".into()]][stop as usize].clone();
-                    generate.stop_tokens = if stop == 1 { vec![9] } else { vec![] };
+                    generate.stop_tokens = if stop == 2 { vec![] } else { vec![9] };
+                    // Text before it may have stop strings.
+                    generate.min_tokens = if stop == 0 { least.min(max) } else { 0 };
                     generate.grammar = grammar.map(|i| GRAMMARS[i].0.clone());
                     Task::Generate(generate)
                 }
@@ -515,6 +519,7 @@ fn check_choice(prompt: &[u32], generate: &Generate, choice: &Choice, salt: u64)
     }
     assert!(!stops(&choice.text) && !tokens.iter().any(|t| generate.stop_tokens.contains(t)));
     assert!(generate.ignore_eos || !tokens.contains(&EOS));
+    assert!(tokens.len() >= generate.min_tokens || generate.grammar.is_some(), "{} tokens", tokens.len());
     assert_eq!(logprobs.len(), generate.logprobs.map_or(0, |_| tokens.len()));
     for (i, entry) in logprobs.iter().enumerate() {
         let before = prompt.iter().chain(&tokens[..i]).enumerate();
@@ -1007,6 +1012,49 @@ fn a_text_ends_where_its_grammar_does() {
     let (text, nothing) = ask("", &|g| g.ignore_eos = true);
     assert_eq!((text.as_str(), nothing.finish, nothing.tokens.len()), ("", stop, 0));
     bench.settle();
+}
+
+#[test]
+fn a_text_goes_on_until_it_may_end() {
+    for draws in [false, true] {
+        let bench = bench(&Sizes { draws, ..ROOMY });
+        let ask = |least: usize, likely: &[(u32, f32)], change: &dyn Fn(&mut Generate)| {
+            let mut g = Generate { min_tokens: least, ..generate(8) };
+            g.sampling.logit_bias = likely.iter().copied().collect();
+            change(&mut g);
+            let events = bench.engine.submit(request(None, vec![5, 6], Task::Generate(g))).unwrap();
+            let Answer::Choices(mut choices, _) = collect(events) else { panic!("a failure") };
+            choices.remove(0)
+        };
+        let stop = Some(FinishReason::Stop);
+        for least in [0, 1, 3, 7] {
+            let choice = ask(least, &[(EOS, 100.0)], &|_| {});
+            assert_eq!((choice.tokens.len(), choice.finish), (least, stop));
+            // Two that end it, one of which the penalties are for, too.
+            let choice = ask(least, &[(9, 100.0), (6, 100.0)], &|g| {
+                g.stop_tokens = vec![9, 6, 9];
+                g.sampling.repetition_penalty = 1.2;
+            });
+            assert_eq!((choice.tokens.len(), choice.finish), (least, stop));
+            assert!(["9", "6"].contains(&choice.matched_stop.as_deref().unwrap()));
+        }
+        assert_eq!(ask(8, &[(EOS, 100.0)], &|_| {}).finish, Some(FinishReason::Length));
+        let eager = ask(3, &[(EOS, 100.0)], &|g| g.ignore_eos = true);
+        assert_eq!((eager.tokens, eager.finish), (vec![EOS; 8], Some(FinishReason::Length)));
+        // The stop string that is complete after it, where it may have begun before, not those complete before.
+        let b = (0..VOCAB as u32).find(|&t| t != EOS && Toy::new().token_bytes(t) == b"B").unwrap();
+        let choice = ask(3, &[(b, 100.0)], &|g| g.stop = vec!["B".into()]);
+        assert_eq!((choice.text.as_str(), choice.tokens.len(), choice.finish), ("BBB", 4, stop));
+        let choice = ask(3, &[(b, 100.0)], &|g| g.stop = vec!["BB".into()]);
+        assert_eq!((choice.text.as_str(), choice.tokens.len(), choice.finish), ("BB", 4, stop));
+        // A grammar lets nothing follow.
+        let choice = ask(6, &[], &|g| {
+            let constraint = Constraint::Regex("ABCD".into());
+            g.grammar = Some(compile(&Toy::new(), VOCAB, &[EOS], &constraint).unwrap());
+        });
+        assert_eq!((choice.text.as_str(), choice.finish), ("ABCD", stop));
+        bench.settle();
+    }
 }
 
 #[test]

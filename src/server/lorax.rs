@@ -55,6 +55,7 @@ async fn read(state: &Shared, http: &HttpRequest, f: &Fields) -> Result<Asked> {
     let mut task = Generate {
         // As in LoRAX, up to the end of the context where the request does not say; TGI's client always says.
         max_tokens: p.count("max_new_tokens")?.unwrap_or(state.context),
+        min_tokens: 0,
         sampling,
         stop: p.texts("stop")?.unwrap_or_default(),
         stop_tokens: vec![],

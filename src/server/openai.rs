@@ -20,7 +20,7 @@ const MAX_TOKENS: usize = 16;
 /// Prompts of one request.
 const MAX_PROMPTS: usize = 1024;
 /// Fields that would change the answer and are not supported.
-const REFUSED: [&str; 15] = [
+const REFUSED: [&str; 14] = [
     "allowed_token_ids",
     "bad_words",
     "suffix",
@@ -28,7 +28,6 @@ const REFUSED: [&str; 15] = [
     "functions",
     "audio",
     "use_beam_search",
-    "min_tokens",
     "prompt_logprobs",
     "continue_final_message",
     "chat_template",

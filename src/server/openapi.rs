@@ -40,6 +40,7 @@ pub fn document() -> Value {
         ("logit_bias", json!({ "type": "object", "additionalProperties": number.clone() })),
         ("include_stop_str_in_output", flag.clone()),
         ("ignore_eos", flag.clone()),
+        ("min_tokens", whole.clone()),
         ("stream", flag.clone()),
     ];
     let any_schema = json!({ "type": ["object", "boolean", "string"], "description": "A JSON schema, or its text" });

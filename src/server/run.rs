@@ -258,6 +258,7 @@ pub fn sampling(f: &Fields, temperature: f32) -> Result<Sampling> {
 pub fn generation(f: &Fields, temperature: f32, max_tokens: usize) -> Result<Generate> {
     Ok(Generate {
         max_tokens,
+        min_tokens: f.count("min_tokens")?.unwrap_or(0),
         sampling: sampling(f, temperature)?,
         stop: f.texts("stop")?.unwrap_or_default(),
         stop_tokens: f.tokens("stop_token_ids")?.unwrap_or_default(),

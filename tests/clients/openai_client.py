@@ -116,6 +116,10 @@ assert stopped.choices[0].stop_reason == stop, stopped
 end = client.completions.create(
     model="base", prompt="x", logit_bias={"504": 100}, max_tokens=4, temperature=0, extra_body={"stop_token_ids": [504]})
 assert end.choices[0].stop_reason == 504 and end.choices[0].text == "", end
+later = client.completions.create(
+    model="base", prompt="x", logit_bias={"504": 100}, max_tokens=4, temperature=0,
+    extra_body={"stop_token_ids": [504], "min_tokens": 2})
+assert later.choices[0].stop_reason == 504 and later.usage.completion_tokens == 3, later
 
 messages = [{"role": "user", "content": "Write one sentence about autumn."}]
 chat = client.chat.completions.create(

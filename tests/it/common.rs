@@ -136,6 +136,7 @@ pub fn greedy(max_tokens: usize) -> Generate {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
     Generate {
         max_tokens,
+        min_tokens: 0,
         sampling,
         stop: vec![],
         stop_tokens: vec![],
