@@ -1,6 +1,5 @@
 //! One choice of a generation: from logits to tokens and text, until it ends.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::engine::detokenizer::{Detokenizer, Vocabulary};
@@ -47,19 +46,24 @@ impl Continuation {
     pub fn draw(&mut self, eos_tokens: &[u32]) -> Option<Draw> {
         let Generate { grammar, logprobs, sampling, .. } = &*self.generate;
         let simple = grammar.is_none() && logprobs.is_none() && sampling.typical_p >= 1.0;
-        let refused = if simple { self.early_ends(eos_tokens) } else { vec![] };
-        simple.then(|| self.sampler.draw(&refused))
+        if !simple {
+            return None;
+        }
+        let refused = self.early_ends(eos_tokens);
+        Some(self.sampler.draw(&refused))
     }
 
-    /// The tokens that would end the text before it may end.
+    /// The tokens that would end the text before it may end, each once.
     fn early_ends(&self, eos_tokens: &[u32]) -> Vec<u32> {
         let Generate { min_tokens, ignore_eos, stop_tokens, .. } = &*self.generate;
         if self.drawn >= *min_tokens {
             return vec![];
         }
         let eos_tokens = if *ignore_eos { &[] } else { eos_tokens };
-        // Each once.
-        [eos_tokens, stop_tokens].concat().into_iter().collect::<BTreeSet<u32>>().into_iter().collect()
+        let mut ends = [eos_tokens, stop_tokens].concat();
+        ends.sort_unstable();
+        ends.dedup();
+        ends
     }
 
     /// Draws a token from the model's logits, `[vocab_size]`, or takes the one that it drew. `room` is how many tokens the

@@ -6,7 +6,7 @@ use super::info::unusable;
 use super::names::{Entry, Slot};
 use super::{AdapterInfo, Inner, Source, not_found, now};
 use crate::adapter::name::{OWNER, check_whole_name};
-use crate::adapter::peft::Loaded;
+use crate::adapter::peft::{Loaded, Summary};
 use crate::adapter::store::Lease;
 use crate::adapter::{Generation, Upload};
 use crate::lora::PackedAdapter;
@@ -40,11 +40,7 @@ impl Inner {
             );
         }
         upload.check_size()?;
-        let Loaded { adapter, language, summary } = self.read(upload.path())?;
-        let mut packed = self.pack(adapter, language)?;
-        self.check_template(&packed)?;
-        self.find_pages_for_offer(&mut packed)?;
-        let packed = Arc::new(packed);
+        let (packed, summary) = self.validated(&upload)?;
         let generation = packed.generation.clone();
         let path = self.store.object(&generation);
         let entry = Arc::new(Entry {
@@ -68,8 +64,17 @@ impl Inner {
         published.map(|(entry, published)| (self.info(name, &self.slot(name), &entry), published))
     }
 
+    /// What came from elsewhere, read, checked, and packed to be offered to the top tier.
+    pub(super) fn validated(&self, upload: &Upload) -> Result<(Arc<PackedAdapter>, Summary)> {
+        let Loaded { adapter, language, summary } = self.read(upload.path())?;
+        let mut packed = self.pack(adapter, language)?;
+        self.check_template(&packed)?;
+        self.find_pages_for_offer(&mut packed)?;
+        Ok((Arc::new(packed), summary))
+    }
+
     /// Refuses a chat template that comes from others than who runs the server.
-    pub(super) fn check_template(&self, packed: &PackedAdapter) -> Result<()> {
+    fn check_template(&self, packed: &PackedAdapter) -> Result<()> {
         let brings_template = packed.language.as_ref().is_some_and(|own| !own.has_chat_of(&self.options.language));
         if brings_template && !self.options.uploaded_templates {
             return Err(Error::unprocessable(

@@ -22,7 +22,7 @@ use super::info::unusable;
 use super::names::{Entry, Names, Slot};
 use super::{AdapterInfo, Inner, RegistryOptions, Source, Tier, blocking, not_found, now};
 use crate::adapter::name::check_name;
-use crate::adapter::peft::{self, Loaded};
+use crate::adapter::peft;
 use crate::adapter::remote::{Failure, Found, Remote};
 use crate::adapter::{Generation, Upload};
 use crate::{Error, ErrorKind, Result};
@@ -507,11 +507,7 @@ impl Inner {
     fn place(&self, name: &str, source: usize, found: Arc<Found>, upload: Upload) -> Result<Arc<Entry>> {
         let Some(sources) = &self.sources else { return Err(not_found(name)) };
         let url = sources.remotes[source].url().clone();
-        let Loaded { adapter, language, summary } = self.read(upload.path())?;
-        let mut packed = self.pack(adapter, language)?;
-        self.check_template(&packed)?;
-        self.find_pages_for_offer(&mut packed)?;
-        let packed = Arc::new(packed);
+        let (packed, summary) = self.validated(&upload)?;
         let generation = packed.generation.clone();
         let created = Some(found.modified()).filter(|time| *time > 0).unwrap_or_else(now);
         let origin = Origin {
