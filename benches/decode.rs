@@ -18,7 +18,7 @@ use candle_core::DType;
 use loramux::adapter::{Adapter, Generation, LoraPair};
 use loramux::base::matmul::Format;
 use loramux::base::{Base, DEFAULT_MODEL, Decoder, DecoderOptions, Kernels, device, parallel};
-use loramux::engine::{Model, Output, Runner, Work};
+use loramux::engine::{Draw, Model, Output, Runner, Work};
 use loramux::lora::{PackedAdapter, Pool};
 use serde_json::json;
 
@@ -143,7 +143,7 @@ fn main() {
                 adapter: with.then(|| adapters[i].clone()),
                 output: Output::LastLogits,
             };
-            runner.step(&(0..prompts).map(work).collect::<Vec<Work>>()).expect("step")
+            step(&mut runner, &(0..prompts).map(work).collect::<Vec<Work>>())
         });
         let pair = Pair { base, adapters, tokens: prompts * tokens };
         match json {
@@ -156,8 +156,7 @@ fn main() {
     }
     for rows in if asked.is_empty() { vec![1, 2, 4, 8, 16, 32] } else { asked } {
         assert!(rows * 8 <= runner.blocks() && START < 8 * runner.block_size());
-        let [base, adapters] =
-            medians(steps, |with| runner.step(&decoding(rows, with.then_some(&adapters))).expect("step"));
+        let [base, adapters] = medians(steps, |with| step(&mut runner, &decoding(rows, with.then_some(&adapters))));
         let pair = Pair { base, adapters, tokens: rows };
         match json {
             true => pair.print_json(json!({ "rows": rows, "start": START })),
@@ -167,7 +166,7 @@ fn main() {
     let Some(pool) = pool else { return };
     // Others go to pages meanwhile.
     let work = decoding(ADAPTERS, Some(&adapters));
-    let alone = median(steps, || runner.step(&work).expect("step"));
+    let alone = median(steps, || step(&mut runner, &work));
     let load = |i| PackedAdapter::for_pages(adapter(i), &decoder, &pool).expect("packed");
     let mut loaded: Vec<_> = (0..ADAPTERS).map(load).collect();
     let bytes: usize = loaded.iter().map(|adapter| adapter.bytes).sum();
@@ -181,7 +180,7 @@ fn main() {
         });
         let (start, mut steps) = (Instant::now(), 0);
         while !is_done.load(Ordering::SeqCst) || steps == 0 {
-            runner.step(&work).expect("step");
+            step(&mut runner, &work);
             steps += 1;
         }
         (uploads.join().expect("uploads"), steps, start.elapsed().as_secs_f64())
@@ -192,6 +191,12 @@ fn main() {
         true => println!("{}", json!({ "uploads": rate, "base": alone, "adapters": meanwhile })),
         false => println!("uploads {rate:.1} GB/s; meanwhile {meanwhile:.0} tok/s of {alone:.0}"),
     }
+}
+
+/// A step whose tokens are drawn, greedily, as a server's are.
+fn step(runner: &mut Runner, work: &[Work]) {
+    let greedy = Draw { temperature: 0.0, ..Draw::default() };
+    runner.step_and_draw(work, &vec![Some(greedy); work.len()]).expect("a step");
 }
 
 /// A row for each of so many sequences, each with an adapter of its own.

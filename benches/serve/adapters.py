@@ -6,7 +6,8 @@
         --model SmolLM2-135M-Instruct.Q4_1.gguf --loramux-options='--quantize q8'
 
 It writes random adapters, starts `loramux serve` with room for a part of them, and sends the loads of `loramux bench serve`,
-in turns, so that a slow minute of the machine hits all alike. The tables hold medians; the JSON before them has every run.
+a part of each in turn, so that a slow minute of the machine hits all alike. The tables hold medians of the parts; the JSON
+before them has all.
 """
 
 import argparse
@@ -26,6 +27,8 @@ CLIENTS = 8
 SEEDS = itertools.count(1)
 # Bytes. Little, so that a load writes nearly all of it: the rest is not in use when memory is looked at.
 KV_MEMORY = 48 << 20
+# Parts of a run.
+TURNS = 4
 
 # What the runs are called.
 BASE, ENGINE = "base", "base, engine alone"
@@ -96,7 +99,7 @@ def first_token(args, server, name):
     return time.monotonic() - start
 
 
-def probed(args, server, neighbours, names):
+def probed(args, server, neighbours, names, requests):
     """A load of other clients, and meanwhile a request with each of `names` in turn: the load's report, and first tokens."""
     took, ended = [], threading.Event()
 
@@ -109,35 +112,41 @@ def probed(args, server, neighbours, names):
 
     thread = threading.Thread(target=probe)
     thread.start()
-    report = load(args, server, "--ask", ",".join(neighbours))
+    report = load(args, server, "--ask", ",".join(neighbours), requests=requests)
     ended.set()
     thread.join()
     return report, took
 
 
+def in_turns(args, loads, runs):
+    """Adds to `runs`, {name: reports}, those of `loads`, {name: what gives the report of so many requests of each client}."""
+    for turn in range(TURNS):
+        for name in list(loads)[:: -1 if turn % 2 else 1]:
+            runs.setdefault(name, []).append(loads[name](max(1, args.requests // TURNS)))
+
+
 def beside_base(args):
-    """The base alone, eight adapters of two kinds, and the base on an engine without a server: {"runs": {name: reports}},
+    """The base alone, on an engine without a server as well, and eight adapters of two kinds: {"runs": {name: reports}},
     the seconds until the server was ready, its bytes in memory after the base's traffic, and those of them that are not
     weights, KV cache or adapters."""
     linear, linear_names = folder_of(args, "linear", 8, 16, ALL)
     qv, qv_names = folder_of(args, "qv", 8, 8, QV)
     result = {"runs": {}, "ready_s": [], "resident": [], "resident_beyond": []}
-    ran = lambda name, report: result["runs"].setdefault(name, []).append(report)
     for _ in range(args.repetitions):
         with serve(args, [linear, qv], "--kv-memory", str(KV_MEMORY)) as server:
             result["ready_s"].append(server.ready)
-            # What comes first pays for memory that is used for the first time, and for loading.
-            load(args, server, requests=2)
-            ran(BASE, load(args, server))
+            load(args, server)
             resident = server.resident()
             held = server.metric("loramux_base_bytes") + kv_bytes(server) + adapter_bytes(server)
             result["resident"].append(resident)
             result["resident_beyond"].append(resident - held)
+            asking = lambda *options: lambda requests: load(args, server, *options, requests=requests)
+            loads = {BASE: asking(), ENGINE: lambda requests: load(args, None, requests=requests)}
             for kind, names in (LINEAR, linear_names), (Q_AND_V, qv_names):
-                asks = ["--ask", ",".join(names)]
-                load(args, server, *asks, requests=2)
-                ran(kind, load(args, server, *asks))
-        ran(ENGINE, load(args, None))
+                loads[kind] = asking("--ask", ",".join(names))
+                # What comes first pays for loading.
+                loads[kind](2)
+            in_turns(args, loads, result["runs"])
     return result
 
 
@@ -149,18 +158,25 @@ def over_many(args):
         first_token(args, server, many[0])
         each = adapter_bytes(server)
     result = {"runs": {}, "first_tokens": {kind: [] for kind in BESIDE}, "bytes_each": each}
-    ran = lambda name, report: result["runs"].setdefault(name, []).append(report)
     fresh = iter(many[::-1])
     with serve(args, [folder], "--adapter-memory", str(each * args.room)) as server:
         first_token(args, server, many[0])
+        asking = lambda *options: lambda requests: load(args, server, *options, requests=requests)
+
+        def beside(kind):
+            def run(requests):
+                probes = max(1, args.probes // TURNS)
+                names = [many[0] if kind == "warm" else next(fresh) for _ in range(probes)]
+                report, took = probed(args, server, many[: CLIENTS - 1], names, requests)
+                result["first_tokens"][kind] += took
+                return report
+
+            return run
+
+        loads = {ONE: asking("--ask", many[0]), MANY: asking("--ask-all", "--spread", "uniform")}
+        loads |= {name: beside(kind) for kind, name in BESIDE.items()}
         for _ in range(args.repetitions):
-            ran(ONE, load(args, server, "--ask", many[0]))
-            ran(MANY, load(args, server, "--ask-all", "--spread", "uniform"))
-            for kind, took in result["first_tokens"].items():
-                names = [many[0] if kind == "warm" else next(fresh) for _ in range(args.probes)]
-                report, seen = probed(args, server, many[: CLIENTS - 1], names)
-                ran(BESIDE[kind], report)
-                took += seen
+            in_turns(args, loads, result["runs"])
     return result
 
 

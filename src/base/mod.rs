@@ -6,7 +6,7 @@ mod unrolled;
 
 pub mod attention;
 pub mod budget;
-mod buffer;
+pub(crate) mod buffer;
 mod chat;
 mod config;
 mod decoder;

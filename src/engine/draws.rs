@@ -1,9 +1,12 @@
 //! Tokens drawn where the logits are: on a GPU by a kernel (`src/cuda/kernels/sampler.cu`), so that a token leaves it and not
-//! the logits of a vocabulary.
+//! the logits of a vocabulary; on a CPU where they were written.
 
-use candle_core::Tensor;
+use std::cell::RefCell;
+
+use candle_core::{DType, Tensor};
 
 use crate::Result;
+use crate::base::{Rows, parallel};
 use crate::engine::draw::Draw;
 
 /// A draw from a row of logits, of which `vocab` are those of tokens.
@@ -14,9 +17,31 @@ pub struct Row<'a> {
     pub draw: &'a Draw,
 }
 
-/// Tokens from logits `[rows, width]` in f32, which are overwritten. No two draws are of the same row, and none is by
-/// typical-p, for which the kernel would have to sort. `None` is of a row that has a NaN or whose largest logit is not finite.
-pub fn draw_tokens(logits: &Tensor, rows: &[Row]) -> Result<Vec<Option<u32>>> {
+/// Tokens from some rows of logits, in ascending order, each at most once, and on a GPU none by typical-p, for which the kernel
+/// would have to sort. `None` is of a row that has a NaN or whose largest logit is not finite. What the rows hold then means
+/// nothing.
+pub fn draw_tokens(logits: &mut Rows, rows: &[Row]) -> Result<Vec<Option<u32>>> {
+    match logits {
+        Rows::Host { data, width } => Ok(on_host(data, *width, rows)),
+        // A copy, or memory of nobody else by now: drawing overwrites it.
+        Rows::Device(logits) => on_device(&logits.to_dtype(DType::F32)?.contiguous()?, rows),
+    }
+}
+
+fn on_host(logits: &mut [f32], width: usize, rows: &[Row]) -> Vec<Option<u32>> {
+    thread_local! {
+        static CANDIDATES: RefCell<Vec<(f32, u32)>> = const { RefCell::new(vec![]) };
+    }
+    let mut next = rows.iter().peekable();
+    let own = |(i, numbers)| Some((next.next_if(|row| row.row == i)?, numbers));
+    let own: Vec<(&Row, &mut [f32])> = logits.chunks_exact_mut(width).enumerate().filter_map(own).collect();
+    assert_eq!(own.len(), rows.len(), "rows that are not there, or not in order");
+    parallel::map(own, |(row, numbers)| {
+        CANDIDATES.with_borrow_mut(|candidates| row.draw.token(&mut numbers[..row.vocab], candidates).ok())
+    })
+}
+
+fn on_device(logits: &Tensor, rows: &[Row]) -> Result<Vec<Option<u32>>> {
     #[cfg(feature = "cuda")]
     if let candle_core::Device::Cuda(device) = logits.device() {
         return on_gpu(device, logits, rows);
@@ -37,7 +62,7 @@ fn on_gpu(device: &candle_core::CudaDevice, logits: &Tensor, rows: &[Row]) -> Re
     let (_, width) = logits.dims2()?;
     let tiles = tiles::DrawTiles::new(rows);
     let words = device.upload(&tiles.words)?;
-    let tokens = Tensor::zeros(rows.len(), candle_core::DType::U32, logits.device())?;
+    let tokens = Tensor::zeros(rows.len(), DType::U32, logits.device())?;
     // SAFETY: the rows are of these logits, and there are as many tokens.
     unsafe { tiles.launch(device, words.address(), tensor_address(logits)?, width, tensor_address(&tokens)?) }?;
     Ok(tokens.to_vec1()?.into_iter().map(known).collect())

@@ -75,7 +75,7 @@ pub trait Model: Send {
     fn blocks(&self) -> usize;
     /// Computes a step and returns one vector per work, in order; its length is as [`Output`] says.
     fn step(&mut self, work: &[Work]) -> Result<Vec<Vec<f32>>>;
-    /// Whether the model draws tokens itself, so that logits need not leave their device.
+    /// Whether the model draws tokens itself, so that logits need not leave where they are.
     fn draws(&self) -> bool {
         false
     }

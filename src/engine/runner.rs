@@ -3,8 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::DType;
-
+use crate::base::buffer::Buffer;
 use crate::base::parallel;
 use crate::base::simd::Simd;
 use crate::base::{Decoder, Head, Kernels, KvCache, Rows, SequenceRows};
@@ -12,9 +11,6 @@ use crate::engine::draws::{self, Row};
 use crate::engine::{Computed, Draw, Model, Output, Work};
 use crate::lora::{BatchDelta, Segment};
 use crate::{Error, Result};
-
-/// Logits whose memory is kept for the next step. More are of a whole prompt, which few ask for.
-const KEPT_LOGITS: usize = 1 << 23;
 
 /// A decoder with its KV cache.
 pub struct Runner {
@@ -76,9 +72,8 @@ impl Model for Runner {
         self.step_and_draw(work, &vec![None; work.len()])?.into_iter().map(Computed::into_numbers).collect()
     }
 
-    /// Packed kernels have the logits where the engine wants them.
     fn draws(&self) -> bool {
-        self.decoder.options().kernels == Kernels::Tensor
+        true
     }
 
     fn step_and_draw(&mut self, work: &[Work], draws: &[Option<Draw>]) -> Result<Vec<Computed>> {
@@ -136,45 +131,14 @@ impl Model for Runner {
         let (rows, places, delta) = gather(&wants_logits);
         if !rows.is_empty() {
             let logits = self.decoder.logits(&states.select(&rows)?, &delta)?;
-            let own = |i: usize| places[i]..places[i] + share[i].len();
             let of_logits = order.iter().copied().filter(|&i| wants_logits(work[i].output));
-            let (drawn, asked): (Vec<usize>, Vec<usize>) = of_logits.partition(|&i| draws[i].is_some());
-            let row = |&i: &usize| Some(Row { row: places[i], vocab: vocab(&work[i]), draw: draws[i].as_ref()? });
-            let wanted: Vec<Row> = drawn.iter().filter_map(row).collect();
-            let device = match &logits {
-                Rows::Device(logits) => Some(logits.clone()),
-                Rows::Host { .. } => None,
-            };
-            let numbers = match (wanted.is_empty(), asked.is_empty()) {
-                (true, _) => logits.into_buffer()?,
-                (false, true) => vec![].into(),
-                (false, false) => {
-                    logits.select(&asked.iter().flat_map(|&i| own(i)).collect::<Vec<_>>())?.into_buffer()?
-                }
-            };
-            let width = numbers.len() / asked.iter().map(|&i| share[i].len()).sum::<usize>().max(1);
-            let mut rows = numbers.chunks_exact(width.max(1));
-            // Memory from this thread, whose allocator keeps it for the next step; written by all.
-            let copies = asked.iter().map(|&i| {
-                let (count, vocab) = (share[i].len(), vocab(&work[i]));
-                (rows.by_ref().take(count).collect::<Vec<_>>(), vocab, Vec::with_capacity(count * vocab))
+            let wanted = of_logits.map(|i| Wanted {
+                work: i,
+                rows: places[i]..places[i] + share[i].len(),
+                vocab: vocab(&work[i]),
+                draw: draws[i].as_ref(),
             });
-            let copies = parallel::map(copies.collect(), |(rows, vocab, mut own): (Vec<&[f32]>, usize, Vec<f32>)| {
-                rows.into_iter().for_each(|row| own.extend_from_slice(&row[..vocab]));
-                own
-            });
-            for (&i, own) in asked.iter().zip(copies) {
-                computed[i] = Computed::Numbers(own);
-            }
-            if numbers.len() > KEPT_LOGITS {
-                drop(Vec::<f32>::from(numbers));
-            }
-            if !wanted.is_empty() {
-                let logits = device.ok_or_else(|| Error::internal("a draw that the model cannot make"))?;
-                // A copy, or memory of nobody else by now: drawing overwrites it.
-                let tokens = draws::draw_tokens(&logits.to_dtype(DType::F32)?.contiguous()?, &wanted)?;
-                drawn.into_iter().zip(tokens).for_each(|(i, token)| computed[i] = Computed::Token(token));
-            }
+            answer(logits, &wanted.collect::<Vec<_>>(), &mut computed)?;
         }
         let (rows, places, delta) = gather(&|o| o == Output::Head);
         if !rows.is_empty() {
@@ -186,6 +150,63 @@ impl Model for Runner {
             }
         }
         Ok(computed)
+    }
+}
+
+/// What a work wants of a step's logits.
+struct Wanted<'a> {
+    work: usize,
+    /// As many as there are in `Output`, one for a draw.
+    rows: Range<usize>,
+    /// The first numbers of a row, those of tokens.
+    vocab: usize,
+    draw: Option<&'a Draw>,
+}
+
+/// Writes to each work what it wants of `logits`, whose rows are those of all of them, in order.
+fn answer(mut logits: Rows, wanted: &[Wanted], computed: &mut [Computed]) -> Result<()> {
+    let row = |(w, draw): (&Wanted, _)| (w.work, Row { row: w.rows.start, vocab: w.vocab, draw });
+    let (drawn, rows): (Vec<usize>, Vec<Row>) = wanted.iter().filter_map(|w| Some((w, w.draw?))).map(row).unzip();
+    let asked: Vec<&Wanted> = wanted.iter().filter(|w| w.draw.is_none()).collect();
+    if drawn.is_empty() {
+        copy(logits, &asked, computed)?;
+    } else {
+        if !asked.is_empty() {
+            let rows: Vec<usize> = asked.iter().flat_map(|w| w.rows.clone()).collect();
+            copy(logits.select(&rows)?, &asked, computed)?;
+        }
+        let tokens = draws::draw_tokens(&mut logits, &rows)?;
+        if let Rows::Host { data, .. } = logits {
+            release(data);
+        }
+        drawn.into_iter().zip(tokens).for_each(|(i, token)| computed[i] = Computed::Token(token));
+    }
+    Ok(())
+}
+
+/// The logits themselves, whose rows are those of `asked`.
+fn copy(logits: Rows, asked: &[&Wanted], computed: &mut [Computed]) -> Result<()> {
+    let numbers = logits.into_buffer()?;
+    let width = numbers.len() / asked.iter().map(|w| w.rows.len()).sum::<usize>().max(1);
+    let mut rows = numbers.chunks_exact(width.max(1));
+    // Memory from this thread, whose allocator keeps it for the next step; written by all.
+    let copies = asked.iter().map(|w| {
+        (rows.by_ref().take(w.rows.len()).collect::<Vec<_>>(), w.vocab, Vec::with_capacity(w.rows.len() * w.vocab))
+    });
+    let copies = parallel::map(copies.collect(), |(rows, vocab, mut own): (Vec<&[f32]>, usize, Vec<f32>)| {
+        rows.into_iter().for_each(|row| own.extend_from_slice(&row[..vocab]));
+        own
+    });
+    asked.iter().zip(copies).for_each(|(w, own)| computed[w.work] = Computed::Numbers(own));
+    release(numbers);
+    Ok(())
+}
+
+/// Keeps memory for the next step, if it is not of a whole prompt's logits, which few ask for.
+fn release(numbers: Buffer) {
+    const KEPT: usize = 1 << 23;
+    if numbers.len() > KEPT {
+        drop(Vec::<f32>::from(numbers));
     }
 }
 

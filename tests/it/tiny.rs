@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use loramux::adapter::load;
+use loramux::base::simd::Simd;
 use loramux::base::{BLOCK, Base, Kernels};
 use loramux::engine::{Computed, Draw, Edit, Model, Output, Runner, Task, Work};
 use loramux::lora::PackedAdapter;
@@ -174,13 +175,14 @@ async fn greedy_tokens_alone_and_mixed() {
 /// A step that is asked for tokens, logits and a head's classes at once gives what one gives that is asked for logits alone.
 #[test]
 fn a_model_draws_the_tokens_that_its_logits_give() {
-    for (model, variants, _) in FAMILIES {
+    let kernels = [Kernels::Tensor, Kernels::Packed(Simd::detect())];
+    for ((model, variants, _), kernels) in FAMILIES.into_iter().flat_map(|f| kernels.map(|kernels| (f, kernels))) {
         let e = expected(model, variants);
-        let mut runner = Runner::new(decoder(&e.base, Kernels::Tensor, None), 8 << 20).unwrap();
+        let mut runner = Runner::new(decoder(&e.base, kernels, None), 8 << 20).unwrap();
         let head = fixtures().join("tiny").join(model).join("adapter_seqcls");
-        let head = head.exists().then(|| adapter(&e.base, &head, Kernels::Tensor));
+        let head = head.exists().then(|| adapter(&e.base, &head, kernels));
         let (mut next, mut work, mut draws) = (0, vec![], vec![]);
-        for (i, (name, adapter)) in e.adapters(Kernels::Tensor).into_iter().enumerate() {
+        for (i, (name, adapter)) in e.adapters(kernels).into_iter().enumerate() {
             let prompt = e.prompt(name, i % e.prompts.len());
             let mut add = |adapter: Option<Arc<PackedAdapter>>, output, draw: Option<Draw>| {
                 let count = prompt.len().div_ceil(BLOCK) as u32;
