@@ -28,6 +28,8 @@ const MAX_LINES: usize = 256;
 const MAX_TERMS: usize = 768;
 /// Blocks of the other factor that are split at a time, an even number.
 const GROUP: usize = 8;
+// Two blocks are multiplied with two.
+const _: () = assert!(MAX_LINES.is_multiple_of(2 * ROWS) && GROUP.is_multiple_of(2) && MAX_TERMS.is_multiple_of(TERMS));
 /// Terms after those that are split, whose numbers are fetched meanwhile.
 const AHEAD: usize = TERMS;
 /// Fewer rows, columns or terms leave too much of the tiles empty.
