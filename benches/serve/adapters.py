@@ -91,6 +91,11 @@ def load(args, server, *options, requests=None):
     return json.loads(output([*command, "--max-tokens", str(args.max_tokens), *options]))
 
 
+def asking(args, server, *options):
+    """What gives the report of a load of so many requests of each client."""
+    return lambda requests: load(args, server, *options, requests=requests)
+
+
 def first_token(args, server, name):
     """Seconds until a request's answer with one token is there."""
     prompt = f"{time.monotonic_ns()} " + "word " * (args.prompt_tokens // 2)
@@ -119,7 +124,7 @@ def probed(args, server, neighbours, names, requests):
 
 
 def in_turns(args, loads, runs):
-    """Adds to `runs`, {name: reports}, those of `loads`, {name: what gives the report of so many requests of each client}."""
+    """Adds to `runs`, {name: reports}, those of `loads`, {name: what `asking` makes}."""
     for turn in range(TURNS):
         for name in list(loads)[:: -1 if turn % 2 else 1]:
             runs.setdefault(name, []).append(loads[name](max(1, args.requests // TURNS)))
@@ -140,10 +145,9 @@ def beside_base(args):
             held = server.metric("loramux_base_bytes") + kv_bytes(server) + adapter_bytes(server)
             result["resident"].append(resident)
             result["resident_beyond"].append(resident - held)
-            asking = lambda *options: lambda requests: load(args, server, *options, requests=requests)
-            loads = {BASE: asking(), ENGINE: lambda requests: load(args, None, requests=requests)}
+            loads = {BASE: asking(args, server), ENGINE: asking(args, None)}
             for kind, names in (LINEAR, linear_names), (Q_AND_V, qv_names):
-                loads[kind] = asking("--ask", ",".join(names))
+                loads[kind] = asking(args, server, "--ask", ",".join(names))
                 # What comes first pays for loading.
                 loads[kind](2)
             in_turns(args, loads, result["runs"])
@@ -161,7 +165,6 @@ def over_many(args):
     fresh = iter(many[::-1])
     with serve(args, [folder], "--adapter-memory", str(each * args.room)) as server:
         first_token(args, server, many[0])
-        asking = lambda *options: lambda requests: load(args, server, *options, requests=requests)
 
         def beside(kind):
             def run(requests):
@@ -173,7 +176,8 @@ def over_many(args):
 
             return run
 
-        loads = {ONE: asking("--ask", many[0]), MANY: asking("--ask-all", "--spread", "uniform")}
+        any_of_many = ["--ask-all", "--spread", "uniform"]
+        loads = {ONE: asking(args, server, "--ask", many[0]), MANY: asking(args, server, *any_of_many)}
         loads |= {name: beside(kind) for kind, name in BESIDE.items()}
         for _ in range(args.repetitions):
             in_turns(args, loads, result["runs"])
